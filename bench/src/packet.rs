@@ -1,0 +1,330 @@
+//! Nanoseconds per packet by `BPF_PROG_TEST_RUN`, above the floor of the method.
+//!
+//! The kernel does not restore the packet between the runs of one test run. So a wrapper restores it, with the address
+//! and port of one of many clients, and tail-calls the program that is measured; what the wrapper costs with a program
+//! that does nothing behind it is the floor. Floor and case are measured in turn, and a case is quoted above its floor.
+
+use std::{fmt::Write as _, io::Write as _};
+
+use anyhow::{Context as _, Result, ensure};
+use aya::{
+    Ebpf, EbpfLoader, include_bytes_aligned,
+    maps::ProgramArray,
+    programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp, loaded_programs},
+};
+use lb_common::{
+    abi::{
+        Record as _,
+        bench::{Setup, SetupRecord, pick},
+    },
+    checksum,
+    proto::{Method, Scheduler},
+};
+use lb_userspace::{
+    control::session::Session,
+    datapath::{
+        memory::{Access, Mapped},
+        run::Control,
+    },
+};
+use serde::Serialize;
+use xdpvs_tests::{cast, frames::Frame};
+
+use crate::site::{Site, port};
+
+static OBJECT: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
+
+/// Runs of one measurement.
+const RUNS: u32 = 1_000_000;
+/// Runs of one measurement of new connections: as many as are stored before the table is emptied again.
+const NEW_RUNS: u32 = 200_000;
+
+const XDP_PASS: u32 = 2;
+const XDP_TX: u32 = 3;
+
+/// What to measure.
+#[derive(clap::Args)]
+pub struct Options {
+    /// Measurements of each case; the least and the median are quoted
+    #[arg(long, default_value_t = 15)]
+    rounds: usize,
+    /// One object a line instead of a table
+    #[arg(long)]
+    json: bool,
+    /// Only cases whose name holds this
+    #[arg(long, default_value = "")]
+    only: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Floor {
+    Transmit,
+    Push,
+    Pass,
+}
+
+impl Floor {
+    const fn program(self) -> &'static str {
+        match self {
+            Self::Transmit => "floor_transmit",
+            Self::Push => "floor_push",
+            Self::Pass => "floor_pass",
+        }
+    }
+}
+
+/// What is measured.
+struct Case {
+    name: String,
+    /// Number of flows, a power of two.
+    flows: u32,
+    frame: Vec<u8>,
+    /// Whether clients are told by the destination of the frame: it is a reply.
+    reply: bool,
+    order: u32,
+    floor: Floor,
+    runs: u32,
+    /// What leaves: return value, length, and destination addresses.
+    result: u32,
+    len: usize,
+    to_mac: Option<[u8; 6]>,
+}
+
+#[derive(Serialize)]
+struct Figure {
+    case: String,
+    flows: u32,
+    floor_min: f64,
+    min: f64,
+    median: f64,
+    above_floor_min: f64,
+    above_floor_median: f64,
+}
+
+struct Bench {
+    ebpf: Ebpf,
+    setup: Mapped<Setup>,
+    measured: ProgramArray<aya::maps::MapData>,
+    director: ProgramFd,
+    wire: u32,
+}
+
+/// Measures and prints.
+///
+/// # Errors
+///
+/// When the kernel refuses, or when a program does not do what it is measured for.
+pub fn run(options: &Options) -> Result<()> {
+    let site = Site::new(1 << 20)?;
+    site.namespace.enter(|| measure(&site, options))?
+}
+
+fn measure(site: &Site, options: &Options) -> Result<()> {
+    let mut bench = Bench::new(site)?;
+    let control = Control::open(&site.place)?;
+    let session = Session::open(&site.place)?;
+    let buckets = session.maps().instance().flow_buckets;
+    let mut stdout = std::io::stdout().lock();
+    if !options.json {
+        writeln!(stdout, "{:<28} {:>8} {:>9} {:>9} {:>9} {:>12} {:>12}", "case (ns per packet)", "flows", "floor", "min", "median", "above, min", "above, med.")?;
+    }
+    for case in cases().iter().filter(|case| case.name.contains(&options.only)) {
+        control.flush(buckets, None)?;
+        let figure = bench.case(case, options.rounds, &control, buckets).with_context(|| case.name.clone())?;
+        let line = if options.json { serde_json::to_string(&figure)? } else { row(&figure) };
+        writeln!(stdout, "{line}")?;
+        stdout.flush()?;
+    }
+    Ok(())
+}
+
+fn row(figure: &Figure) -> String {
+    let mut row = format!("{:<28} {:>8}", figure.case, figure.flows);
+    for value in [figure.floor_min, figure.min, figure.median] {
+        let _ = write!(row, " {value:>9.1}");
+    }
+    for value in [figure.above_floor_min, figure.above_floor_median] {
+        let _ = write!(row, " {value:>12.1}");
+    }
+    row
+}
+
+impl Bench {
+    fn new(site: &Site) -> Result<Self> {
+        let mut ebpf = EbpfLoader::new().load(OBJECT)?;
+        for program in ["reset", "floor_transmit", "floor_push", "floor_pass"] {
+            xdp(&mut ebpf, program)?.load()?;
+        }
+        let setup = ebpf.take_map("SETUP").context("map SETUP")?;
+        let aya::maps::Map::Array(setup) = setup else { anyhow::bail!("SETUP is no array") };
+        let setup = Mapped::new(&setup, "SETUP", Access::Write)?;
+        let measured = ProgramArray::try_from(ebpf.take_map("MEASURED").context("map MEASURED")?)?;
+        let pinned = aya::programs::ProgramInfo::from_pin(site.place.directory().join("programs/xdpvs"))?;
+        let director = loaded_programs().flatten().find(|program| program.id() == pinned.id()).context("the director")?;
+        Ok(Self { ebpf, setup, measured, director: director.fd()?, wire: site.wire })
+    }
+
+    fn put(&mut self, program: Option<&'static str>) -> Result<()> {
+        let fd = match program {
+            Some(name) => xdp(&mut self.ebpf, name)?.fd()?.try_clone()?,
+            None => self.director.try_clone()?,
+        };
+        self.measured.set(0, &fd, 0)?;
+        Ok(())
+    }
+
+    fn set_up(&self, case: &Case, frame: &[u8], order: u32) {
+        let mut head = [0u8; 56];
+        head.copy_from_slice(&frame[..56]);
+        let addr_offset = if case.reply { 30 } else { 26 };
+        let mut header: [u8; 20] = frame[14..34].try_into().expect("twenty bytes");
+        header[10..12].fill(0);
+        header[addr_offset - 14..addr_offset - 10].fill(0);
+        let old = self.setup[0].load();
+        self.setup[0].store(&SetupRecord {
+            len: frame.len() as u32,
+            order,
+            mask: case.flows - 1,
+            next_flow: old.next_flow,
+            first_addr: cast::CLIENT.into(),
+            addr_offset: addr_offset as u32,
+            port_offset: if case.reply { 36 } else { 34 },
+            header_sum: u32::from(checksum::fold(checksum::sum(&header))),
+            head: bytemuck_cast(head),
+            reserved: 0,
+        });
+    }
+
+    /// Runs the measured program. Returns nanoseconds per run, the return value and the last frame.
+    fn repeat(&mut self, frame: &[u8], runs: u32) -> Result<(f64, u32, Vec<u8>)> {
+        let mut out = vec![0; 2048];
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let context = [0, frame.len() as u32, 0, self.wire, 0, 0].map(u32::to_ne_bytes).concat();
+        let result = xdp(&mut self.ebpf, "reset")?.test_run(TestRunOptions {
+            data_in: Some(frame),
+            data_out: Some(&mut out),
+            ctx_in: Some(&context),
+            repeat: runs,
+            ..TestRunOptions::new()
+        })?;
+        out.truncate(result.data_size_out as usize);
+        // The kernel answers with the mean of all runs, in whole nanoseconds.
+        Ok((result.duration.as_nanos() as f64, result.return_value, out))
+    }
+
+    fn case(&mut self, case: &Case, rounds: usize, control: &Control, buckets: u32) -> Result<Figure> {
+        let fresh = case.runs == NEW_RUNS;
+        if !fresh && case.floor != Floor::Pass {
+            self.establish(case)?;
+        }
+        let (mut floors, mut figures) = (Vec::new(), Vec::new());
+        for _ in 0..rounds {
+            self.set_up(case, &case.frame, case.order);
+            self.put(Some(case.floor.program()))?;
+            floors.push(self.repeat(&case.frame, case.runs)?.0);
+            if fresh {
+                control.flush(buckets, None)?;
+            }
+            self.put(None)?;
+            let (figure, result, frame) = self.repeat(&case.frame, case.runs)?;
+            check(case, result, &frame)?;
+            figures.push(figure);
+        }
+        let [floor_min, _] = least_and_median(&mut floors);
+        let [min, median] = least_and_median(&mut figures);
+        Ok(Figure {
+            case: case.name.clone(),
+            flows: case.flows,
+            floor_min,
+            min,
+            median,
+            above_floor_min: min - floor_min,
+            above_floor_median: median - floor_min,
+        })
+    }
+
+    /// Opens every flow of a case, and visits each once more so that it is established and in the cache as far as it
+    /// fits.
+    fn establish(&mut self, case: &Case) -> Result<()> {
+        self.put(None)?;
+        let port = if case.reply {
+            u16::from_be_bytes([case.frame[34], case.frame[35]])
+        } else {
+            u16::from_be_bytes([case.frame[36], case.frame[37]])
+        };
+        let request = Case { reply: false, frame: Vec::new(), name: String::new(), ..*case };
+        for flags in ["S", "A", "A"] {
+            let frame = request_frame(port, flags);
+            self.setup[0].next_flow.store(u32::MAX);
+            self.set_up(&request, &frame, pick::SEQUENTIAL);
+            self.repeat(&frame, case.flows)?;
+        }
+        Ok(())
+    }
+}
+
+fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
+    Ok(ebpf.program_mut(name).with_context(|| format!("program {name}"))?.try_into()?)
+}
+
+fn bytemuck_cast(head: [u8; 56]) -> [u64; 7] {
+    std::array::from_fn(|i| u64::from_ne_bytes(head[8 * i..8 * i + 8].try_into().expect("eight bytes")))
+}
+
+fn least_and_median(values: &mut [f64]) -> [f64; 2] {
+    values.sort_by(f64::total_cmp);
+    [values.first().copied().unwrap_or(0.0), values.get(values.len() / 2).copied().unwrap_or(0.0)]
+}
+
+/// Checks the return value and the frame of the last run.
+fn check(case: &Case, result: u32, frame: &[u8]) -> Result<()> {
+    ensure!(result == case.result, "returned {result} instead of {}", case.result);
+    ensure!(frame.len() == case.len, "left {} bytes instead of {}", frame.len(), case.len);
+    if let Some(mac) = case.to_mac {
+        ensure!(frame[..6] == mac, "went to {:02x?} instead of {mac:02x?}", &frame[..6]);
+    }
+    if case.result != XDP_PASS {
+        ensure!(checksum::fold(checksum::sum(&frame[14..34])) == 0xffff, "has a wrong IP checksum");
+        ensure!(frame[22] == 63, "has TTL {} instead of 63", frame[22]);
+    }
+    Ok(())
+}
+
+const CLIENT_MACS: ([u8; 6], [u8; 6]) = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+
+fn request_frame(port: u16, flags: &'static str) -> Vec<u8> {
+    Frame::new(CLIENT_MACS, (cast::CLIENT, 1024), (cast::VIP, port)).tcp(flags, b"GET / ")
+}
+
+fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    let established = |name: &str, flows: u32, method: Method, reply: bool| {
+        // With sh every connection of the first client, 64 flows, goes to one server; its replies come from there.
+        let port = port(method, Scheduler::Sh);
+        let frame = if reply {
+            let macs = (cast::server_mac(0), cast::DIRECTOR_INSIDE_MAC);
+            Frame::new(macs, (cast::server(0), port), (cast::CLIENT, 1024)).tcp("A", b"HTTP/1")
+        } else {
+            request_frame(port, "A")
+        };
+        let pushed = if method == Method::Tunnel { 20 } else { 0 };
+        Case {
+            name: format!("{name}/v4/tcp/established"),
+            flows,
+            reply,
+            order: if flows == 1 { pick::SAME } else { pick::RANDOM },
+            floor: if method == Method::Tunnel { Floor::Push } else { Floor::Transmit },
+            runs: RUNS,
+            result: XDP_TX,
+            len: frame.len() + pushed,
+            to_mac: None,
+            frame,
+        }
+    };
+    for flows in [1, 1 << 10, 1 << 16, 1 << 19] {
+        cases.push(established("dr", flows, Method::Route, false));
+        cases.push(established("nat-in", flows, Method::Masq, false));
+        cases.push(established("ipip", flows, Method::Tunnel, false));
+    }
+    cases
+}

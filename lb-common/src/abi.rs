@@ -1,0 +1,845 @@
+//! The values of the maps that the data plane and the loader share, one `#[repr(C)]` type each.
+//!
+//! Maps fall into three groups.
+//!
+//! *The truth*, written by the loader alone: [`Service`] and [`Dest`], one record per slot, and the [`Config`] scalars.
+//! The slot of a destination is its number everywhere, and outlives its removal for as long as a connection uses it.
+//!
+//! *Compiled from the truth* by the loader, for the data plane to read: the [`Endpoint4`] table finds a service by
+//! address and port; a [`View`] says how to choose a destination, with its lists and rings in one array of [`Slot`]s.
+//!
+//! *Written by the data plane*: flows ([`crate::flow`]), [`DestLoad`], [`DestCpu`], [`Cursor`], [`Adjacency`].
+//!
+//! Records that both sides touch while packets pass come in two forms with the same layout: one of
+//! [`Shared32`]/[`Shared64`] words for memory that others write too, one of plain words for values.
+
+use core::cell::Cell;
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::{
+    addr::{Ip4, Port},
+    hash::{Seed, scale},
+    proto::Protocol,
+    sync::{Shared32, Shared64},
+};
+
+/// Incremented whenever the meaning or the layout of a pinned map changes.
+pub const VERSION: u32 = 1;
+
+/// A plain value and its form in shared memory.
+pub trait Word: Copy {
+    /// The form in shared memory.
+    type Shared: Zeroable;
+    /// Reads the value.
+    fn load(shared: &Self::Shared) -> Self;
+    /// Writes the value; one store for each 32- or 64-bit word.
+    fn store(shared: &Self::Shared, value: Self);
+}
+
+impl Word for u32 {
+    type Shared = Shared32;
+    #[inline(always)]
+    fn load(shared: &Shared32) -> Self {
+        shared.load()
+    }
+    #[inline(always)]
+    fn store(shared: &Shared32, value: Self) {
+        shared.store(value);
+    }
+}
+
+impl Word for u64 {
+    type Shared = Shared64;
+    #[inline(always)]
+    fn load(shared: &Shared64) -> Self {
+        shared.load()
+    }
+    #[inline(always)]
+    fn store(shared: &Shared64, value: Self) {
+        shared.store(value);
+    }
+}
+
+impl<T: Word, const N: usize> Word for [T; N]
+where
+    [T::Shared; N]: Zeroable,
+{
+    type Shared = [T::Shared; N];
+    #[inline(always)]
+    fn load(shared: &Self::Shared) -> Self {
+        core::array::from_fn(|i| T::load(&shared[i]))
+    }
+    #[inline(always)]
+    fn store(shared: &Self::Shared, value: Self) {
+        for (shared, value) in shared.iter().zip(value) {
+            T::store(shared, value);
+        }
+    }
+}
+
+/// A record of shared memory and its plain form.
+pub trait Record: Zeroable {
+    /// The record as a value.
+    type Plain: Pod;
+    /// Reads every word, one after the other.
+    fn load(&self) -> Self::Plain;
+    /// Writes every word, one after the other.
+    fn store(&self, value: &Self::Plain);
+}
+
+macro_rules! record {
+    ($(#[$doc:meta])* $shared:ident, $plain:ident, $size:literal { $($(#[$fdoc:meta])* $field:ident: $ty:ty,)+ }) => {
+        $(#[$doc])*
+        ///
+        /// This is its form in shared memory.
+        #[derive(Zeroable)]
+        #[repr(C)]
+        pub struct $shared {
+            $($(#[$fdoc])* pub $field: <$ty as Word>::Shared,)+
+        }
+
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+        #[repr(C)]
+        pub struct $plain {
+            $($(#[$fdoc])* pub $field: $ty,)+
+        }
+
+        const _: () = assert!(size_of::<$shared>() == $size && size_of::<$plain>() == $size);
+
+        impl Record for $shared {
+            type Plain = $plain;
+
+            fn load(&self) -> $plain {
+                $plain { $($field: <$ty as Word>::load(&self.$field),)+ }
+            }
+
+            fn store(&self, value: &$plain) {
+                $(<$ty as Word>::store(&self.$field, value.$field);)+
+            }
+        }
+    };
+}
+
+record! {
+    /// What an instance is: written once when it is created, read by every command before anything else.
+    Instance, InstanceRecord, 88 {
+        /// [`VERSION`] of the program that created the instance.
+        abi: u32,
+        /// [`LAYOUT`] of that program.
+        layout: u32,
+        /// Ticks per second of the kernel.
+        hz: u32,
+        /// Buckets of the flow table, an even number.
+        flow_buckets: u32,
+        /// Buckets of the endpoint table, a power of two.
+        endpoint_buckets: u32,
+        /// Service slots; there are twice as many views.
+        services: u32,
+        /// Destination slots.
+        dests: u32,
+        /// Slots for lists and rings.
+        slots: u32,
+        /// Connections the flow table is sized for.
+        max_flows: u32,
+        /// Records of the journal.
+        journal: u32,
+        /// Odd while a change is being applied; a reader that sees it change has read a mixture.
+        generation: u64,
+        /// Where the flow table and the endpoint table put things.
+        seed: [u64; 3],
+        /// Next number of [`Service::order`] and [`Dest::order`].
+        next_order: u64,
+        /// Service slots that have ever been used: those from here on are free.
+        services_used: u32,
+        /// Destination slots that have ever been used.
+        dests_used: u32,
+    }
+}
+
+record! {
+    /// The settings that the data plane reads on every packet: one record.
+    Config, ConfigRecord, 128 {
+        /// Time to live of a TCP connection by state number, in ticks.
+        tcp_timeouts: [u32; 16],
+        /// Time to live of a UDP connection, in ticks.
+        udp_timeout: u32,
+        /// Ticks added to the kernel's clock. Zero but in tests, which let time pass by raising it.
+        clock_skew: u32,
+        /// ip_vs's `conn_reuse_mode`: bit 0 reschedules a SYN that meets a connection in TIME_WAIT or CLOSE, bit 1
+        /// also one in FIN_WAIT whose server is not seen.
+        conn_reuse_mode: u32,
+        /// ICMP errors the director may send in a second.
+        icmp_per_second: u32,
+        /// Zero.
+        reserved: [u32; 12],
+    }
+}
+
+/// How many more ICMP errors the director may send; a cache line of its own, for senders write it.
+#[derive(Zeroable)]
+#[repr(C, align(64))]
+pub struct Limiter {
+    /// The second that `tokens` is for, in ticks divided by HZ.
+    pub second: Shared32,
+    /// Errors that may still be sent in that second.
+    pub tokens: Shared32,
+    reserved: [u32; 14],
+}
+
+/// [`Service::state`] and [`Dest::state`]: what a slot holds.
+pub mod slot {
+    /// Nothing; every other field is left over.
+    pub const FREE: u32 = 0;
+    /// A configured service or destination.
+    pub const USED: u32 = 1;
+    /// One that has been removed and that connections still refer to.
+    pub const REMOVED: u32 = 2;
+}
+
+record! {
+    /// A virtual service (`docs/ipvs.md`, section 1.1).
+    Service, ServiceRecord, 128 {
+        /// One of [`slot`].
+        state: u32,
+        /// Address family: 2 (IPv4) or 10 (IPv6).
+        family: u32,
+        /// Address as loaded from a packet; IPv4 in the first word.
+        addr: [u32; 4],
+        /// Port as loaded from a packet in the low half, protocol number in bits 16-23.
+        port_protocol: u32,
+        /// Number of the scheduler.
+        scheduler: u32,
+        /// Index of the view in force: twice the slot, or one more.
+        view: u32,
+        /// rr: the destination chosen last, plus one; 0 when the next choice starts at the head of the list. As of the
+        /// last change of the service; the data plane goes on from there in its [`Cursor`].
+        pointer: u32,
+        /// wrr: the weight threshold in force. As of the last change.
+        threshold: u32,
+        /// Zero.
+        reserved: u32,
+        /// Creation order; later is greater.
+        order: u64,
+        /// Connections, packets in, bytes in, packets out, bytes out of destinations that are gone.
+        retired: [u64; 5],
+        /// Zero.
+        padding: [u64; 4],
+    }
+}
+
+record! {
+    /// A destination (real server) of a service (`docs/ipvs.md`, section 1.2).
+    Dest, DestRecord, 64 {
+        /// Address as loaded from a packet; IPv4 in the first word.
+        addr: [u32; 4],
+        /// Port as loaded from a packet in the low half (0: the port of the connection), method in bits 16-23,
+        /// address family in bits 24-31.
+        port_method: u32,
+        /// Weight, 0 to 2^31 - 1.
+        weight: u32,
+        /// One of [`slot`]. Packets of connections go through only while it is [`slot::USED`].
+        state: u32,
+        /// Slot of the service.
+        service: u32,
+        /// Upper connection threshold, 0 for none.
+        upper: u32,
+        /// Lower connection threshold, 0 for three quarters of the upper.
+        lower: u32,
+        /// The latest weight that was not 0.
+        last_weight: u32,
+        /// When it was removed, in seconds since boot.
+        removed_at: u32,
+        /// Order in which destinations were added; the list of a service runs from the greatest to the smallest.
+        order: u64,
+        /// 1 if it has ever been masqueraded, so that connections may exist whose replies have to be translated.
+        masqueraded: u32,
+        /// Zero.
+        reserved: u32,
+    }
+}
+
+impl Dest {
+    /// Whether new connections may go to the destination.
+    #[inline(always)]
+    pub fn usable(&self) -> bool {
+        self.weight.load() != 0 && self.available()
+    }
+
+    /// Whether packets of its connections go through.
+    #[inline(always)]
+    pub fn available(&self) -> bool {
+        self.state.load() == slot::USED
+    }
+
+    /// The IPv4 address.
+    #[inline(always)]
+    pub fn addr4(&self) -> Ip4 {
+        Ip4::from_raw(self.addr[0].load())
+    }
+
+    /// The port, 0 for that of the connection.
+    #[inline(always)]
+    pub fn port(&self) -> Port {
+        Port::from_raw(self.port_method.load() as u16)
+    }
+
+    /// The number of the forwarding method.
+    #[inline(always)]
+    pub fn method(&self) -> u8 {
+        (self.port_method.load() >> 16) as u8
+    }
+}
+
+/// What a list or ring holds: a destination, and for a wrr ring the threshold of the pass it stands in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct SlotRecord {
+    /// Number of the destination.
+    pub dest: u32,
+    /// wrr: the weight threshold at which it is chosen here; 0 elsewhere.
+    pub threshold: u32,
+}
+
+/// A [`SlotRecord`] in shared memory: destination in the low half, threshold in the high half.
+#[derive(Zeroable)]
+#[repr(transparent)]
+pub struct Slot(pub Shared64);
+
+impl Slot {
+    /// The destination's number.
+    #[inline(always)]
+    pub fn dest(&self) -> u32 {
+        self.0.load() as u32
+    }
+}
+
+impl Record for Slot {
+    type Plain = SlotRecord;
+
+    fn load(&self) -> SlotRecord {
+        let word = self.0.load();
+        SlotRecord { dest: word as u32, threshold: (word >> 32) as u32 }
+    }
+
+    fn store(&self, value: &SlotRecord) {
+        self.0.store(u64::from(value.dest) | u64::from(value.threshold) << 32);
+    }
+}
+
+record! {
+    /// How to choose a destination of a service. A service has two; one is in force, the other is written anew for the
+    /// next change and then put in force by one store in the endpoint table.
+    View, ViewRecord, 64 {
+        /// Incremented before the view or a list it names is written again. A packet that finds another version after
+        /// it has chosen than before may have read a mixture.
+        version: u32,
+        /// Slot of the service.
+        service: u32,
+        /// Number of the scheduler.
+        scheduler: u32,
+        /// First slot of the list of all destinations, newest first.
+        list: u32,
+        /// Number of destinations.
+        list_len: u32,
+        /// First slot of the scheduler's ring or table.
+        ring: u32,
+        /// Slots of the ring or table.
+        ring_len: u32,
+        /// wrr: index in the ring where the pass with threshold 1 begins.
+        ring_final: u32,
+        /// Zero.
+        reserved: [u32; 8],
+    }
+}
+
+/// Where the scheduler of a view stands; a cache line of its own, for every new connection writes it.
+#[derive(Zeroable)]
+#[repr(C, align(64))]
+pub struct Cursor {
+    /// rr and wrr: see [`cursor`].
+    pub position: Shared32,
+    reserved: [u32; 15],
+}
+
+/// The value of [`Cursor::position`].
+pub mod cursor {
+    /// Set when the next choice is the ring's entry at the index in the other bits; clear when it is the one after.
+    pub const FRESH: u32 = 1 << 31;
+}
+
+/// Connections of a destination; a cache line of its own.
+#[derive(Zeroable)]
+#[repr(C, align(64))]
+pub struct DestLoad {
+    /// Active connections in the high half, all connections in the low half: added to by one instruction, read
+    /// together.
+    pub connections: Shared64,
+    reserved: [u64; 7],
+}
+
+/// What to add to [`DestLoad::connections`] for one more connection.
+pub const ONE_CONNECTION: u64 = 1;
+/// What to add to [`DestLoad::connections`] for one more active connection.
+pub const ONE_ACTIVE: u64 = 1 << 32;
+
+/// Active and total connections in a value of [`DestLoad::connections`].
+#[inline(always)]
+pub const fn active_and_total(connections: u64) -> (u32, u32) {
+    ((connections >> 32) as u32, connections as u32)
+}
+
+/// Counters of a destination on one CPU, in the order of `docs/ipvs.md`, section 8.1.
+#[derive(Zeroable, Default)]
+#[repr(C)]
+pub struct Counters {
+    /// Connections scheduled.
+    pub connections: Cell<u64>,
+    /// Packets from clients.
+    pub packets_in: Cell<u64>,
+    /// Bytes from clients, IP header included.
+    pub bytes_in: Cell<u64>,
+    /// Packets from the server.
+    pub packets_out: Cell<u64>,
+    /// Bytes from the server, IP header included.
+    pub bytes_out: Cell<u64>,
+}
+
+/// What one CPU keeps about a destination: nobody else writes it, so nothing in it is ever half-written.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct DestCpu {
+    /// Traffic.
+    pub counters: Counters,
+    /// Where its packets go.
+    pub next_hop: NextHop,
+}
+
+/// [`DestCpu`] as the loader reads it.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct DestCpuRecord {
+    /// The five [`Counters`].
+    pub counters: [u64; 5],
+    /// The [`NextHop`].
+    pub next_hop: [u32; 14],
+}
+
+const _: () = assert!(size_of::<DestCpu>() == size_of::<DestCpuRecord>());
+
+/// A next hop as the kernel's routing table gave it, kept by one CPU for about a second.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct NextHop {
+    /// When the kernel was asked, in ticks.
+    pub asked: Cell<u32>,
+    /// One of [`hop`].
+    pub kind: Cell<u32>,
+    /// Index of the interface that leads there.
+    pub ifindex: Cell<u32>,
+    /// Largest IP packet the route takes, in bytes.
+    pub mtu: Cell<u32>,
+    /// Destination and source address of the Ethernet header.
+    pub macs: Cell<[u32; 3]>,
+    /// IPv4 address the host would send from on this route, as loaded from a packet.
+    pub source: Cell<u32>,
+    /// Address family of `gateway`: 2 (IPv4) or 10 (IPv6).
+    pub gateway_family: Cell<u32>,
+    /// Who to send to on that link, as loaded from a packet; IPv4 in the first word.
+    pub gateway: Cell<[u32; 4]>,
+    reserved: u32,
+}
+
+impl NextHop {
+    /// Takes over everything that `other` says.
+    #[inline(always)]
+    pub fn copy_from(&self, other: &Self) {
+        self.asked.set(other.asked.get());
+        self.kind.set(other.kind.get());
+        self.ifindex.set(other.ifindex.get());
+        self.mtu.set(other.mtu.get());
+        self.macs.set(other.macs.get());
+        self.source.set(other.source.get());
+        self.gateway_family.set(other.gateway_family.get());
+        self.gateway.set(other.gateway.get());
+    }
+}
+
+/// [`NextHop::kind`].
+pub mod hop {
+    /// The kernel has not been asked yet.
+    pub const UNKNOWN: u32 = 0;
+    /// The packet leaves by an interface, to a neighbour whose link-layer address is known.
+    pub const VIA: u32 = 1;
+    /// The destination is this host.
+    pub const LOCAL: u32 = 2;
+    /// The packet leaves by an interface, to a neighbour that has yet to be resolved. Never believed a second time.
+    pub const UNRESOLVED: u32 = 3;
+}
+
+/// A next hop towards clients that has a number: a key made of its address and interface, or 0.
+///
+/// Numbers are given once and never reused while the instance lives, so a connection may keep the number of its
+/// client's next hop.
+#[derive(Zeroable)]
+#[repr(transparent)]
+pub struct Adjacency(pub Shared64);
+
+/// Number of [`Adjacency`] slots, a power of two. Number 0 is not given: each CPU's [`NextHop`] of that number is for
+/// next hops that are used once.
+pub const ADJACENCIES: u32 = 4096;
+
+/// What an address and port is to the director.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct Endpoint4 {
+    /// IPv4 address as loaded from a packet.
+    addr: Shared32,
+    /// Port in the low half, protocol number in bits 16-23; 0 with `addr` 0 for a slot that was never used.
+    port_protocol: Shared32,
+    /// See [`Target`]; 0 when the slot is not in use.
+    target: Shared64,
+}
+
+/// Endpoints in a bucket.
+pub const ENDPOINTS_PER_BUCKET: usize = 4;
+/// Buckets looked at before an endpoint is known not to exist.
+pub const ENDPOINT_PROBES: u32 = 4;
+
+/// One cache line of the endpoint table.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct EndpointBucket4 {
+    /// The endpoints, in no order.
+    pub endpoints: [Endpoint4; ENDPOINTS_PER_BUCKET],
+}
+
+const _: () = assert!(size_of::<EndpointBucket4>() == 64);
+
+/// What is known of an endpoint.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Target(pub u64);
+
+impl Target {
+    /// A masqueraded real server listens here, or did and has connections left.
+    pub const SERVER: u64 = 1 << 32;
+    /// The address (with port 0 and protocol 0) belongs to a service.
+    pub const ADDRESS: u64 = 1 << 33;
+    /// A service was here and has connections left.
+    pub const FORMER_SERVICE: u64 = 1 << 34;
+
+    /// The index of the view in force, if the endpoint is a service.
+    #[inline(always)]
+    pub const fn view(self) -> Option<u32> {
+        (self.0 as u32).checked_sub(1)
+    }
+
+    /// This target with the view in force set.
+    pub const fn with_view(self, view: u32) -> Self {
+        Self(self.0 & !0xffff_ffff | (view as u64 + 1))
+    }
+
+    /// Whether all of `flags` are set.
+    #[inline(always)]
+    pub const fn has(self, flags: u64) -> bool {
+        self.0 & flags == flags
+    }
+
+    /// Whether connections to this endpoint may exist.
+    #[inline(always)]
+    pub const fn is_service(self) -> bool {
+        self.0 as u32 != 0 || self.has(Self::FORMER_SERVICE)
+    }
+}
+
+/// An address, port and protocol, as the endpoint table is asked for them.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct EndpointKey4 {
+    addr: u32,
+    port_protocol: u32,
+}
+
+impl EndpointKey4 {
+    /// The endpoint at `port` of `addr`.
+    #[inline(always)]
+    pub const fn new(addr: Ip4, port: Port, protocol: Protocol) -> Self {
+        Self { addr: addr.raw(), port_protocol: port.raw() as u32 | (protocol as u32) << 16 }
+    }
+
+    /// The entry that marks `addr` as the address of a service.
+    #[inline(always)]
+    pub const fn address(addr: Ip4) -> Self {
+        Self { addr: addr.raw(), port_protocol: 1 << 24 }
+    }
+
+    /// The bucket searched first, of a power of two.
+    #[inline(always)]
+    pub const fn bucket(&self, seed: &Seed, buckets: u32) -> u32 {
+        scale((seed.hash(self.addr as u64 | (self.port_protocol as u64) << 32) >> 32) as u32, buckets)
+    }
+}
+
+impl Endpoint4 {
+    /// The target, if this slot holds `key`. A slot may be given to another key at any time: a target counts only when
+    /// the key is still there after it has been read.
+    #[inline(always)]
+    pub fn find(&self, key: &EndpointKey4) -> Option<Target> {
+        if self.addr.load() != key.addr || self.port_protocol.load() != key.port_protocol {
+            return None;
+        }
+        let target = self.target.load();
+        let still = self.addr.load() == key.addr && self.port_protocol.load() == key.port_protocol;
+        (target != 0 && still).then_some(Target(target))
+    }
+
+    /// Whether this slot has never held a key. The search for a key ends at a bucket with such a slot.
+    #[inline(always)]
+    pub fn is_virgin(&self) -> bool {
+        self.port_protocol.load() == 0
+    }
+
+    /// The key and target in this slot, if it is in use.
+    pub fn read(&self) -> Option<(EndpointKey4, Target)> {
+        let target = self.target.load();
+        let key = EndpointKey4 { addr: self.addr.load(), port_protocol: self.port_protocol.load() };
+        (target != 0).then_some((key, Target(target)))
+    }
+
+    /// Changes the target of the key in this slot, by one store; [`Target`] 0 gives the slot up.
+    pub fn set_target(&self, target: Target) {
+        self.target.store(target.0);
+    }
+
+    /// Puts `key` into this slot, which is not in use. Readers find the whole of it or nothing.
+    pub fn claim(&self, key: &EndpointKey4, target: Target) {
+        self.target.store(0);
+        self.addr.store(key.addr);
+        self.port_protocol.store(key.port_protocol);
+        self.target.store(target.0);
+    }
+}
+
+/// Where ageing stands: what follows the timer in the one value of its map.
+#[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
+#[repr(C)]
+pub struct AgeingRecord {
+    /// Nanoseconds between two ticks.
+    pub interval_ns: u64,
+    /// Buckets looked at in one tick.
+    pub slice: u32,
+    /// The bucket that the next tick begins with.
+    pub next: u32,
+    /// Times the whole table has been looked at.
+    pub sweeps: u64,
+    /// When the sweep that is under way began, in ticks.
+    pub began: u32,
+    /// When the last whole sweep began, in ticks.
+    pub last_began: u32,
+    /// When the last whole sweep ended, in ticks.
+    pub last_ended: u32,
+    /// Zero.
+    pub reserved: u32,
+    /// Connections ended because their time was over.
+    pub ended: u64,
+}
+
+/// The value of the ageing map as the loader reads it.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct AgeingValue {
+    /// The kernel's timer.
+    pub timer: [u64; 2],
+    /// Where ageing stands.
+    pub record: AgeingRecord,
+}
+
+/// A request to the control program, at the start of the frame it is run with.
+#[derive(Clone, Copy, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ControlRequest {
+    /// One of [`control`].
+    pub operation: u32,
+    /// The first bucket it is about.
+    pub first: u32,
+    /// The number of buckets it is about.
+    pub count: u32,
+    /// The destination it is about, or [`control::ANY`].
+    pub dest: u32,
+    /// What the program answers; its meaning depends on the operation.
+    pub answer: u64,
+    /// Nanoseconds between two ticks of the ageing timer.
+    pub interval_ns: u64,
+}
+
+/// [`ControlRequest::operation`].
+pub mod control {
+    /// Starts the ageing timer, or lets one that runs go on with this program: `count` buckets every `interval_ns`.
+    pub const START_AGEING: u32 = 1;
+    /// Answers with the time, in ticks.
+    pub const CLOCK: u32 = 2;
+    /// Ends the connections to `dest` in `count` buckets from `first` on. Answers with their number.
+    pub const FLUSH: u32 = 3;
+    /// Every destination.
+    pub const ANY: u32 = u32::MAX;
+}
+
+record! {
+    /// One step of a change: a record to write. The first slot of the journal holds the number of steps in `kind`; 0
+    /// when no change is under way.
+    JournalSlot, JournalRecord, 136 {
+        /// One of [`journal`].
+        kind: u32,
+        /// The slot to write to.
+        index: u32,
+        /// The words of the record, from the first on.
+        words: [u64; 16],
+    }
+}
+
+/// [`JournalRecord::kind`].
+pub mod journal {
+    /// A [`super::ServiceRecord`].
+    pub const SERVICE: u32 = 1;
+    /// A [`super::DestRecord`].
+    pub const DEST: u32 = 2;
+    /// A [`super::DestRecord`] of a destination whose counters start at zero.
+    pub const NEW_DEST: u32 = 3;
+    /// [`super::Instance::next_order`] in the first word, `services_used` and `dests_used` in the next two.
+    pub const INSTANCE: u32 = 4;
+}
+
+/// What the measuring programs are told; see `lb-ebpf/src/bin/bench`.
+pub mod bench {
+    use super::{Pod, Record, Word, Zeroable};
+
+    /// Bytes of the frame that are restored before every run.
+    pub const HEAD: usize = 56;
+
+    record! {
+        /// The frame that every run begins with, and how runs differ.
+        Setup, SetupRecord, 96 {
+            /// Length of the frame in bytes.
+            len: u32,
+            /// One of [`pick`].
+            order: u32,
+            /// Number of flows less one; the number is a power of two.
+            mask: u32,
+            /// The flow of the next run, or the state of the generator that draws it.
+            next_flow: u32,
+            /// Address of the first client, in host order. Sixty-four flows have the same.
+            first_addr: u32,
+            /// Where the client's address stands in the frame.
+            addr_offset: u32,
+            /// Where the client's port stands in the frame.
+            port_offset: u32,
+            /// Folded sum of the IP header without checksum and client address.
+            header_sum: u32,
+            /// The first bytes of the frame.
+            head: [u64; 7],
+            /// Zero.
+            reserved: u64,
+        }
+    }
+
+    /// [`Setup::order`].
+    pub mod pick {
+        /// Every run has the first flow.
+        pub const SAME: u32 = 0;
+        /// Runs have flows in no order.
+        pub const RANDOM: u32 = 1;
+        /// Runs have one flow after the other.
+        pub const SEQUENTIAL: u32 = 2;
+    }
+}
+
+/// A number that changes with the layout of any shared type: what [`Instance::layout`] is compared with.
+pub const LAYOUT: u32 = {
+    let sizes = [
+        size_of::<Instance>(),
+        size_of::<Config>(),
+        size_of::<Service>(),
+        size_of::<Dest>(),
+        size_of::<Slot>(),
+        size_of::<View>(),
+        size_of::<Cursor>(),
+        size_of::<DestLoad>(),
+        size_of::<DestCpu>(),
+        size_of::<NextHop>(),
+        size_of::<Adjacency>(),
+        size_of::<EndpointBucket4>(),
+        size_of::<JournalSlot>(),
+        size_of::<crate::flow::Bucket4>(),
+        crate::reason::Reason::ALL.len(),
+    ];
+    // FNV-1a over the sizes.
+    let mut hash = 0x811c_9dc5u32;
+    let mut i = 0;
+    while i < sizes.len() {
+        hash = (hash ^ sizes[i] as u32).wrapping_mul(0x0100_0193);
+        i += 1;
+    }
+    hash
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shared_and_plain_forms_have_one_layout() {
+        let shared = Dest::zeroed();
+        let plain = DestRecord {
+            addr: [1, 2, 3, 4],
+            port_method: u32::from(Port::new(8080).raw()) | 3 << 16,
+            weight: 5,
+            state: slot::USED,
+            service: 6,
+            upper: 7,
+            lower: 8,
+            last_weight: 9,
+            removed_at: 10,
+            order: 11,
+            masqueraded: 1,
+            reserved: 0,
+        };
+        shared.store(&plain);
+        assert_eq!(shared.load(), plain);
+        assert_eq!((shared.port(), shared.method()), (Port::new(8080), 3));
+        assert!(shared.usable());
+        shared.weight.store(0);
+        assert!(!shared.usable() && shared.available());
+        shared.state.store(slot::REMOVED);
+        assert!(!shared.available());
+    }
+
+    #[test]
+    fn an_endpoint_is_found_until_its_slot_is_given_up() {
+        let slot = Endpoint4::zeroed();
+        let web = EndpointKey4::new(Ip4::new([10, 0, 0, 1]), Port::new(80), Protocol::Tcp);
+        let dns = EndpointKey4::new(Ip4::new([10, 0, 0, 1]), Port::new(53), Protocol::Udp);
+        assert!(slot.is_virgin() && slot.find(&web).is_none());
+        slot.claim(&web, Target::default().with_view(0));
+        assert_eq!(slot.find(&web).and_then(Target::view), Some(0));
+        assert!(slot.find(&dns).is_none());
+        slot.set_target(Target::default());
+        assert!(slot.find(&web).is_none() && !slot.is_virgin() && slot.read().is_none());
+        slot.claim(&dns, Target(Target::SERVER));
+        assert_eq!(slot.read(), Some((dns, Target(Target::SERVER))));
+    }
+
+    #[test]
+    fn the_address_marker_is_no_endpoint() {
+        let addr = Ip4::new([10, 0, 0, 1]);
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            assert_ne!(EndpointKey4::address(addr), EndpointKey4::new(addr, Port::new(0), protocol));
+        }
+    }
+
+    #[test]
+    fn loads_of_active_and_total_do_not_mix() {
+        let load = 3 * ONE_CONNECTION + 2 * ONE_ACTIVE;
+        assert_eq!(active_and_total(load), (2, 3));
+        assert_eq!(active_and_total(load.wrapping_sub(ONE_CONNECTION + ONE_ACTIVE)), (1, 2));
+    }
+}

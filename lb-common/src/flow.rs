@@ -1,0 +1,534 @@
+//! A connection in the flow table: its layout, its state word and where the table may hold it.
+//!
+//! # One entry
+//!
+//! An entry is half a cache line (IPv4). Its `word` is the only field that changes while the entry is live, always by
+//! compare-exchange, and it says everything that a packet may change: the time it expires, its TCP state, its flags.
+//! The other fields are written by the one CPU that has claimed the entry and are constant until the entry is free
+//! again. So a reader that finds the same version in the word before and after it has read the other fields has read
+//! fields of one connection.
+//!
+//! ```text
+//! FREE --claim--> BUSY --publish--> LIVE --release--> FREE
+//!                   |                 ^ |
+//!                   | kill            +-+ step
+//!                   v
+//!                KILLED --release--> FREE
+//! ```
+//!
+//! Every arrow is one compare-exchange of the word, and only the CPU whose exchange succeeds acts on it (adds the
+//! connection to its destination's counters, takes it off again). Claiming increments the version.
+//!
+//! # Where an entry may stand
+//!
+//! A connection is hashed by protocol, client address and client port: what a packet of the client and a reply of a
+//! masqueraded server have in common, so that one entry is found from both sides. The hash names two buckets of ten
+//! entries and the cache line in each where its search begins. With two buckets of ten, fewer than one insert in
+//! 10,000 finds both full when three quarters of the table are in use (see `ARCHITECTURE.md`, "Measurements").
+//! At most twenty connections with the same client address and port, to different services, can be held at a time.
+
+use bytemuck::Zeroable;
+
+use crate::{
+    addr::{Ip4, Port},
+    hash::{Seed, scale},
+    jiffies::Jiffies,
+    proto::Protocol,
+    sync::{Shared32, Shared64},
+};
+
+/// The status of an entry: bits 0-1 of its word.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Status {
+    /// Nobody uses the entry; its other fields are left over.
+    Free,
+    /// One CPU is filling the entry in.
+    Busy,
+    /// Another CPU has decided that the one filling the entry in shall give it up.
+    Killed,
+    /// The entry is a connection.
+    Live,
+}
+
+/// The state word of an entry.
+///
+/// | bits | live | busy, killed | free |
+/// |---|---|---|---|
+/// | 0-1 | status | status | status |
+/// | 2-3 | protocol (TCP 0, UDP 1) | 0 | 0 |
+/// | 4-7 | TCP state | 0 | 0 |
+/// | 8-10 | forwarding method | 0 | 0 |
+/// | 11-15 | flags | 0 | 0 |
+/// | 16-31 | version | version | version |
+/// | 32-63 | expires, jiffies | tag of the connection | 0 |
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Word(pub u64);
+
+/// Flags of a live connection, as bits of its [`Word`].
+pub mod flag {
+    /// Not counted among the active connections of its destination.
+    pub const INACTIVE: u64 = 1 << 11;
+    /// No packet of the server has been seen: state transitions are those of one direction only.
+    pub const NO_OUTPUT: u64 = 1 << 12;
+    /// The destination is reached at the service's port, not at the port of the destination's own record.
+    pub const SERVICE_PORT: u64 = 1 << 13;
+}
+
+const STATUS_MASK: u64 = 0b11;
+const VERSION_SHIFT: u32 = 16;
+const VERSION_MASK: u64 = 0xffff << VERSION_SHIFT;
+const EXPIRES_SHIFT: u32 = 32;
+
+impl Word {
+    /// The entry's status.
+    #[inline(always)]
+    pub const fn status(self) -> Status {
+        match self.0 & STATUS_MASK {
+            0 => Status::Free,
+            1 => Status::Busy,
+            2 => Status::Killed,
+            _ => Status::Live,
+        }
+    }
+
+    /// Whether the entry is a connection.
+    #[inline(always)]
+    pub const fn is_live(self) -> bool {
+        self.0 & STATUS_MASK == 3
+    }
+
+    /// The word after this one when the entry is claimed for the connection with this tag: the next version, BUSY.
+    #[inline(always)]
+    pub const fn claimed(self, tag: u32) -> Self {
+        let version = (self.0 & VERSION_MASK).wrapping_add(1 << VERSION_SHIFT) & VERSION_MASK;
+        Self(version | (tag as u64) << EXPIRES_SHIFT | 1)
+    }
+
+    /// The word after a BUSY one when another CPU takes the claim away.
+    #[inline(always)]
+    pub const fn killed(self) -> Self {
+        Self(self.0 & !STATUS_MASK | 2)
+    }
+
+    /// The word of a new connection, but for its version; see [`Word::live`].
+    ///
+    /// `state` and `method` by their numbers, `flags` any of [`flag`].
+    #[inline(always)]
+    pub const fn born(protocol: Protocol, state: u8, method: u8, flags: u64, expires: Jiffies) -> Self {
+        let protocol = match protocol {
+            Protocol::Tcp => 0,
+            Protocol::Udp => 1,
+        };
+        Self(
+            3 | protocol << 2
+                | (state as u64 & 0xf) << 4
+                | (method as u64 & 0x7) << 8
+                | flags
+                | (expires.0 as u64) << EXPIRES_SHIFT,
+        )
+    }
+
+    /// The word after a BUSY one when the entry becomes the connection `born`.
+    #[inline(always)]
+    pub const fn live(self, born: Self) -> Self {
+        Self(self.0 & VERSION_MASK | born.0)
+    }
+
+    /// The word after any other when the entry is given back.
+    #[inline(always)]
+    pub const fn freed(self) -> Self {
+        Self(self.0 & VERSION_MASK)
+    }
+
+    /// Whether both words are of the same life of the entry.
+    #[inline(always)]
+    pub const fn same_life(self, other: Self) -> bool {
+        (self.0 ^ other.0) & (VERSION_MASK | STATUS_MASK) == 0
+    }
+
+    /// The tag of the connection that a BUSY entry is being filled in for.
+    #[inline(always)]
+    pub const fn tag(self) -> u32 {
+        (self.0 >> EXPIRES_SHIFT) as u32
+    }
+
+    /// When a live entry expires.
+    #[inline(always)]
+    pub const fn expires(self) -> Jiffies {
+        Jiffies((self.0 >> EXPIRES_SHIFT) as u32)
+    }
+
+    /// The transport protocol of a live entry.
+    #[inline(always)]
+    pub const fn protocol(self) -> Protocol {
+        if self.0 >> 2 & 0b11 == 0 { Protocol::Tcp } else { Protocol::Udp }
+    }
+
+    /// The number of a live entry's TCP state.
+    #[inline(always)]
+    pub const fn state(self) -> u8 {
+        (self.0 >> 4 & 0xf) as u8
+    }
+
+    /// The number of a live entry's forwarding method.
+    #[inline(always)]
+    pub const fn method(self) -> u8 {
+        (self.0 >> 8 & 0x7) as u8
+    }
+
+    /// Whether all of `flags` are set.
+    #[inline(always)]
+    pub const fn has(self, flags: u64) -> bool {
+        self.0 & flags == flags
+    }
+
+    /// This word with another state, with `clear` flags cleared and `set` flags set.
+    #[inline(always)]
+    pub const fn moved(self, state: u8, clear: u64, set: u64) -> Self {
+        Self(self.0 & !(0xf << 4 | clear) | (state as u64 & 0xf) << 4 | set)
+    }
+
+    /// This word with another expiry.
+    #[inline(always)]
+    pub const fn expiring(self, expires: Jiffies) -> Self {
+        Self(self.0 & 0xffff_ffff | (expires.0 as u64) << EXPIRES_SHIFT)
+    }
+
+    /// How long `expires` may stay behind before a packet writes it, in ticks: one second. A connection lives that much
+    /// longer than its word says, so that it never goes before its time.
+    ///
+    /// Returns whether a live connection is over at `now`.
+    #[inline(always)]
+    pub const fn expired(self, now: Jiffies, hz: u32) -> bool {
+        now.reached(self.expires().after(hz))
+    }
+}
+
+impl core::fmt::Debug for Word {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        write!(
+            f,
+            "{:?} v{} state {} flags {:#x} expires {}",
+            self.status(),
+            (self.0 & VERSION_MASK) >> VERSION_SHIFT,
+            self.state(),
+            self.0 & 0xf800,
+            self.expires().0
+        )
+    }
+}
+
+/// Who speaks to whom: what makes a packet of the client belong to a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(align(8))]
+pub struct Key4 {
+    /// Client address.
+    pub caddr: Ip4,
+    /// Address of the service.
+    pub vaddr: Ip4,
+    /// Client port.
+    pub cport: Port,
+    /// Port of the service.
+    pub vport: Port,
+    /// Transport protocol.
+    pub protocol: Protocol,
+}
+
+/// An IPv4 connection: 32 bytes, two to a cache line.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct Entry4 {
+    /// See [`Word`].
+    pub word: Shared64,
+    /// Client address (bits 0-31), client port (32-47) and service port (48-63), each as loaded from a packet.
+    peer: Shared64,
+    /// Service address as loaded from a packet.
+    vaddr: Shared32,
+    /// Number of the destination.
+    pub dest: Shared32,
+    /// Where the client was last reached: a hint with the version it belongs to, see [`Hint`].
+    pub hint: Shared32,
+    reserved: Shared32,
+}
+
+/// Entries in a bucket.
+pub const ENTRIES_PER_BUCKET: usize = 10;
+/// Places in a bucket where a search may begin: every second entry, which for IPv4 begins a cache line.
+pub const LINES: usize = ENTRIES_PER_BUCKET / 2;
+
+/// A bucket of a flow table. An IPv4 bucket is five cache lines.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct Bucket<E: Zeroable> {
+    /// The entries, searched from the one that the hash names.
+    pub entries: [E; ENTRIES_PER_BUCKET],
+}
+
+/// A bucket of the IPv4 flow table.
+pub type Bucket4 = Bucket<Entry4>;
+
+const _: () = assert!(size_of::<Entry4>() == 32 && size_of::<Bucket4>() == 320);
+
+/// A flow-table entry of some address family.
+pub trait Entry: Zeroable + 'static {
+    /// What tells connections apart.
+    type Key: Copy + PartialEq;
+
+    /// The state word.
+    fn word(&self) -> &Shared64;
+    /// The number of the destination.
+    fn dest(&self) -> &Shared32;
+    /// The client's next-hop hint.
+    fn hint(&self) -> &Shared32;
+    /// Whether addresses and ports are those of `key`. The protocol is in the word.
+    fn holds(&self, key: &Self::Key) -> bool;
+    /// Whether client address and port are those of `key`.
+    fn holds_client(&self, key: &Self::Key) -> bool;
+    /// Writes addresses and ports. Only the CPU that has claimed the entry may call this.
+    fn fill(&self, key: &Self::Key, dest: u32);
+    /// Addresses and ports as they stand, with the protocol of `word`.
+    fn key(&self, word: Word) -> Self::Key;
+    /// The protocol of a key.
+    fn protocol_of(key: &Self::Key) -> Protocol;
+    /// Hashes what both sides of a connection have in common.
+    fn hash(key: &Self::Key, seed: &Seed) -> u64;
+    /// A number that tells the connections at one place apart, nearly always.
+    fn tag(key: &Self::Key, place: &Place) -> u32;
+}
+
+impl Key4 {
+    #[inline(always)]
+    const fn client(&self) -> u64 {
+        self.caddr.raw() as u64 | (self.cport.raw() as u64) << 32
+    }
+
+    #[inline(always)]
+    const fn peer(&self) -> u64 {
+        self.client() | (self.vport.raw() as u64) << 48
+    }
+}
+
+impl Entry for Entry4 {
+    type Key = Key4;
+
+    #[inline(always)]
+    fn word(&self) -> &Shared64 {
+        &self.word
+    }
+
+    #[inline(always)]
+    fn dest(&self) -> &Shared32 {
+        &self.dest
+    }
+
+    #[inline(always)]
+    fn hint(&self) -> &Shared32 {
+        &self.hint
+    }
+
+    #[inline(always)]
+    fn holds(&self, key: &Key4) -> bool {
+        self.peer.load() == key.peer() && self.vaddr.load() == key.vaddr.raw()
+    }
+
+    #[inline(always)]
+    fn holds_client(&self, key: &Key4) -> bool {
+        (self.peer.load() ^ key.client()) << 16 == 0
+    }
+
+    #[inline(always)]
+    fn fill(&self, key: &Key4, dest: u32) {
+        self.peer.store(key.peer());
+        self.vaddr.store(key.vaddr.raw());
+        self.dest.store(dest);
+        self.hint.store(0);
+    }
+
+    #[inline(always)]
+    fn key(&self, word: Word) -> Key4 {
+        let peer = self.peer.load();
+        Key4 {
+            caddr: Ip4::from_raw(peer as u32),
+            cport: Port::from_raw((peer >> 32) as u16),
+            vport: Port::from_raw((peer >> 48) as u16),
+            vaddr: Ip4::from_raw(self.vaddr.load()),
+            protocol: word.protocol(),
+        }
+    }
+
+    #[inline(always)]
+    fn protocol_of(key: &Key4) -> Protocol {
+        key.protocol
+    }
+
+    #[inline(always)]
+    fn hash(key: &Key4, seed: &Seed) -> u64 {
+        seed.hash(key.client() | (key.protocol as u64) << 48)
+    }
+
+    #[inline(always)]
+    fn tag(key: &Key4, place: &Place) -> u32 {
+        place.tag ^ key.vaddr.raw() ^ key.vport.raw() as u32
+    }
+}
+
+/// Where a connection may stand in a table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(align(8))]
+pub struct Place {
+    /// The bucket searched first.
+    pub first: u32,
+    /// The bucket searched next; never the first.
+    pub second: u32,
+    /// Half the index of the entry at which the search of a bucket begins.
+    pub line: u32,
+    /// Bits of the hash that do not choose the buckets alone.
+    pub tag: u32,
+}
+
+impl Place {
+    /// The place of a connection with this hash in a table of `buckets` buckets, an even number.
+    #[inline(always)]
+    pub const fn of(hash: u64, buckets: u32) -> Self {
+        let first = scale(hash as u32, buckets);
+        let second = scale((hash >> 32) as u32, buckets);
+        // An even number of buckets: the neighbour of the last one exists.
+        let second = if second == first { first ^ 1 } else { second };
+        let line = scale(((hash >> 8) as u32) << 16, LINES as u32);
+        Self { first, second, line, tag: (hash >> 16) as u32 }
+    }
+}
+
+/// A hint kept beside a connection: 16 bits that count only for the life of the entry they were written in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Hint(u32);
+
+impl Hint {
+    /// The hint `value` for the life of the entry with this word.
+    #[inline(always)]
+    pub const fn new(word: Word, value: u16) -> Self {
+        Self((word.0 & VERSION_MASK) as u32 | value as u32)
+    }
+
+    /// The hint as stored.
+    #[inline(always)]
+    pub const fn raw(self) -> u32 {
+        self.0
+    }
+
+    /// The value of the stored hint `raw`, or 0 when it was written in another life of the entry.
+    #[inline(always)]
+    pub const fn value(raw: u32, word: Word) -> u16 {
+        if (raw as u64 ^ word.0) & VERSION_MASK == 0 { raw as u16 } else { 0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BIRTH: Word = Word::born(Protocol::Udp, 3, 3, flag::INACTIVE, Jiffies(0xdead_beef));
+
+    #[test]
+    fn a_word_keeps_its_fields_apart() {
+        let word = Word(0).claimed(0xffff_ffff).live(BIRTH);
+        assert!(word.is_live());
+        assert_eq!(word.protocol(), Protocol::Udp);
+        assert_eq!((word.state(), word.method()), (3, 3));
+        assert!(word.has(flag::INACTIVE) && !word.has(flag::NO_OUTPUT));
+        assert_eq!(word.expires(), Jiffies(0xdead_beef));
+
+        let moved = word.moved(10, flag::INACTIVE, flag::NO_OUTPUT).expiring(Jiffies(7));
+        assert_eq!((moved.state(), moved.method(), moved.expires()), (10, 3, Jiffies(7)));
+        assert!(!moved.has(flag::INACTIVE) && moved.has(flag::NO_OUTPUT));
+        assert!(moved.same_life(word));
+    }
+
+    #[test]
+    fn every_claim_is_a_new_life() {
+        let mut word = Word(0);
+        for _ in 0..0x1_0001 {
+            let live = word.claimed(1).live(BIRTH);
+            assert!(!live.same_life(word.claimed(1)));
+            let next = live.freed().claimed(1).live(BIRTH);
+            assert!(!next.same_life(live));
+            word = live.freed();
+            assert_eq!(word.status(), Status::Free);
+        }
+    }
+
+    #[test]
+    fn a_claim_shows_its_tag_until_it_is_published() {
+        let busy = Word(0).claimed(0x1234_5678);
+        assert_eq!((busy.status(), busy.tag()), (Status::Busy, 0x1234_5678));
+        assert_eq!((busy.killed().status(), busy.killed().tag()), (Status::Killed, 0x1234_5678));
+        assert!(!busy.killed().same_life(busy));
+    }
+
+    #[test]
+    fn a_connection_lives_one_second_longer_than_written() {
+        let word = Word(0).claimed(1).live(BIRTH.expiring(Jiffies(1000)));
+        assert!(!word.expired(Jiffies(1249), 250));
+        assert!(word.expired(Jiffies(1250), 250));
+    }
+
+    #[test]
+    fn an_entry_returns_the_key_it_was_filled_with() {
+        let entry = Entry4::zeroed();
+        let key = Key4 {
+            caddr: Ip4::new([198, 51, 100, 7]),
+            vaddr: Ip4::new([203, 0, 113, 1]),
+            cport: Port::new(54_321),
+            vport: Port::new(443),
+            protocol: Protocol::Udp,
+        };
+        entry.fill(&key, 17);
+        assert_eq!(entry.key(Word(0).claimed(1).live(BIRTH)), key);
+        assert!(entry.holds(&key) && entry.holds_client(&key));
+        for other in [
+            Key4 { caddr: Ip4::new([198, 51, 100, 8]), ..key },
+            Key4 { vaddr: Ip4::new([203, 0, 113, 2]), ..key },
+            Key4 { cport: Port::new(1), ..key },
+            Key4 { vport: Port::new(80), ..key },
+        ] {
+            assert!(!entry.holds(&other));
+        }
+        assert!(entry.holds_client(&Key4 { vport: Port::new(80), vaddr: Ip4::new([1, 2, 3, 4]), ..key }));
+        assert!(!entry.holds_client(&Key4 { cport: Port::new(1), ..key }));
+    }
+
+    #[test]
+    fn both_sides_of_a_connection_hash_alike() {
+        let seed = Seed::new([1, 2, 3]);
+        let key = Key4 {
+            caddr: Ip4::new([198, 51, 100, 7]),
+            vaddr: Ip4::new([203, 0, 113, 1]),
+            cport: Port::new(54_321),
+            vport: Port::new(443),
+            protocol: Protocol::Tcp,
+        };
+        let reply = Key4 { vaddr: Ip4::new([10, 0, 0, 5]), vport: Port::new(8080), ..key };
+        assert_eq!(Entry4::hash(&key, &seed), Entry4::hash(&reply, &seed));
+        assert_ne!(Entry4::hash(&key, &seed), Entry4::hash(&Key4 { protocol: Protocol::Udp, ..key }, &seed));
+    }
+
+    #[test]
+    fn the_two_buckets_differ_and_exist() {
+        for buckets in [2, 4, 1022] {
+            for i in 0..10_000u64 {
+                let place = Place::of(i.wrapping_mul(0x9e37_79b9_7f4a_7c15), buckets);
+                assert!(place.first < buckets && place.second < buckets && place.first != place.second);
+                assert!(place.line < LINES as u32);
+                }
+        }
+    }
+
+    #[test]
+    fn a_hint_of_an_earlier_life_does_not_count() {
+        let word = Word(0).claimed(1).live(BIRTH);
+        let hint = Hint::new(word, 42);
+        assert_eq!(Hint::value(hint.raw(), word), 42);
+        assert_eq!(Hint::value(hint.raw(), word.freed().claimed(1).live(BIRTH)), 0);
+        assert_eq!(Hint::value(0, word), 0);
+    }
+}

@@ -1,0 +1,117 @@
+//! Hashes: the seeded one that places flows and service addresses in their tables, and ip_vs's own that schedulers use.
+
+/// The secret of one instance: three random words drawn when it is created.
+///
+/// Without it nobody outside can tell which flows share a bucket. Both multipliers are odd.
+#[derive(Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Seed {
+    offset: u64,
+    multipliers: [u64; 2],
+}
+
+impl Seed {
+    /// The seed made of these random words.
+    pub const fn new(random: [u64; 3]) -> Self {
+        Self { offset: random[0], multipliers: [random[1] | 1, random[2] | 1] }
+    }
+
+    /// Hashes one word.
+    ///
+    /// Multiplying by a random odd number and keeping high bits is universal (Dietzfelbinger et al. 1997): two fixed
+    /// keys collide with probability at most 2/buckets over the choice of the seed. Folding the high half down between
+    /// the two multiplications makes every output bit depend on every input bit.
+    #[inline(always)]
+    pub const fn hash(&self, key: u64) -> u64 {
+        let x = (key ^ self.offset).wrapping_mul(self.multipliers[0]);
+        let x = (x ^ (x >> 32)).wrapping_mul(self.multipliers[1]);
+        x ^ (x >> 32)
+    }
+}
+
+impl core::fmt::Debug for Seed {
+    /// Never shows the secret.
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.write_str("Seed(..)")
+    }
+}
+
+/// Scales the 32-bit `hash` to 0..`buckets` without a division.
+#[inline(always)]
+pub const fn scale(hash: u32, buckets: u32) -> u32 {
+    ((hash as u64 * buckets as u64) >> 32) as u32
+}
+
+/// ip_vs's multiplicative hash of a host-order number to `bits` bits (`docs/ipvs.md`, section 3.0).
+#[inline(always)]
+pub const fn hash32(value: u32, bits: u32) -> u32 {
+    value.wrapping_mul(0x61c8_8647) >> (32 - bits)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SEED: Seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
+
+    /// Pearson's chi-squared statistic of `keys` over 1,024 buckets, from the low and from the high half of the hash,
+    /// as standard deviations from its mean.
+    fn deviations(keys: impl Iterator<Item = u64>) -> [f64; 2] {
+        const BUCKETS: u32 = 1024;
+        let mut counts = [[0u32; BUCKETS as usize]; 2];
+        let mut number = 0u32;
+        for key in keys {
+            let hash = SEED.hash(key);
+            for (counts, half) in counts.iter_mut().zip([hash as u32, (hash >> 32) as u32]) {
+                counts[scale(half, BUCKETS) as usize] += 1;
+            }
+            number += 1;
+        }
+        counts.map(|counts| {
+            let mean = f64::from(number) / f64::from(BUCKETS);
+            let chi2: f64 = counts.iter().map(|&count| (f64::from(count) - mean).powi(2) / mean).sum();
+            let freedom = f64::from(BUCKETS - 1);
+            (chi2 - freedom) / (2.0 * freedom).sqrt()
+        })
+    }
+
+    /// A flow's key as the table hashes it: client address, client port, protocol.
+    fn key(address: u32, port: u16) -> u64 {
+        u64::from(address.to_be()) | u64::from(port.to_be()) << 32 | 6 << 48
+    }
+
+    #[test]
+    fn structured_keys_load_the_buckets_evenly() {
+        let one_client = (1024..61_024).map(|port| key(0x0a00_0001, port));
+        let sequential_addresses = (0..65_536).map(|i| key(0x0a00_0000 + i, 40_000));
+        let high_bits_only = (0..65_536).map(|i| key(i << 16, 443));
+        let both = (0..65_536).map(|i| key(0xc0a8_0000 + (i >> 4), 32_768 + (i & 15) as u16));
+        for (name, deviations) in [
+            ("one client, 60,000 ports", deviations(one_client)),
+            ("sequential addresses", deviations(sequential_addresses)),
+            ("addresses that differ in their high bits only", deviations(high_bits_only)),
+            ("16 ports each of 4,096 addresses", deviations(both)),
+        ] {
+            // More even than random is welcome; five deviations less even than random is a bad hash.
+            assert!(deviations.iter().all(|deviation| *deviation < 5.0), "{name}: {deviations:?}");
+        }
+    }
+
+    #[test]
+    fn hash32_gives_the_positions_seen_in_ip_vs() {
+        // docs/ipvs.md, section 14.1.
+        let address = |octets: [u8; 4]| u32::from_be_bytes(octets);
+        for (octets, bits8, bits10, with_port) in [
+            ([10, 0, 0, 1], 39, 159, 134),
+            ([10, 0, 0, 2], 137, 550, 232),
+            ([192, 168, 1, 1], 136, 547, 231),
+            ([203, 0, 113, 7], 124, 499, 219),
+            ([255, 255, 255, 255], 158, 632, 253),
+            ([0, 0, 0, 0], 0, 0, 94),
+        ] {
+            assert_eq!(hash32(address(octets), 8), bits8);
+            assert_eq!(hash32(address(octets), 10), bits10);
+            assert_eq!(hash32(address(octets).wrapping_add(12_345), 8), with_port);
+        }
+    }
+}

@@ -1,0 +1,111 @@
+//! Protocols, forwarding methods and schedulers, by ip_vs's own numbers where it has them.
+
+/// A number in a map or a packet that names no variant of the enum it stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Unknown(pub u8);
+
+macro_rules! numbered {
+    ($(#[$doc:meta])* $name:ident { $($(#[$vdoc:meta])* $variant:ident = $value:literal, $word:literal;)+ }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+        #[repr(u8)]
+        pub enum $name {
+            $($(#[$vdoc])* $variant = $value,)+
+        }
+
+        impl $name {
+            /// Every variant, in order of its number.
+            pub const ALL: &'static [Self] = &[$(Self::$variant),+];
+
+            /// The variant's name as command lines and listings write it.
+            pub const fn as_str(self) -> &'static str {
+                match self { $(Self::$variant => $word),+ }
+            }
+        }
+
+        impl TryFrom<u8> for $name {
+            type Error = Unknown;
+
+            #[inline(always)]
+            fn try_from(value: u8) -> Result<Self, Unknown> {
+                match value { $($value => Ok(Self::$variant),)+ other => Err(Unknown(other)) }
+            }
+        }
+
+        impl core::fmt::Display for $name {
+            fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+                f.pad(self.as_str())
+            }
+        }
+    };
+}
+
+numbered! {
+    /// A transport protocol that can be load-balanced; the value is its IP protocol number.
+    Protocol {
+        /// RFC 9293.
+        Tcp = 6, "tcp";
+        /// RFC 768.
+        Udp = 17, "udp";
+    }
+}
+
+numbered! {
+    /// How a packet reaches its destination (`docs/ipvs.md`, section 1.2).
+    Method {
+        /// NAT: the destination address and port are rewritten, and the replies translated back.
+        Masq = 0, "nat";
+        /// IP-in-IP encapsulation.
+        Tunnel = 2, "tunnel";
+        /// Direct routing: only the link-layer addresses change.
+        Route = 3, "dr";
+    }
+}
+
+impl Method {
+    /// The word ipvsadm prints in its "Forward" column.
+    pub const fn column(self) -> &'static str {
+        match self {
+            Self::Masq => "Masq",
+            Self::Tunnel => "Tunnel",
+            Self::Route => "Route",
+        }
+    }
+}
+
+numbered! {
+    /// A scheduling algorithm (`docs/ipvs.md`, section 3). The numbers are ours: ip_vs knows schedulers by name.
+    Scheduler {
+        /// Round robin.
+        Rr = 1, "rr";
+        /// Weighted round robin.
+        Wrr = 2, "wrr";
+        /// Weighted least connection.
+        Wlc = 3, "wlc";
+        /// Source hashing.
+        Sh = 4, "sh";
+    }
+}
+
+impl Scheduler {
+    /// The scheduler with this ip_vs name.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Self::ALL.iter().copied().find(|scheduler| scheduler.as_str() == name)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_and_names_round_trip() {
+        for &scheduler in Scheduler::ALL {
+            assert_eq!(Scheduler::from_name(scheduler.as_str()), Some(scheduler));
+            assert_eq!(Scheduler::try_from(scheduler as u8), Ok(scheduler));
+        }
+        assert_eq!(Scheduler::from_name("nope"), None);
+        assert_eq!(Method::try_from(7), Err(Unknown(7)));
+        assert_eq!(Protocol::try_from(17), Ok(Protocol::Udp));
+    }
+}

@@ -1,0 +1,230 @@
+//! The TCP states of a connection and their transitions, as ip_vs has them (`docs/ipvs.md`, section 4.4).
+//!
+//! The director sees packets, not endpoints: a state is what can be concluded from the flags that passed, from whichever
+//! side passes through it.
+
+use crate::{proto::Unknown, sync::opaque};
+
+/// What the director believes about a TCP connection. The numbers are ip_vs's, also on its synchronisation wire.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[repr(u8)]
+#[expect(missing_docs, reason = "the names are those of RFC 9293, seen from the middle")]
+pub enum State {
+    None = 0,
+    Established = 1,
+    SynSent = 2,
+    SynRecv = 3,
+    FinWait = 4,
+    TimeWait = 5,
+    Close = 6,
+    CloseWait = 7,
+    LastAck = 8,
+    Listen = 9,
+    SynAck = 10,
+}
+
+/// Number of TCP states.
+pub const STATES: usize = 11;
+
+/// The part of the flags that moves the state, by priority: a packet with RST counts as RST whatever else it carries.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Event {
+    /// SYN, with or without ACK.
+    Syn = 0,
+    /// FIN without SYN.
+    Fin = 1,
+    /// ACK alone.
+    Ack = 2,
+    /// RST, whatever else is set.
+    Rst = 3,
+    /// None of the four flags; closes the connection.
+    None = 4,
+}
+
+/// From which side the packet came, and what is known of the other.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Direction {
+    /// From the client, and the server's packets pass the director too.
+    Input = 0,
+    /// From the server.
+    Output = 1,
+    /// From the client, and no packet of the server has been seen.
+    InputOnly = 2,
+}
+
+/// TCP header flag bits, RFC 9293 section 3.1.
+pub mod flag {
+    /// Finish.
+    pub const FIN: u8 = 0x01;
+    /// Synchronise.
+    pub const SYN: u8 = 0x02;
+    /// Reset.
+    pub const RST: u8 = 0x04;
+    /// Acknowledgement.
+    pub const ACK: u8 = 0x10;
+}
+
+impl Event {
+    /// The event of a segment with these flag bits (byte 13 of the header).
+    #[inline(always)]
+    pub const fn of(flags: u8) -> Self {
+        if flags & flag::RST != 0 {
+            Self::Rst
+        } else if flags & flag::SYN != 0 {
+            Self::Syn
+        } else if flags & flag::FIN != 0 {
+            Self::Fin
+        } else if flags & flag::ACK != 0 {
+            Self::Ack
+        } else {
+            Self::None
+        }
+    }
+}
+
+use State::{
+    Close as CL, CloseWait as CW, Established as ES, FinWait as FW, LastAck as LA, Listen as LI, None as NO,
+    SynAck as SA, SynRecv as SR, SynSent as SS, TimeWait as TW,
+};
+
+/// Next states by current state (row) and by direction and event (column: SYN, FIN, ACK, RST of each direction).
+#[rustfmt::skip]
+const NORMAL: [[State; 12]; STATES] = [
+    //      Input           Output          InputOnly
+    /* NO */ [SR, CL, ES, CL, SS, TW, ES, CL, SR, CL, ES, CL],
+    /* ES */ [ES, CW, ES, CL, ES, FW, ES, CL, ES, FW, ES, CL],
+    /* SS */ [ES, SS, SS, CL, SS, SS, SS, SS, ES, SS, SS, CL],
+    /* SR */ [SR, TW, ES, SR, SR, TW, ES, CL, SR, TW, ES, SR],
+    /* FW */ [SR, TW, FW, CL, SS, FW, FW, CL, SR, FW, FW, CL],
+    /* TW */ [SR, TW, TW, CL, SS, TW, TW, TW, SR, TW, TW, CL],
+    /* CL */ [SR, CL, CL, CL, SS, CL, CL, CL, SR, CL, CL, CL],
+    /* CW */ [SR, CW, CW, CL, SS, TW, CW, CL, SR, CW, CW, CL],
+    /* LA */ [SR, LA, CL, LA, SS, LA, LA, CL, SR, LA, CL, LA],
+    /* LI */ [SR, LI, LI, LI, LI, LI, ES, CL, SR, LI, LI, LI],
+    /* SA */ [SR, TW, ES, SR, SR, TW, ES, CL, SR, TW, ES, CL],
+];
+
+/// Index into [`TRANSITIONS`]: direction in bits 6-7, event in bits 4-5, state in bits 0-3.
+const fn cell(direction: usize, event: usize, state: usize) -> usize {
+    direction << 6 | event << 4 | state
+}
+
+/// [`NORMAL`] laid out for a masked index, so that a look-up needs no bounds check. Cells of no state hold CLOSE.
+static TRANSITIONS: [u8; 256] = {
+    let mut table = [State::Close as u8; 256];
+    let mut state = 0;
+    while state < STATES {
+        let mut column = 0;
+        while column < 12 {
+            table[cell(column / 4, column % 4, state)] = NORMAL[state][column] as u8;
+            column += 1;
+        }
+        state += 1;
+    }
+    table
+};
+
+impl State {
+    /// Every state, in order of its number.
+    pub const ALL: [Self; STATES] = [NO, ES, SS, SR, FW, TW, CL, CW, LA, LI, SA];
+
+    /// The state's name in listings.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            NO => "NONE",
+            ES => "ESTABLISHED",
+            SS => "SYN_SENT",
+            SR => "SYN_RECV",
+            FW => "FIN_WAIT",
+            TW => "TIME_WAIT",
+            CL => "CLOSE",
+            CW => "CLOSE_WAIT",
+            LA => "LAST_ACK",
+            LI => "LISTEN",
+            SA => "SYNACK",
+        }
+    }
+
+    /// ip_vs's default time to live of a connection in this state, in seconds.
+    pub const fn default_timeout_s(self) -> u32 {
+        match self {
+            NO => 2,
+            ES => 900,
+            SS | FW | TW | LI | SA => 120,
+            SR | CW => 60,
+            CL => 10,
+            LA => 30,
+        }
+    }
+}
+
+impl TryFrom<u8> for State {
+    type Error = Unknown;
+
+    fn try_from(value: u8) -> Result<Self, Unknown> {
+        Self::ALL.get(usize::from(value)).copied().ok_or(Unknown(value))
+    }
+}
+
+/// The number of the state after `event` in the state numbered `state`.
+///
+/// Works on numbers because that is what a flow entry holds; a number that is no state goes to CLOSE.
+#[inline(always)]
+pub fn step(state: u8, event: Event, direction: Direction) -> u8 {
+    if matches!(event, Event::None) {
+        return CL as u8;
+    }
+    let index = cell(direction as usize, event as usize, usize::from(state & 0xf)) as u64;
+    // The mask changes nothing, for three directions, four events and sixteen states stay below 192; but the verifier
+    // has to see it.
+    TRANSITIONS[opaque(index) as usize & 0xff]
+}
+
+/// Whether a connection in the state numbered `state` counts as active.
+#[inline(always)]
+pub const fn is_active(state: u8) -> bool {
+    const ACTIVE: u16 = 1 << ES as u8 | 1 << SS as u8 | 1 << SR as u8 | 1 << SA as u8;
+    ACTIVE >> (state & 0xf) & 1 != 0
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_event_is_chosen_by_priority() {
+        use flag::*;
+        assert_eq!(Event::of(RST | SYN | FIN | ACK), Event::Rst);
+        assert_eq!(Event::of(SYN | ACK), Event::Syn);
+        assert_eq!(Event::of(FIN | ACK), Event::Fin);
+        assert_eq!(Event::of(ACK | 0x08), Event::Ack);
+        assert_eq!(Event::of(0x08), Event::None);
+    }
+
+    #[test]
+    fn every_cell_of_the_table_is_reached_by_step() {
+        for state in State::ALL {
+            for (column, next) in NORMAL[state as usize].iter().enumerate() {
+                let direction = [Direction::Input, Direction::Output, Direction::InputOnly][column / 4];
+                let event = [Event::Syn, Event::Fin, Event::Ack, Event::Rst][column % 4];
+                assert_eq!(step(state as u8, event, direction), *next as u8, "{state:?} {direction:?} {event:?}");
+            }
+            assert_eq!(step(state as u8, Event::None, Direction::Input), CL as u8);
+        }
+    }
+
+    #[test]
+    fn a_number_that_is_no_state_closes() {
+        for state in STATES as u8..=15 {
+            assert_eq!(step(state, Event::Ack, Direction::Output), CL as u8);
+        }
+    }
+
+    #[test]
+    fn four_states_are_active() {
+        let active: Vec<_> = State::ALL.into_iter().filter(|s| is_active(*s as u8)).collect();
+        assert_eq!(active, [ES, SS, SR, SA]);
+    }
+}

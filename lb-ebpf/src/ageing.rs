@@ -1,0 +1,66 @@
+//! Ageing and other ends of connections that no packet brings about, a slice of the table at a time.
+
+use lb_common::{
+    abi::control,
+    flow::{Entry, Word},
+};
+
+use crate::{
+    env::{Clock, Scan},
+    flow_table::{self, Buckets},
+};
+
+/// Ends connections in a range of buckets.
+pub struct Sweep<'t, T> {
+    /// The tables.
+    pub tables: &'t T,
+    /// The first bucket; the scan's index is added to it.
+    pub first: u32,
+    /// Which connections end.
+    pub what: What,
+    /// How many have ended.
+    pub ended: u64,
+}
+
+/// Which connections a [`Sweep`] ends.
+#[derive(Clone, Copy)]
+pub enum What {
+    /// Those whose time is over.
+    Over(Clock),
+    /// Those of this destination, or of any for [`control::ANY`].
+    Dest(u64),
+}
+
+impl<T> Sweep<'_, T> {
+    /// Ends the connections of one bucket.
+    #[inline(always)]
+    pub fn bucket<E: Entry>(&mut self, index: u32)
+    where
+        T: Buckets<E>,
+    {
+        let Some(bucket) = self.tables.bucket(self.first + index) else { return };
+        for entry in &bucket.entries {
+            let word = Word(entry.word().load());
+            let dest = entry.dest().load();
+            if word.is_live() && self.ends(word, dest) && flow_table::release(self.tables, entry, word, dest) {
+                self.ended += 1;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn ends(&self, word: Word, dest: u32) -> bool {
+        match self.what {
+            What::Over(clock) => word.expired(clock.now, clock.hz),
+            What::Dest(wanted) => wanted == u64::from(control::ANY) || wanted == u64::from(dest),
+        }
+    }
+}
+
+impl<T: Buckets<lb_common::flow::Entry4>> Scan for Sweep<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, index: u32) -> bool {
+        self.bucket(index);
+        true
+    }
+}

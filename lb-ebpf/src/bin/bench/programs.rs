@@ -1,0 +1,91 @@
+//! The wrapper and the floors.
+
+use aya_ebpf::{
+    bindings::xdp_action,
+    btf_maps::{Array, ProgramArray},
+    helpers::generated::bpf_xdp_adjust_head,
+    macros::{btf_map, xdp},
+    programs::XdpContext,
+};
+use lb_common::{
+    abi::bench::{HEAD, Setup, pick},
+    checksum,
+};
+use lb_ebpf::{
+    kernel::XdpPacket,
+    packet::Packet,
+};
+
+/// `BPF_F_MMAPABLE`.
+const MMAPABLE: usize = 1 << 10;
+
+#[btf_map]
+static SETUP: Array<Setup, 1, MMAPABLE> = Array::new();
+
+/// Slot 0: the program that is measured.
+#[btf_map]
+static MEASURED: ProgramArray<1> = ProgramArray::new();
+
+/// Makes the frame what it was, from one of many flows, and gives it to the program that is measured.
+#[xdp]
+pub(crate) fn reset(ctx: XdpContext) -> u32 {
+    if restore(&ctx).is_none() {
+        return xdp_action::XDP_ABORTED;
+    }
+    // SAFETY: the program in the slot takes the same context.
+    unsafe { MEASURED.tail_call(&ctx, 0) };
+    xdp_action::XDP_ABORTED
+}
+
+#[inline(always)]
+fn restore(ctx: &XdpContext) -> Option<()> {
+    let setup = SETUP.get(0)?;
+    let mut packet = XdpPacket::new(ctx.ctx);
+    let grown = packet.len() as i32 - setup.len.load() as i32;
+    if grown != 0 {
+        // SAFETY: a helper call with the program's own context.
+        if unsafe { bpf_xdp_adjust_head(ctx.ctx, grown) } != 0 {
+            return None;
+        }
+    }
+    let head: [u64; HEAD / 8] = core::array::from_fn(|i| setup.head[i].load());
+    packet.write(0, head)?;
+
+    let flow = setup.next_flow.load();
+    let next = match setup.order.load() {
+        pick::SAME => 0,
+        // A full-period generator modulo a power of two (Hull and Dobell).
+        pick::RANDOM => flow.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f),
+        _ => flow.wrapping_add(1),
+    };
+    setup.next_flow.store(next);
+    let flow = if setup.order.load() == pick::RANDOM { flow >> 8 } else { flow } & setup.mask.load();
+    let addr = (setup.first_addr.load().wrapping_add(flow >> 6)).to_be();
+    let port = (1024 + ((flow & 63) << 4) as u16).to_be();
+    packet.write(setup.addr_offset.load() as usize & 0x3f, addr)?;
+    packet.write(setup.port_offset.load() as usize & 0x3f, port)?;
+    let sum = u64::from(setup.header_sum.load()) + u64::from(addr);
+    packet.write(24, !checksum::fold(sum))
+}
+
+/// The cheapest program that sends a frame back.
+#[xdp]
+pub(crate) fn floor_transmit(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_TX
+}
+
+/// The cheapest program that leaves a frame to the host.
+#[xdp]
+pub(crate) fn floor_pass(_ctx: XdpContext) -> u32 {
+    xdp_action::XDP_PASS
+}
+
+/// The cheapest program that puts 20 bytes before a frame, writes two headers and sends it back.
+#[xdp]
+pub(crate) fn floor_push(ctx: XdpContext) -> u32 {
+    let mut packet = XdpPacket::new(ctx.ctx);
+    match packet.grow_head(20).and_then(|()| packet.write(0, [0u16; 17])) {
+        Some(()) => xdp_action::XDP_TX,
+        None => xdp_action::XDP_ABORTED,
+    }
+}

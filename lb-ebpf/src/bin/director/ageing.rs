@@ -1,0 +1,110 @@
+//! The ageing timer, and the control program that starts it and carries out what the loader asks of the flow table.
+
+use core::ffi::c_void;
+
+use aya_ebpf::{
+    bindings::{bpf_timer, xdp_action},
+    helpers::generated::{bpf_timer_init, bpf_timer_set_callback, bpf_timer_start},
+    macros::xdp,
+    programs::XdpContext,
+};
+use lb_common::abi::{ControlRequest, control};
+use lb_ebpf::{
+    ageing::{Sweep, What},
+    kernel::{self, XdpPacket},
+    packet::Packet,
+    tables::Tables,
+};
+
+use crate::maps::{self, AGEING, Ageing, Maps};
+
+const CLOCK_MONOTONIC: u64 = 1;
+/// What `bpf_timer_init` answers when the timer exists.
+const EBUSY: i64 = -16;
+
+/// Carries out one request of the loader, which is the frame, and answers in its place. Run by `BPF_PROG_TEST_RUN`.
+#[xdp]
+pub(crate) fn control(ctx: XdpContext) -> u32 {
+    let mut packet = XdpPacket::new(ctx.ctx);
+    match carry_out(&mut packet) {
+        Some(()) => xdp_action::XDP_PASS,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+#[inline(always)]
+fn carry_out(packet: &mut XdpPacket) -> Option<()> {
+    let word = |field: usize| packet.read::<u32>(field);
+    let operation = word(core::mem::offset_of!(ControlRequest, operation))?;
+    let first = word(core::mem::offset_of!(ControlRequest, first))?;
+    let count = word(core::mem::offset_of!(ControlRequest, count))?;
+    let answer = match operation {
+        control::START_AGEING => {
+            let interval = word(core::mem::offset_of!(ControlRequest, interval_ns))?;
+            start(count, u64::from(interval))?;
+            0
+        }
+        control::CLOCK => u64::from(maps::clock()?.now.0),
+        control::FLUSH => {
+            let dest = word(core::mem::offset_of!(ControlRequest, dest))?;
+            let mut sweep = Sweep { tables: &Maps, first, what: What::Dest(u64::from(dest)), ended: 0 };
+            kernel::repeat(count, &mut sweep);
+            sweep.ended
+        }
+        _ => return None,
+    };
+    let offset = core::mem::offset_of!(ControlRequest, answer);
+    packet.write(offset, answer as u32)?;
+    packet.write(offset + 4, (answer >> 32) as u32)
+}
+
+/// Sets the pace and starts the timer; one that runs goes on under this program.
+#[inline(always)]
+fn start(slice: u32, interval_ns: u64) -> Option<()> {
+    let value = AGEING.get_ptr_mut(0)?;
+    // SAFETY: the value is valid while the program runs, and no timer runs before this has set its callback.
+    unsafe {
+        (*value).record.slice = slice;
+        (*value).record.interval_ns = interval_ns;
+    }
+    let timer = value.cast::<bpf_timer>();
+    let map = (&raw const AGEING).cast_mut().cast::<c_void>();
+    // SAFETY: the timer stands in a value of this map, and the callback has the signature that timers call.
+    unsafe {
+        let made = bpf_timer_init(timer, map, CLOCK_MONOTONIC);
+        if made != 0 && made != EBUSY {
+            return None;
+        }
+        if bpf_timer_set_callback(timer, tick as *mut c_void) != 0 {
+            return None;
+        }
+        (bpf_timer_start(timer, interval_ns, 0) == 0).then_some(())
+    }
+}
+
+/// Looks at the next slice of the flow table and arms the timer again.
+unsafe extern "C" fn tick(_map: *mut c_void, _key: *mut u32, value: *mut Ageing) -> i64 {
+    // SAFETY: the kernel passes the value that the timer stands in. Only this callback writes the record while the
+    // timer runs, and a timer does not run twice at a time.
+    let record = unsafe { &mut (*value).record };
+    if let Some(clock) = maps::clock() {
+        let buckets = Maps.flow_buckets();
+        if record.next == 0 {
+            record.began = clock.now.0;
+        }
+        let count = record.slice.min(buckets.saturating_sub(record.next));
+        let mut sweep = Sweep { tables: &Maps, first: record.next, what: What::Over(clock), ended: 0 };
+        kernel::repeat(count, &mut sweep);
+        record.ended += sweep.ended;
+        record.next += count;
+        if record.next >= buckets {
+            record.next = 0;
+            record.sweeps += 1;
+            record.last_began = record.began;
+            record.last_ended = clock.now.0;
+        }
+    }
+    // SAFETY: the timer stands in the value that the kernel passed.
+    unsafe { bpf_timer_start(value.cast::<bpf_timer>(), record.interval_ns, 0) };
+    0
+}

@@ -1,0 +1,192 @@
+//! Every map of the director, and what the loader sets before it loads the programs.
+//!
+//! A map's name is the name of its pin. The sizes written here are placeholders: the loader sets the real ones from its
+//! options, except those of one record.
+
+use core::cell::Cell;
+
+use aya_ebpf::{
+    Global,
+    bindings::{bpf_timer, xdp_md},
+    btf_maps::{Array, PerCpuArray},
+    macros::btf_map,
+};
+use lb_common::{
+    abi::{
+        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Instance, JournalSlot,
+        Limiter, NextHop, Service, Slot, View,
+    },
+    flow::{Bucket, Bucket4, Entry4},
+    hash::Seed,
+    reason::Reason,
+};
+use lb_ebpf::{
+    env::Clock,
+    flow_table::Buckets,
+    kernel::{self, Kernel},
+    tables::Tables,
+};
+
+/// `BPF_F_MMAPABLE`: userspace maps the values into its memory, and they begin on a page.
+const MMAPABLE: usize = 1 << 10;
+
+#[btf_map]
+static INSTANCE: Array<Instance, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CONFIG: Array<Config, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static JOURNAL: Array<JournalSlot, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static SERVICES: Array<Service, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static DESTS: Array<Dest, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static ENDPOINTS4: Array<EndpointBucket4, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static VIEWS: Array<View, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static SLOTS: Array<Slot, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CURSORS: Array<Cursor, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static DEST_LOADS: Array<DestLoad, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static DEST_CPUS: PerCpuArray<DestCpu, 1> = PerCpuArray::new();
+#[btf_map]
+static FLOWS4: Array<Bucket4, 2, MMAPABLE> = Array::new();
+#[btf_map]
+static ADJACENCY: Array<Adjacency, { ADJACENCIES as usize }> = Array::new();
+#[btf_map]
+static ADJACENCY_CPUS: PerCpuArray<NextHop, { ADJACENCIES as usize }> = PerCpuArray::new();
+#[btf_map]
+static LIMITER: Array<Limiter, 1> = Array::new();
+/// Packets not forwarded, by [`Reason`] number; the last entry counts ICMP errors sent.
+#[btf_map]
+static REASONS: PerCpuArray<Cell<u64>, { REASON_SLOTS as usize }> = PerCpuArray::new();
+#[btf_map]
+pub(crate) static AGEING: Array<Ageing, 1> = Array::new();
+
+/// Entries of the `REASONS` map.
+const REASON_SLOTS: u32 = 64;
+/// The entry of the `REASONS` map that counts ICMP errors sent.
+const ICMP_SENT: u32 = REASON_SLOTS - 1;
+const _: () = assert!(Reason::ALL.len() < ICMP_SENT as usize);
+
+/// The ageing timer and where it stands; see [`lb_common::abi::AgeingValue`].
+#[repr(C)]
+pub(crate) struct Ageing {
+    pub(crate) timer: bpf_timer,
+    pub(crate) record: AgeingRecord,
+}
+
+const _: () = assert!(size_of::<Ageing>() == size_of::<AgeingValue>());
+
+/// Ticks per second of the kernel.
+#[unsafe(no_mangle)]
+static HZ: Global<u32> = Global::new(250);
+/// Flags for `bpf_fib_lookup` that the kernel knows.
+#[unsafe(no_mangle)]
+static FIB_FLAGS: Global<u32> = Global::new(0);
+/// Buckets of the flow table.
+#[unsafe(no_mangle)]
+static FLOW_BUCKETS: Global<u32> = Global::new(2);
+/// Buckets of the endpoint table.
+#[unsafe(no_mangle)]
+static ENDPOINT_BUCKETS: Global<u32> = Global::new(1);
+/// The instance's secret.
+#[unsafe(no_mangle)]
+static SEED: Global<[u64; 3]> = Global::new([0; 3]);
+
+/// The clock of a program that is not about a packet.
+#[inline(always)]
+pub(crate) fn clock() -> Option<Clock> {
+    let skew = CONFIG.get(0)?.clock_skew.load();
+    Some(Clock { now: kernel::jiffies().after(skew), hz: HZ.load() })
+}
+
+/// The kernel around a program that was given `ctx`.
+#[inline(always)]
+pub(crate) fn kernel(ctx: *mut xdp_md) -> Kernel {
+    Kernel { ctx, hz: HZ.load(), fib_flags: FIB_FLAGS.load() }
+}
+
+/// The maps of the loaded instance.
+pub(crate) struct Maps;
+
+macro_rules! getters {
+    ($($name:ident, $map:ident, $value:ty;)+) => {$(
+        #[inline(always)]
+        fn $name(&self, index: u32) -> Option<&$value> {
+            $map.get(index)
+        }
+    )+};
+}
+
+impl Tables for Maps {
+    #[inline(always)]
+    fn seed(&self) -> Seed {
+        Seed::new(SEED.load())
+    }
+
+    #[inline(always)]
+    fn flow_buckets(&self) -> u32 {
+        FLOW_BUCKETS.load()
+    }
+
+    #[inline(always)]
+    fn endpoint_buckets(&self) -> u32 {
+        ENDPOINT_BUCKETS.load()
+    }
+
+    #[inline(always)]
+    fn config(&self) -> Option<&Config> {
+        CONFIG.get(0)
+    }
+
+    #[inline(always)]
+    fn limiter(&self) -> Option<&Limiter> {
+        LIMITER.get(0)
+    }
+
+    getters! {
+        endpoints4, ENDPOINTS4, EndpointBucket4;
+        view, VIEWS, View;
+        cursor, CURSORS, Cursor;
+        slot, SLOTS, Slot;
+        dest, DESTS, Dest;
+        dest_load, DEST_LOADS, DestLoad;
+        dest_cpu, DEST_CPUS, DestCpu;
+        flows4, FLOWS4, Bucket4;
+        adjacency, ADJACENCY, Adjacency;
+        adjacency_cpu, ADJACENCY_CPUS, NextHop;
+    }
+
+    #[inline(always)]
+    fn hide(&self, value: u64) -> u64 {
+        kernel::hide(value)
+    }
+
+    #[inline(always)]
+    fn count(&self, reason: u8) {
+        increment(u32::from(reason));
+    }
+
+    #[inline(always)]
+    fn count_icmp(&self) {
+        increment(ICMP_SENT);
+    }
+}
+
+#[inline(always)]
+fn increment(index: u32) {
+    if let Some(counter) = REASONS.get(index) {
+        counter.set(counter.get() + 1);
+    }
+}
+
+impl Buckets<Entry4> for Maps {
+    #[inline(always)]
+    fn bucket(&self, index: u32) -> Option<&Bucket<Entry4>> {
+        self.flows4(index)
+    }
+}

@@ -1,0 +1,277 @@
+//! The way out: next hops and what is kept of them, link-layer addresses, and the verdict.
+
+use lb_common::{
+    abi::{ADJACENCIES, Adjacency, Dest, DestCpu, NextHop, hop},
+    addr::Ip4,
+    flow::{Entry, Hint, Word},
+    jiffies::Jiffies,
+    reason::Reason,
+};
+
+use crate::{
+    env::{Clock, Env, HandOver},
+    icmp::Complaint,
+    packet::Packet,
+    tables::Tables,
+};
+
+/// Why a packet is not forwarded, and what its sender is told: an ICMP error or nothing.
+///
+/// Verifier: one word, for the compiler may copy the unset part of an enum, which the verifier takes for a read of
+/// uninitialised memory. `Result<Exit, Halt>` has none.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Halt(u64);
+
+impl Halt {
+    /// Nobody is told.
+    #[inline(always)]
+    pub const fn silent(reason: Reason) -> Self {
+        Self(reason as u64)
+    }
+
+    /// The sender is told.
+    #[inline(always)]
+    pub const fn tell(reason: Reason, complaint: Complaint) -> Self {
+        Self(reason as u64 | complaint.bits() << 8)
+    }
+
+    /// The halt as a word, with bit 63 clear.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The halt with these bits.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The number of the reason.
+    #[inline(always)]
+    pub const fn reason(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// What the sender is to be told, if anything.
+    #[inline(always)]
+    pub const fn complaint(self) -> Option<Complaint> {
+        Complaint::from_bits(self.0 >> 8)
+    }
+}
+
+impl From<Reason> for Halt {
+    #[inline(always)]
+    fn from(reason: Reason) -> Self {
+        Self::silent(reason)
+    }
+}
+
+/// How a packet leaves the pipeline, and under which reason it counts if it is not forwarded.
+///
+/// One word, for the same reason as [`Halt`]: way in bits 0-7, reason number plus one in bits 8-15, interface in bits
+/// 32-63.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Exit(u64);
+
+/// The ways of an [`Exit`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Leave {
+    /// Out of the interface it came in by.
+    Transmit,
+    /// Out of the interface with this index.
+    Redirect(u32),
+    /// Up into the host's own stack, as it now stands.
+    Host,
+    /// Nowhere.
+    Drop,
+}
+
+impl Exit {
+    /// Out of the interface it came in by.
+    pub const TRANSMIT: Self = Self(0);
+
+    /// Out of the interface with this index, below 2^31 as every index is.
+    #[inline(always)]
+    pub const fn redirect(ifindex: u32) -> Self {
+        Self(1 | (ifindex as u64 & 0x7fff_ffff) << 32)
+    }
+
+    /// Up into the host's own stack, for this reason.
+    #[inline(always)]
+    pub const fn host(reason: Reason) -> Self {
+        Self(2 | (reason as u64 + 1) << 8)
+    }
+
+    /// Wherever the reason with this number sends a packet.
+    #[inline(always)]
+    pub const fn stop(reason: u8) -> Self {
+        let way = if Reason::passes(reason) { 2 } else { 3 };
+        Self(way | (reason as u64 + 1) << 8)
+    }
+
+    /// This exit, for an answer to a packet that is itself not forwarded for the reason with this number.
+    #[inline(always)]
+    pub const fn instead_of(self, reason: u8) -> Self {
+        Self(self.0 & !0xff00 | (reason as u64 + 1) << 8)
+    }
+
+    /// The exit as a word, with bit 63 clear.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// The exit with these bits.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// Where to.
+    #[inline(always)]
+    pub const fn leave(self) -> Leave {
+        match self.0 as u8 {
+            0 => Leave::Transmit,
+            1 => Leave::Redirect((self.0 >> 32) as u32),
+            2 => Leave::Host,
+            _ => Leave::Drop,
+        }
+    }
+
+    /// The number of the reason under which the packet counts; `None` when it is forwarded.
+    #[inline(always)]
+    pub fn reason(self) -> Option<u8> {
+        (self.0 >> 8 & 0xff).checked_sub(1).map(|number| number as u8)
+    }
+}
+
+impl core::fmt::Debug for Exit {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let reason = self.reason().and_then(|number| Reason::ALL.get(usize::from(number)));
+        f.debug_tuple("Exit").field(&self.leave()).field(&reason).finish()
+    }
+}
+
+/// Whether `hop` is this host.
+#[inline(always)]
+pub fn is_local(hop: &NextHop) -> bool {
+    hop.kind.get() == hop::LOCAL
+}
+
+/// Whether what `hop` says is no more than a second old.
+#[inline(always)]
+fn is_fresh(hop: &NextHop, clock: Clock) -> bool {
+    let known = matches!(hop.kind.get(), hop::VIA | hop::LOCAL);
+    known && clock.now.since(Jiffies(hop.asked.get())).unsigned_abs() <= clock.hz
+}
+
+/// The way to a destination.
+///
+/// # Errors
+///
+/// Why there is none.
+#[inline(always)]
+pub fn to_dest<'t>(env: &impl Env, cpu: &'t DestCpu, dest: &Dest, clock: Clock) -> Result<&'t NextHop, Halt> {
+    let hop = &cpu.next_hop;
+    if is_fresh(hop, clock) {
+        return Ok(hop);
+    }
+    match env.route4(dest.addr4(), Ip4::default(), hop) {
+        Ok(()) => {
+            hop.asked.set(clock.now.0);
+            Ok(hop)
+        }
+        // The sender learns that the host is unreachable, as from ip_vs.
+        Err(Reason::NoRoute) => Err(Halt::tell(Reason::NoRoute, Complaint::HOST_UNREACHABLE)),
+        Err(reason) => Err(reason.into()),
+    }
+}
+
+/// The way to the client of a connection, for a packet from the service's address.
+///
+/// A connection remembers the number of its client's next hop and asks the routing table again whenever its entry is
+/// written anyway, which is once a second; that is when `ask` is set.
+///
+/// # Errors
+///
+/// Why there is none.
+#[inline(always)]
+pub fn to_client<'t, E: Entry>(
+    tables: &'t impl Tables,
+    env: &impl Env,
+    connection: (&E, Word, bool),
+    addresses: (Ip4, Ip4),
+    clock: Clock,
+) -> Result<&'t NextHop, Halt> {
+    let (entry, word, ask) = connection;
+    let (client, service) = addresses;
+    let number = Hint::value(entry.hint().load(), word);
+    if !ask
+        && number != 0
+        && let Some(hop) = tables.adjacency_cpu(u32::from(number))
+        && is_fresh(hop, clock)
+    {
+        return Ok(hop);
+    }
+    let once = tables.adjacency_cpu(0).ok_or(Reason::Impossible)?;
+    env.route4(client, service, once)?;
+    if once.kind.get() != hop::VIA {
+        return Ok(once);
+    }
+    let found = adjacency_number(tables, once);
+    let hop = tables.adjacency_cpu(u32::from(found)).ok_or(Reason::Impossible)?;
+    hop.copy_from(once);
+    hop.asked.set(clock.now.0);
+    if found != number {
+        entry.hint().store(Hint::new(word, found).raw());
+    }
+    Ok(hop)
+}
+
+/// Slots looked at for the number of a next hop.
+const ADJACENCY_PROBES: u32 = 8;
+
+/// The number of a next hop, which it is given if it has none; 0 when no more numbers are to be had.
+#[inline(always)]
+fn adjacency_number(tables: &impl Tables, hop: &NextHop) -> u16 {
+    // The seeded hash is a bijection of 64 bits, so two IPv4 next hops never share a key.
+    let [a, b, c, d] = hop.gateway.get();
+    let folded = a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24);
+    let key = tables.seed().hash(u64::from(folded) | u64::from(hop.ifindex.get()) << 32).max(1);
+    let mut index = key as u32;
+    for _ in 0..ADJACENCY_PROBES {
+        index = (index & (ADJACENCIES - 1)).max(1);
+        let Some(Adjacency(slot)) = tables.adjacency(index) else { return 0 };
+        let held = match slot.load() {
+            0 => slot.compare_exchange(0, key).map_or_else(|found| found, |_| key),
+            held => held,
+        };
+        if held == key {
+            return index as u16;
+        }
+        index += 1;
+    }
+    0
+}
+
+/// Sends a packet, whose network layer is as it shall be, on its way out.
+///
+/// # Errors
+///
+/// [`Reason::MetadataUnsupported`] when the next hop is unresolved and the host cannot be asked to resolve it.
+#[inline(always)]
+pub fn send<P: Packet + HandOver>(packet: &mut P, env: &impl Env, hop: &NextHop) -> Result<Exit, Halt> {
+    match hop.kind.get() {
+        hop::VIA => {
+            packet.write(0, hop.macs.get()).ok_or(Reason::Impossible)?;
+            let ifindex = hop.ifindex.get();
+            Ok(if ifindex == env.ingress() { Exit::TRANSMIT } else { Exit::redirect(ifindex) })
+        }
+        hop::UNRESOLVED => {
+            packet.hand_over(hop).ok_or(Reason::MetadataUnsupported)?;
+            Ok(Exit::host(Reason::NeighbourUnknown))
+        }
+        _ => Ok(Exit::host(Reason::LocalDelivery)),
+    }
+}

@@ -1,0 +1,374 @@
+//! The pipeline's traits on the memory of an ordinary process: what tests run the data plane on.
+
+use std::{
+    cell::{Cell, RefCell},
+    collections::HashMap,
+};
+
+use bytemuck::{Zeroable, zeroed_slice_box};
+use lb_common::{
+    abi::{
+        ADJACENCIES, Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Instance, JournalSlot, Limiter,
+        NextHop, Record as _, Service, Slot, View, hop,
+    },
+    addr::Ip4,
+    checksum,
+    flow::{Bucket, Bucket4, Entry4},
+    hash::Seed,
+    jiffies::Jiffies,
+    reason::Reason,
+};
+
+use crate::{
+    env::{Env, HandOver, Scan},
+    flow_table::Buckets,
+    packet::Packet,
+    pipeline::Steps,
+    tables::Tables,
+    wire::Wire,
+};
+
+/// Room before a frame, as much as XDP gives.
+const HEADROOM: usize = 256;
+
+/// A frame in a vector.
+#[derive(Clone, Debug)]
+pub struct HostPacket {
+    memory: Vec<u8>,
+    start: usize,
+    /// Where the host was asked to send the packet: interface, address family and gateway.
+    pub handed_over: Option<(u32, u32, [u32; 4])>,
+    /// Whether the driver can carry such a request.
+    pub metadata: bool,
+}
+
+impl HostPacket {
+    /// A frame with these bytes.
+    pub fn new(bytes: &[u8]) -> Self {
+        let mut memory = vec![0; HEADROOM];
+        memory.extend_from_slice(bytes);
+        Self { memory, start: HEADROOM, handed_over: None, metadata: true }
+    }
+
+    /// The frame as it stands.
+    pub fn bytes(&self) -> &[u8] {
+        self.memory.get(self.start..).unwrap_or_default()
+    }
+
+    fn range(&self, offset: usize, len: usize) -> Option<std::ops::Range<usize>> {
+        let start = self.start.checked_add(offset)?;
+        let end = start.checked_add(len)?;
+        (end <= self.memory.len()).then_some(start..end)
+    }
+}
+
+impl Packet for HostPacket {
+    fn len(&self) -> usize {
+        self.memory.len() - self.start
+    }
+
+    fn read<T: Wire>(&self, offset: usize) -> Option<T> {
+        let bytes = self.memory.get(self.range(offset, size_of::<T>())?)?;
+        Some(T::from_bytes(bytes))
+    }
+
+    fn write<T: Wire>(&mut self, offset: usize, value: T) -> Option<()> {
+        let range = self.range(offset, size_of::<T>())?;
+        value.to_bytes(self.memory.get_mut(range)?);
+        Some(())
+    }
+
+    fn grow_head(&mut self, by: u16) -> Option<()> {
+        self.start = self.start.checked_sub(by.into())?;
+        Some(())
+    }
+
+    fn truncate(&mut self, len: usize) -> Option<()> {
+        if len > self.len() {
+            return None;
+        }
+        self.memory.truncate(self.start + len);
+        Some(())
+    }
+
+    fn sum(&self, offset: usize, len: usize) -> Option<u64> {
+        Some(checksum::sum(self.memory.get(self.range(offset, len)?)?))
+    }
+}
+
+impl HandOver for HostPacket {
+    fn hand_over(&mut self, hop: &NextHop) -> Option<()> {
+        if !self.metadata {
+            return None;
+        }
+        self.handed_over = Some((hop.ifindex.get(), hop.gateway_family.get(), hop.gateway.get()));
+        Some(())
+    }
+}
+
+/// The maps of an instance, in memory of this process, as its only CPU sees them.
+pub struct HostTables {
+    /// What the instance is.
+    pub instance: Box<[Instance]>,
+    /// The settings.
+    pub config: Box<[Config]>,
+    /// A change that is under way.
+    pub journal: Box<[JournalSlot]>,
+    /// The services.
+    pub services: Box<[Service]>,
+    /// The destinations.
+    pub dests: Box<[Dest]>,
+    /// What addresses and ports are to the director.
+    pub endpoints4: Box<[EndpointBucket4]>,
+    /// How services choose destinations.
+    pub views: Box<[View]>,
+    /// Lists and rings.
+    pub slots: Box<[Slot]>,
+    /// Where schedulers stand.
+    pub cursors: Box<[Cursor]>,
+    /// Connections of destinations.
+    pub dest_loads: Box<[DestLoad]>,
+    /// What the CPU keeps about destinations.
+    pub dest_cpus: Box<[DestCpu]>,
+    /// The IPv4 flow table.
+    pub flows4: Box<[Bucket4]>,
+    /// Numbers of next hops towards clients.
+    pub adjacency: Box<[Adjacency]>,
+    /// What the CPU knows of next hops towards clients.
+    pub adjacency_cpus: Box<[NextHop]>,
+    /// The budget of ICMP errors.
+    pub limiter: Box<[Limiter]>,
+    /// Packets not forwarded, by reason.
+    pub reasons: Box<[Cell<u64>]>,
+    /// ICMP errors sent.
+    pub icmp_sent: Cell<u64>,
+}
+
+/// Sizes of [`HostTables`].
+#[derive(Clone, Copy, Debug)]
+#[expect(missing_docs, reason = "the fields are named like the tables")]
+pub struct HostSizes {
+    pub services: u32,
+    pub dests: u32,
+    pub slots: u32,
+    pub endpoint_buckets: u32,
+    pub flow_buckets: u32,
+}
+
+fn zeroed<T: Zeroable>(len: u32) -> Box<[T]> {
+    zeroed_slice_box(len as usize)
+}
+
+impl HostTables {
+    /// Empty tables of an instance with this secret.
+    pub fn new(sizes: HostSizes, seed: [u64; 3], hz: u32) -> Self {
+        let tables = Self {
+            instance: zeroed(1),
+            config: zeroed(1),
+            journal: zeroed(sizes.services + sizes.dests + 2),
+            services: zeroed(sizes.services),
+            dests: zeroed(sizes.dests),
+            endpoints4: zeroed(sizes.endpoint_buckets),
+            views: zeroed(2 * sizes.services),
+            slots: zeroed(sizes.slots),
+            cursors: zeroed(2 * sizes.services),
+            dest_loads: zeroed(sizes.dests),
+            dest_cpus: zeroed(sizes.dests),
+            flows4: zeroed(sizes.flow_buckets),
+            adjacency: zeroed(ADJACENCIES),
+            adjacency_cpus: zeroed(ADJACENCIES),
+            limiter: zeroed(1),
+            reasons: zeroed(Reason::ALL.len() as u32),
+            icmp_sent: Cell::new(0),
+        };
+        let mut instance = tables.instance[0].load();
+        instance.hz = hz;
+        instance.flow_buckets = sizes.flow_buckets;
+        instance.endpoint_buckets = sizes.endpoint_buckets;
+        instance.seed = seed;
+        instance.next_order = 1;
+        tables.instance[0].store(&instance);
+        tables
+    }
+}
+
+macro_rules! getters {
+    ($($name:ident, $field:ident, $value:ty;)+) => {$(
+        fn $name(&self, index: u32) -> Option<&$value> {
+            self.$field.get(index as usize)
+        }
+    )+};
+}
+
+impl Tables for HostTables {
+    fn seed(&self) -> Seed {
+        Seed::new(self.instance[0].load().seed)
+    }
+
+    fn flow_buckets(&self) -> u32 {
+        self.flows4.len() as u32
+    }
+
+    fn endpoint_buckets(&self) -> u32 {
+        self.endpoints4.len() as u32
+    }
+
+    fn config(&self) -> Option<&Config> {
+        self.config.first()
+    }
+
+    fn limiter(&self) -> Option<&Limiter> {
+        self.limiter.first()
+    }
+
+    getters! {
+        endpoints4, endpoints4, EndpointBucket4;
+        view, views, View;
+        cursor, cursors, Cursor;
+        slot, slots, Slot;
+        dest, dests, Dest;
+        dest_load, dest_loads, DestLoad;
+        dest_cpu, dest_cpus, DestCpu;
+        flows4, flows4, Bucket4;
+        adjacency, adjacency, Adjacency;
+        adjacency_cpu, adjacency_cpus, NextHop;
+    }
+
+    fn hide(&self, value: u64) -> u64 {
+        value
+    }
+
+    fn count(&self, reason: u8) {
+        if let Some(counter) = self.reasons.get(usize::from(reason)) {
+            counter.set(counter.get() + 1);
+        }
+    }
+
+    fn count_icmp(&self) {
+        self.icmp_sent.set(self.icmp_sent.get() + 1);
+    }
+}
+
+impl Buckets<Entry4> for HostTables {
+    fn bucket(&self, index: u32) -> Option<&Bucket<Entry4>> {
+        self.flows4(index)
+    }
+}
+
+/// What the routing table of [`HostEnv`] says about an address.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum HostRoute {
+    /// By an interface, to a neighbour whose link-layer address is known.
+    Via {
+        /// Index of the interface.
+        ifindex: u32,
+        /// Largest IP packet the route takes.
+        mtu: u32,
+        /// Destination address of the Ethernet header.
+        to: [u8; 6],
+        /// Source address of the Ethernet header.
+        from: [u8; 6],
+        /// Address the host sends from.
+        source: Ip4,
+        /// The neighbour's own address.
+        gateway: Ip4,
+    },
+    /// By an interface, to a neighbour that has yet to be resolved.
+    Unresolved {
+        /// Index of the interface.
+        ifindex: u32,
+        /// Address the host sends from.
+        source: Ip4,
+        /// The neighbour's own address.
+        gateway: Ip4,
+    },
+    /// This host.
+    Local,
+    /// Nowhere.
+    Nowhere(Reason),
+}
+
+/// A kernel that does as it is told.
+pub struct HostEnv {
+    /// The tick counter.
+    pub jiffies: Cell<u32>,
+    /// Ticks per second.
+    pub hz: u32,
+    /// Index of the interface that packets come in by.
+    pub ingress: Cell<u32>,
+    /// The routing table: what is not in it has no route.
+    pub routes: RefCell<HashMap<Ip4, HostRoute>>,
+    /// How often the routing table was asked.
+    pub asked: Cell<u32>,
+}
+
+impl HostEnv {
+    /// A kernel with `hz` ticks a second and no routes.
+    pub fn new(hz: u32) -> Self {
+        Self {
+            jiffies: Cell::new(1 << 20),
+            hz,
+            ingress: Cell::new(2),
+            routes: RefCell::new(HashMap::new()),
+            asked: Cell::new(0),
+        }
+    }
+}
+
+const AF_INET: u32 = 2;
+
+impl Env for HostEnv {
+    fn jiffies(&self) -> Jiffies {
+        Jiffies(self.jiffies.get())
+    }
+
+    fn hz(&self) -> u32 {
+        self.hz
+    }
+
+    fn ingress(&self) -> u32 {
+        self.ingress.get()
+    }
+
+    fn route4(&self, destination: Ip4, _: Ip4, hop: &NextHop) -> Result<(), Reason> {
+        self.asked.set(self.asked.get() + 1);
+        let via = |ifindex: u32, source: Ip4, gateway: Ip4| {
+            hop.ifindex.set(ifindex);
+            hop.source.set(source.raw());
+            hop.gateway_family.set(AF_INET);
+            hop.gateway.set([gateway.raw(), 0, 0, 0]);
+        };
+        match self.routes.borrow().get(&destination).copied().unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
+            HostRoute::Via { ifindex, mtu, to, from, source, gateway } => {
+                via(ifindex, source, gateway);
+                hop.kind.set(hop::VIA);
+                hop.mtu.set(mtu);
+                let mut macs = [0; 12];
+                macs[..6].copy_from_slice(&to);
+                macs[6..].copy_from_slice(&from);
+                hop.macs.set(bytemuck::cast(macs));
+            }
+            HostRoute::Unresolved { ifindex, source, gateway } => {
+                via(ifindex, source, gateway);
+                hop.kind.set(hop::UNRESOLVED);
+                hop.mtu.set(u32::MAX);
+            }
+            HostRoute::Local => {
+                hop.kind.set(hop::LOCAL);
+                hop.mtu.set(u32::MAX);
+            }
+            HostRoute::Nowhere(reason) => return Err(reason),
+        }
+        Ok(())
+    }
+
+    fn scan<S: Scan>(&self, count: u32, scan: &mut S) {
+        for index in 0..count {
+            if !scan.visit(index) {
+                break;
+            }
+        }
+    }
+}
+
+impl Steps<HostPacket, HostTables> for HostEnv {}

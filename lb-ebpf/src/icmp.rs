@@ -1,0 +1,310 @@
+//! ICMP errors (RFC 792): those the director sends, and those it relays.
+
+use lb_common::{
+    abi::{Config, EndpointKey4, Target},
+    addr::{Ip4, Port},
+    checksum::{self, Delta},
+    flow::{Entry, Entry4, Key4, Place},
+    jiffies::Jiffies,
+    proto::{Method, Protocol},
+    reason::Reason,
+};
+use network_types::{
+    eth::{EthHdr, EtherType},
+    ip::Ipv4Hdr,
+};
+
+use crate::{
+    endpoint,
+    env::{Env, HandOver},
+    flow_table::{self, Buckets},
+    forward::{self, Exit, Halt},
+    nat,
+    packet::Packet,
+    parse::{self, Ip4Packet, Segment},
+    pipeline::{self, Connection},
+    tables::Tables,
+    wire,
+};
+
+/// IP protocol number of ICMP.
+pub const IPPROTO_ICMP: u8 = 1;
+
+/// Bytes of an ICMP header.
+const HEADER: usize = 8;
+/// Largest error, IP header included (RFC 1812 section 4.3.2.3).
+const ERROR_MAX: usize = 576;
+/// Bytes of the error before what it quotes.
+const BEFORE_QUOTE: usize = Ipv4Hdr::LEN + HEADER;
+/// Type of service of an error, internetwork control, as the host sends its own.
+const ERROR_TOS: u8 = 0xc0;
+const ERROR_TTL: u8 = 64;
+
+const DESTINATION_UNREACHABLE: u8 = 3;
+const SOURCE_QUENCH: u8 = 4;
+const TIME_EXCEEDED: u8 = 11;
+
+/// What an error tells the sender.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Complaint {
+    /// ICMP type.
+    kind: u8,
+    /// ICMP code.
+    code: u8,
+    /// The rest of the header: the next-hop MTU of "fragmentation needed" (RFC 1191), else 0.
+    mtu: u16,
+}
+
+impl Complaint {
+    /// The complaint as bits of a word, not all 0.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.kind as u64 | (self.code as u64) << 8 | (self.mtu as u64) << 16
+    }
+
+    /// The complaint with these bits, if any is set.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Option<Self> {
+        if bits == 0 {
+            return None;
+        }
+        Some(Self { kind: bits as u8, code: (bits >> 8) as u8, mtu: (bits >> 16) as u16 })
+    }
+}
+
+impl Complaint {
+    /// The TTL ran out in transit.
+    pub const TTL_EXPIRED: Self = Self { kind: TIME_EXCEEDED, code: 0, mtu: 0 };
+    /// No route.
+    pub const HOST_UNREACHABLE: Self = Self { kind: DESTINATION_UNREACHABLE, code: 1, mtu: 0 };
+    /// Nobody serves the port, which is what a service without a usable destination looks like.
+    pub const PORT_UNREACHABLE: Self = Self { kind: DESTINATION_UNREACHABLE, code: 3, mtu: 0 };
+
+    /// The packet is larger than `mtu` bytes and must not be fragmented.
+    pub const fn too_big(mtu: u32) -> Self {
+        // No IPv4 packet is larger than 65,535 bytes, so no larger MTU is ever exceeded.
+        Self { kind: DESTINATION_UNREACHABLE, code: 4, mtu: mtu as u16 }
+    }
+
+    const fn is_too_big(self) -> bool {
+        self.kind == DESTINATION_UNREACHABLE && self.code == 4
+    }
+}
+
+/// Turns an IPv4 packet, still as it came in, into an error for its sender, from the address it was sent to.
+///
+/// `None` when no error may be sent: the sender is no host, this second's errors are used up, or there is no way back.
+#[inline(always)]
+pub fn answer<P: Packet + HandOver>(
+    packet: &mut P,
+    tables: &impl Tables,
+    env: &impl Env,
+    complaint: Complaint,
+) -> Option<Exit> {
+    let ip = &parse::ipv4(packet).ok()?;
+    let config = tables.config()?;
+    if !may_be_told(ip.source()) || !within_limit(tables, config, env) {
+        return None;
+    }
+    let hop = tables.adjacency_cpu(0)?;
+    env.route4(ip.source(), ip.destination(), hop).ok()?;
+    if complaint.is_too_big() {
+        // ip_vs lowers the TTL before it looks at the size, and quotes the packet after that.
+        nat::age(packet, ip, 1, Delta::default())?;
+    }
+    let quote = usize::from(ip.len()).min(ERROR_MAX - BEFORE_QUOTE);
+    packet.truncate(EthHdr::LEN + quote)?;
+    packet.grow_head(BEFORE_QUOTE as u16)?;
+    packet.write(core::mem::offset_of!(EthHdr, ether_type), EtherType::Ipv4 as u16)?;
+    packet.write(EthHdr::LEN, error_header(ip, quote, env.jiffies()))?;
+
+    let icmp = EthHdr::LEN + Ipv4Hdr::LEN;
+    packet.write(icmp, [complaint.kind, complaint.code, 0, 0])?;
+    packet.write(icmp + 4, [0u16, complaint.mtu.to_be()])?;
+    let sum = packet.sum(icmp, HEADER + quote)?;
+    packet.write(icmp + 2, !checksum::fold(sum))?;
+    tables.count_icmp();
+    forward::send(packet, env, hop).ok()
+}
+
+#[inline(always)]
+fn error_header(ip: &Ip4Packet, quote: usize, now: Jiffies) -> Ipv4Hdr {
+    let mut header = Ipv4Hdr {
+        vihl: 0x45,
+        tos: ERROR_TOS,
+        tot_len: ((BEFORE_QUOTE + quote) as u16).to_be_bytes(),
+        id: (now.0 as u16).to_be_bytes(),
+        frags: [0, 0],
+        ttl: ERROR_TTL,
+        proto: IPPROTO_ICMP,
+        check: [0, 0],
+        src_addr: ip.destination().octets(),
+        dst_addr: ip.source().octets(),
+    };
+    header.check = (!checksum::fold(checksum::sum5(wire::words(&header)))).to_ne_bytes();
+    header
+}
+
+/// Whether `source` is the address of one host (RFC 1122 section 3.2.2).
+#[inline(always)]
+fn may_be_told(source: Ip4) -> bool {
+    let first = source.octets()[0];
+    first != 0 && first < 224
+}
+
+/// Takes one error off this second's budget. Returns whether there was one left.
+#[inline(always)]
+fn within_limit(tables: &impl Tables, config: &Config, env: &impl Env) -> bool {
+    let Some(limiter) = tables.limiter() else { return false };
+    let Some(second) = env.jiffies().0.checked_div(env.hz()) else { return false };
+    let last = limiter.second.load();
+    if last != second && limiter.second.compare_exchange(last, second).is_ok() {
+        limiter.tokens.store(config.icmp_per_second.load());
+    }
+    for _ in 0..4 {
+        let tokens = limiter.tokens.load();
+        if tokens == 0 {
+            return false;
+        }
+        if limiter.tokens.compare_exchange(tokens, tokens - 1).is_ok() {
+            return true;
+        }
+    }
+    false
+}
+
+/// The start of the packet that an error is about.
+struct Quoted {
+    /// Offset of its IP header from the start of the frame.
+    offset: usize,
+    header: Ipv4Hdr,
+    /// Offset of its transport header.
+    transport: usize,
+    protocol: Protocol,
+    source: (Ip4, Port),
+    destination: (Ip4, Port),
+}
+
+/// Reads what the error quotes; `None` when the message is no error, or quotes no TCP or UDP packet with its ports.
+#[inline(always)]
+fn quoted(packet: &impl Packet, ip: &Ip4Packet) -> Option<Quoted> {
+    let kind: u8 = packet.read(ip.transport)?;
+    if !matches!(kind, DESTINATION_UNREACHABLE | SOURCE_QUENCH | TIME_EXCEEDED) {
+        return None;
+    }
+    let offset = ip.transport + HEADER;
+    let header: Ipv4Hdr = packet.read(offset)?;
+    let header_len = usize::from(header.ihl());
+    let later_fragment = header.frags[0] & 0x1f != 0 || header.frags[1] != 0;
+    if header.version() != 4 || header_len < Ipv4Hdr::LEN || later_fragment {
+        return None;
+    }
+    let protocol = Protocol::try_from(header.proto).ok()?;
+    let transport = offset + header_len;
+    if transport + 8 > EthHdr::LEN + usize::from(ip.len()) {
+        return None;
+    }
+    let ports: [u16; 2] = packet.read(transport)?;
+    let words = wire::words(&header);
+    Some(Quoted {
+        offset,
+        header,
+        transport,
+        protocol,
+        source: (Ip4::from_raw(words[3]), Port::from_raw(ports[0])),
+        destination: (Ip4::from_raw(words[4]), Port::from_raw(ports[1])),
+    })
+}
+
+/// Relays an ICMP error about a connection to the side that caused it (`docs/ipvs.md`, section 5.3).
+///
+/// # Errors
+///
+/// [`Reason::Icmp`] when the message is no error or about no connection; the host gets it then.
+#[inline(always)]
+pub fn relay<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let ip = &parse::ipv4(packet)?;
+    let quoted = quoted(packet, ip).ok_or(Reason::Icmp)?;
+    let config = tables.config().ok_or(Reason::Impossible)?;
+    let clock = pipeline::clock(config, env);
+    // About a reply: sent by the client's side, quoting what the service sent.
+    let (vaddr, vport) = quoted.source;
+    let about = endpoint::find4(tables, &EndpointKey4::new(vaddr, vport, quoted.protocol));
+    if about.is_service() {
+        let (caddr, cport) = quoted.destination;
+        let key = Key4 { caddr, cport, vaddr, vport, protocol: quoted.protocol };
+        let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
+        let found = flow_table::find::<Entry4>(tables, &key, &place).ok_or(Reason::Icmp)?;
+        let dest = tables.dest(found.dest).ok_or(Reason::Impossible)?;
+        if !dest.available() {
+            return Err(Reason::DestinationRemoved.into());
+        }
+        let connection = Connection::of(found.word, found.dest);
+        let server = (dest.addr4(), connection.port(dest, vport));
+        if connection.method() == Method::Masq as u8 {
+            verify(packet, ip)?;
+            translate_quoted(packet, ip, &quoted, nat::End::Source, server).ok_or(Reason::Impossible)?;
+        }
+        pipeline::count_in(tables, found.dest, ip.len());
+        return pipeline::to_server(packet, tables, env, ip, None, connection, clock);
+    }
+    // About a request: sent by the server's side, quoting what it got.
+    let about = endpoint::find4(tables, &EndpointKey4::new(quoted.destination.0, quoted.destination.1, quoted.protocol));
+    if about.has(Target::SERVER) {
+        let (caddr, cport) = quoted.source;
+        let segment = Segment::new(quoted.protocol, quoted.destination.1, cport, 0);
+        let (found, key) =
+            pipeline::find_masqueraded(tables, quoted.destination.0, caddr, segment).ok_or(Reason::Icmp)?;
+        verify(packet, ip)?;
+        let service = (key.vaddr, key.vport);
+        translate_quoted(packet, ip, &quoted, nat::End::Destination, service).ok_or(Reason::Impossible)?;
+        let hop = forward::to_client(tables, env, (found.entry, found.word, true), (caddr, key.vaddr), clock)?;
+        let hops = if forward::is_local(hop) { 0 } else { 1 };
+        if ip.ttl() <= hops {
+            return Err(Reason::TtlExpired.into());
+        }
+        nat::translate(packet, ip, None, nat::End::Source, service, hops).ok_or(Reason::Impossible)?;
+        pipeline::count_out(tables, found.dest, ip.len());
+        return forward::send(packet, env, hop);
+    }
+    Err(Reason::Icmp.into())
+}
+
+/// Refuses a message whose checksum is wrong: a rewrite would make it look right.
+#[inline(always)]
+fn verify(packet: &impl Packet, ip: &Ip4Packet) -> Result<(), Reason> {
+    let len = ip.payload_len();
+    let sum = packet.sum(ip.transport, len).ok_or(Reason::Impossible)?;
+    if checksum::fold(sum) == 0xffff { Ok(()) } else { Err(Reason::IcmpChecksum) }
+}
+
+/// Rewrites one end of the quoted packet and the checksums that cover it: its IP header's and the message's own. The
+/// checksum of the quoted segment is left as it is, like in ip_vs.
+#[inline(always)]
+fn translate_quoted(
+    packet: &mut impl Packet,
+    ip: &Ip4Packet,
+    quoted: &Quoted,
+    end: nat::End,
+    to: (Ip4, Port),
+) -> Option<()> {
+    let ((old_addr, old_port), addr_offset, port_offset) = match end {
+        nat::End::Source => (quoted.source, core::mem::offset_of!(Ipv4Hdr, src_addr), 0),
+        nat::End::Destination => (quoted.destination, core::mem::offset_of!(Ipv4Hdr, dst_addr), 2),
+    };
+    let (addr, port) = to;
+    let moved = Delta::default().dword(old_addr.raw(), addr.raw());
+    let old_check = u16::from_ne_bytes(quoted.header.check);
+    let new_check = moved.apply(old_check);
+    let message = moved.word(old_port.raw(), port.raw()).word(old_check, new_check);
+    packet.write(quoted.offset + addr_offset, addr.raw())?;
+    packet.write(quoted.offset + core::mem::offset_of!(Ipv4Hdr, check), new_check)?;
+    packet.write(quoted.transport + port_offset, port.raw())?;
+    let check: u16 = packet.read(ip.transport + 2)?;
+    packet.write(ip.transport + 2, message.apply(check))
+}

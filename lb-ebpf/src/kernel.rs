@@ -1,0 +1,377 @@
+//! The pipeline's traits on what the kernel gives an XDP program.
+
+use core::{ffi::c_void, ptr};
+
+use aya_ebpf::{
+    bindings::{
+        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
+        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_PROHIBIT, bpf_fib_lookup as FibLookup, xdp_action, xdp_md,
+    },
+    helpers::generated::{
+        bpf_csum_diff, bpf_fib_lookup, bpf_jiffies64, bpf_loop, bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_meta,
+        bpf_xdp_adjust_tail,
+    },
+};
+use lb_common::{
+    abi::{NextHop, hop},
+    addr::Ip4,
+    checksum,
+    jiffies::Jiffies,
+    reason::Reason,
+    sync::{Shared64, opaque},
+};
+
+use crate::{
+    env::{Env, HandOver, Scan},
+    forward::{Exit, Leave},
+    packet::Packet,
+    wire::Wire,
+};
+
+/// Address family numbers of the kernel.
+pub const AF_INET: u32 = 2;
+/// Address family numbers of the kernel.
+pub const AF_INET6: u32 = 10;
+
+/// The loopback interface has this index in every network namespace.
+const LOOPBACK: u32 = 1;
+
+/// The frame of an XDP program.
+pub struct XdpPacket {
+    ctx: *mut xdp_md,
+}
+
+impl XdpPacket {
+    /// The frame of the program that was given `ctx`.
+    #[inline(always)]
+    pub const fn new(ctx: *mut xdp_md) -> Self {
+        Self { ctx }
+    }
+
+    #[inline(always)]
+    fn start(&self) -> usize {
+        // Verifier: volatile, or the compiler keeps the value across calls in 32 bits of stack, which makes it a number.
+        // SAFETY: the kernel keeps the context valid while the program runs.
+        unsafe { (&raw const (*self.ctx).data).read_volatile() as usize }
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        // SAFETY: as in `start`.
+        unsafe { (&raw const (*self.ctx).data_end).read_volatile() as usize }
+    }
+
+    /// The address of `len` bytes at `offset`, if the frame has them.
+    #[inline(always)]
+    fn at(&self, offset: usize, len: usize) -> Option<usize> {
+        let address = self.start() + offset;
+        // Verifier: of one byte the compiler makes the comparison `address < end`, from which the verifier learns nothing
+        // about a pointer without a constant offset.
+        let beyond = if len == 1 { opaque(address as u64 + 1) as usize } else { address + len };
+        (beyond <= self.end()).then_some(address)
+    }
+}
+
+impl Packet for XdpPacket {
+    #[inline(always)]
+    fn len(&self) -> usize {
+        // Verifier: opaque, or the compiler subtracts 32-bit halves of pointers where it can.
+        opaque((self.end() - self.start()) as u64) as usize
+    }
+
+    #[inline(always)]
+    fn read<T: Wire>(&self, offset: usize) -> Option<T> {
+        let address = self.at(offset, size_of::<T>())?;
+        // SAFETY: `at` has checked the bounds, and any bytes are a `T`.
+        Some(unsafe { (address as *const T).read_unaligned() })
+    }
+
+    #[inline(always)]
+    fn write<T: Wire>(&mut self, offset: usize, value: T) -> Option<()> {
+        let address = self.at(offset, size_of::<T>())?;
+        // SAFETY: `at` has checked the bounds; a `T` has no padding that could leak.
+        unsafe { (address as *mut T).write_unaligned(value) };
+        Some(())
+    }
+
+    #[inline(always)]
+    fn grow_head(&mut self, by: u16) -> Option<()> {
+        // SAFETY: a helper call with the program's own context.
+        let result = unsafe { bpf_xdp_adjust_head(self.ctx, -i32::from(by)) };
+        (result == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn truncate(&mut self, len: usize) -> Option<()> {
+        let by = len as i32 - self.len() as i32;
+        if by == 0 {
+            return Some(());
+        }
+        // SAFETY: a helper call with the program's own context.
+        let result = unsafe { bpf_xdp_adjust_tail(self.ctx, by) };
+        (by < 0 && result == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn sum(&self, offset: usize, len: usize) -> Option<u64> {
+        u64::try_from(sum_packet(self.ctx, offset as u32, len as u32)).ok()
+    }
+}
+
+/// Largest packet whose bytes can be summed.
+const SUM_MAX: u32 = 16 * 1024;
+/// The longest piece that is summed at once: the most that `bpf_csum_diff` takes.
+const SUM_PIECE: u32 = 512;
+
+/// Always 0, which the verifier cannot know: the memory of this variable could be written.
+static ZERO: Shared64 = Shared64::ZERO;
+
+/// Returns `value` in a way that the verifier cannot see through. It then follows the rest of a program once, and not
+/// once for every value that it has seen.
+#[inline(always)]
+pub fn hide(value: u64) -> u64 {
+    value.wrapping_add(ZERO.load())
+}
+
+/// The folded sum of `len` bytes at `offset`, or a negative number when the frame ends before.
+///
+/// Sums by `bpf_csum_diff` over a ladder of constant sizes.
+///
+/// Verifier: the helper wants a length whose bounds check it can see at the same pointer, which a variable length never
+/// gives. A global function, because the verifier looks at those once and not once for each of their callers.
+#[unsafe(no_mangle)]
+pub extern "C" fn sum_packet(ctx: *mut xdp_md, offset: u32, len: u32) -> i64 {
+    if ctx.is_null() {
+        return -1;
+    }
+    sum(&XdpPacket::new(ctx), offset, len).map_or(-1, |sum| i64::from(checksum::fold(sum)))
+}
+
+#[inline(always)]
+fn sum(packet: &XdpPacket, mut offset: u32, mut len: u32) -> Option<u64> {
+    if len > SUM_MAX {
+        return None;
+    }
+    let mut total = 0;
+    for _ in 0..SUM_MAX / SUM_PIECE {
+        if len < SUM_PIECE {
+            break;
+        }
+        total = packet.sum_piece::<{ SUM_PIECE as usize }>(&mut offset, total)?;
+        len -= SUM_PIECE;
+    }
+    macro_rules! rungs {
+        ($($size:literal)+) => {$(
+            if len & $size != 0 {
+                total = packet.sum_piece::<$size>(&mut offset, total)?;
+            }
+        )+};
+    }
+    rungs!(256 128 64 32 16 8 4);
+    let mut rest = 0u64;
+    if len & 2 != 0 {
+        rest += u64::from(packet.read::<u16>((offset & OFFSET_MASK) as usize)?);
+        offset = hide(u64::from(offset + 2)) as u32;
+    }
+    if len & 1 != 0 {
+        rest += u64::from(u16::from_ne_bytes([packet.read::<u8>((offset & OFFSET_MASK) as usize)?, 0]));
+    }
+    Some(u64::from(total) + rest)
+}
+
+/// Verifier: an offset must be seen to be small for the pointer to stay a packet pointer.
+const OFFSET_MASK: u32 = 0x7fff;
+
+impl XdpPacket {
+    /// Adds the sum of the `N` bytes at `offset` to `seed`, and moves `offset` behind them.
+    #[inline(always)]
+    fn sum_piece<const N: usize>(&self, offset: &mut u32, seed: u32) -> Option<u32> {
+        let address = self.at((*offset & OFFSET_MASK) as usize, N)?;
+        *offset = hide(u64::from(*offset + N as u32)) as u32;
+        // SAFETY: `at` has checked that `N` bytes are there.
+        let sum = unsafe { bpf_csum_diff(ptr::null_mut(), 0, address as *mut u32, N as u32, seed) };
+        u32::try_from(sum).ok()
+    }
+}
+
+/// What the XDP program leaves in front of a packet for the TC program behind it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Errand {
+    /// [`Errand::MAGIC`].
+    pub magic: u32,
+    /// The interface to send it out of.
+    pub ifindex: u32,
+    /// Address family of the gateway.
+    pub family: u32,
+    /// The neighbour to send it to; IPv4 in the first word.
+    pub gateway: [u32; 4],
+}
+
+impl Errand {
+    /// Tells an errand from metadata of other programs.
+    pub const MAGIC: u32 = 0x7864_7076;
+}
+
+impl HandOver for XdpPacket {
+    #[inline(always)]
+    fn hand_over(&mut self, hop: &NextHop) -> Option<()> {
+        const LEN: usize = size_of::<Errand>();
+        // SAFETY: a helper call with the program's own context.
+        if unsafe { bpf_xdp_adjust_meta(self.ctx, -(LEN as i32)) } != 0 {
+            return None;
+        }
+        // SAFETY: as in `start`.
+        let address = unsafe { (&raw const (*self.ctx).data_meta).read_volatile() as usize };
+        if address + LEN > self.start() {
+            return None;
+        }
+        let errand = Errand {
+            magic: Errand::MAGIC,
+            ifindex: hop.ifindex.get(),
+            family: hop.gateway_family.get(),
+            gateway: hop.gateway.get(),
+        };
+        // SAFETY: the bounds have been checked, and metadata is aligned to four bytes.
+        unsafe { (address as *mut Errand).write(errand) };
+        Some(())
+    }
+}
+
+/// The kernel, around a program that was given `ctx`.
+pub struct Kernel {
+    /// The program's context.
+    pub ctx: *mut xdp_md,
+    /// Ticks per second.
+    pub hz: u32,
+    /// Flags for `bpf_fib_lookup`, as far as this kernel knows them.
+    pub fib_flags: u32,
+}
+
+impl Env for Kernel {
+    #[inline(always)]
+    fn jiffies(&self) -> Jiffies {
+        jiffies()
+    }
+
+    #[inline(always)]
+    fn hz(&self) -> u32 {
+        self.hz
+    }
+
+    #[inline(always)]
+    fn ingress(&self) -> u32 {
+        // SAFETY: the kernel keeps the context valid while the program runs.
+        unsafe { (*self.ctx).ingress_ifindex }
+    }
+
+    #[inline(always)]
+    fn route4(&self, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
+        fib_lookup(self, destination, source, hop)
+    }
+
+    #[inline(always)]
+    fn scan<S: Scan>(&self, count: u32, scan: &mut S) {
+        repeat(count, scan);
+    }
+}
+
+/// Calls `scan` for 0, 1, 2, … until it has enough or `count` is reached.
+#[inline(always)]
+pub fn repeat<S: Scan>(count: u32, scan: &mut S) {
+    unsafe extern "C" fn visit<S: Scan>(index: u32, scan: *mut c_void) -> i64 {
+        // SAFETY: `bpf_loop` passes on the pointer below, and nobody else uses it meanwhile.
+        let scan = unsafe { &mut *scan.cast::<S>() };
+        i64::from(!scan.visit(index))
+    }
+    let callback = visit::<S> as *mut c_void;
+    // SAFETY: the callback has the signature that `bpf_loop` calls, and `scan` outlives the call.
+    unsafe { bpf_loop(count, callback, ptr::from_mut(scan).cast(), 0) };
+}
+
+/// The tick counter.
+#[inline(always)]
+pub fn jiffies() -> Jiffies {
+    // SAFETY: the helper has no preconditions.
+    Jiffies(unsafe { bpf_jiffies64() } as u32)
+}
+
+/// Asks the kernel's routing table.
+///
+/// The interface given is the loopback, because the kernel routes what the host itself sends as if it came from there:
+/// rules and routes apply as they do to ip_vs, and forwarding need not be on for the interface the packet came in by
+/// (`fl4.flowi4_iif` in
+/// <https://github.com/torvalds/linux/blob/v6.12/net/core/filter.c#L5908>, `LOOPBACK_IFINDEX` in
+/// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/route.c#L2679>).
+#[inline(never)]
+fn fib_lookup(kernel: &Kernel, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
+    // SAFETY: a plain C struct, for which zeros are a value.
+    let mut query: FibLookup = unsafe { core::mem::zeroed() };
+    query.family = AF_INET as u8;
+    query.ifindex = LOOPBACK;
+    query.__bindgen_anon_3.ipv4_src = source.raw();
+    query.__bindgen_anon_4.ipv4_dst = destination.raw();
+    // SAFETY: a helper call with the program's own context and a struct of the size given.
+    let result = unsafe {
+        bpf_fib_lookup(kernel.ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, kernel.fib_flags)
+    };
+    const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
+    const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
+    const NOT_FWDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;
+    const FWD_DISABLED: i64 = BPF_FIB_LKUP_RET_FWD_DISABLED as i64;
+    const BLACKHOLE: i64 = BPF_FIB_LKUP_RET_BLACKHOLE as i64;
+    const PROHIBIT: i64 = BPF_FIB_LKUP_RET_PROHIBIT as i64;
+    // SAFETY: every variant of the unions is plain data.
+    let (mtu, source, gateway) = unsafe {
+        (query.__bindgen_anon_1.mtu_result, query.__bindgen_anon_3.ipv4_src, query.__bindgen_anon_4.ipv6_dst)
+    };
+    match result {
+        SUCCESS => {
+            hop.kind.set(hop::VIA);
+            hop.mtu.set(u32::from(mtu));
+            hop.macs.set(macs(&query));
+        }
+        NO_NEIGH => {
+            hop.kind.set(hop::UNRESOLVED);
+            // The kernel has not filled it in; the interface enforces it on this one packet.
+            hop.mtu.set(u32::MAX);
+        }
+        NOT_FWDED => {
+            hop.kind.set(hop::LOCAL);
+            hop.mtu.set(u32::MAX);
+        }
+        FWD_DISABLED => return Err(Reason::ForwardingOff),
+        BLACKHOLE..=PROHIBIT => return Err(Reason::NoRoute),
+        _ => return Err(Reason::RouteUnsupported),
+    }
+    hop.ifindex.set(query.ifindex);
+    hop.source.set(source);
+    let family = u32::from(query.family);
+    hop.gateway_family.set(family);
+    hop.gateway.set(if family == AF_INET { [gateway[0], 0, 0, 0] } else { gateway });
+    Ok(())
+}
+
+/// The two addresses at the start of an Ethernet header: the neighbour's, then the interface's.
+#[inline(always)]
+fn macs(query: &FibLookup) -> [u32; 3] {
+    // Verifier: in halves of words, which both are aligned to on the stack.
+    let half = |mac: &[u8; 6], index: usize| {
+        // SAFETY: both addresses begin at an even offset of a struct aligned to four bytes, and `index` is below 3.
+        u32::from(unsafe { mac.as_ptr().cast::<u16>().add(index).read_volatile() })
+    };
+    let (to, from) = (&query.dmac, &query.smac);
+    [half(to, 0) | half(to, 1) << 16, half(to, 2) | half(from, 0) << 16, half(from, 1) | half(from, 2) << 16]
+}
+
+/// The XDP action for a packet that leaves this way.
+#[inline(always)]
+pub fn action(exit: Exit) -> u32 {
+    match exit.leave() {
+        Leave::Transmit => xdp_action::XDP_TX,
+        // SAFETY: the helper has no preconditions.
+        Leave::Redirect(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
+        Leave::Host => xdp_action::XDP_PASS,
+        Leave::Drop => xdp_action::XDP_DROP,
+    }
+}

@@ -1,0 +1,173 @@
+//! Choosing the destination of a new connection: ip_vs's schedulers (`docs/ipvs.md`, section 3).
+
+use lb_common::{
+    abi::{View, active_and_total, cursor},
+    addr::Ip4,
+    proto::Scheduler,
+    reason::Reason,
+    sched,
+};
+
+use crate::{
+    env::{Env, Scan},
+    tables::Tables,
+};
+
+/// How often a round robin tries to move its cursor before it goes without.
+const CURSOR_ATTEMPTS: usize = 3;
+
+/// The number of the destination that the view's scheduler gives a new connection of `client`.
+///
+/// # Errors
+///
+/// [`Reason::NoDestination`] when no destination is usable; [`Reason::ConfigurationChanged`] when the view was rewritten
+/// meanwhile, which takes two changes of the service during one packet.
+#[inline(never)]
+pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, client: Ip4) -> Result<u32, Reason> {
+    let number = view;
+    let view = tables.view(number).ok_or(Reason::Impossible)?;
+    let version = view.version.load();
+    let scheduler = Scheduler::try_from(view.scheduler.load() as u8).map_err(|_| Reason::Impossible)?;
+    let dest = match scheduler {
+        Scheduler::Rr => ring(tables, env, number, view, view.list.load(), view.list_len.load()),
+        Scheduler::Wrr => ring(tables, env, number, view, view.ring.load(), view.ring_len.load()),
+        Scheduler::Wlc => least_loaded(tables, env, view),
+        Scheduler::Sh => table(tables, view, sched::sh_bucket(client.number(), 0)),
+    };
+    if view.version.load() != version {
+        return Err(Reason::ConfigurationChanged);
+    }
+    dest.ok_or(Reason::NoDestination)
+}
+
+/// The destination in slot `index`, if it is usable.
+#[inline(always)]
+fn usable_at(tables: &impl Tables, index: u32) -> Option<u32> {
+    let dest = tables.slot(index)?.dest();
+    tables.dest(dest)?.usable().then_some(dest)
+}
+
+/// rr and wrr: the next usable entry of a ring, after the one chosen last.
+#[inline(always)]
+fn ring(tables: &impl Tables, env: &impl Env, number: u32, view: &View, start: u32, len: u32) -> Option<u32> {
+    let position = &tables.cursor(number)?.position;
+    for _ in 0..CURSOR_ATTEMPTS {
+        let old = position.load();
+        let index = if old & cursor::FRESH != 0 { old & !cursor::FRESH } else { old + 1 };
+        let index = if index < len { index } else { 0 };
+        let (index, dest) = match usable_at(tables, start + index) {
+            Some(dest) => (index, dest),
+            None => match next_usable(tables, env, start, len, index) {
+                Some(found) => found,
+                None => {
+                    exhausted(view, position, old);
+                    return None;
+                }
+            },
+        };
+        if position.compare_exchange(old, index).is_ok() {
+            return Some(dest);
+        }
+    }
+    // So many new connections at once that the order between them means nothing.
+    usable_at(tables, start + position.load())
+}
+
+/// Leaves the cursor where ip_vs leaves it when nothing is usable: rr where it was; wrr at the start of the cycle,
+/// unless it stands in the last pass.
+#[inline(always)]
+fn exhausted(view: &View, position: &lb_common::sync::Shared32, old: u32) {
+    let wrr = view.scheduler.load() == Scheduler::Wrr as u32;
+    let in_last_pass = old & cursor::FRESH == 0 && old >= view.ring_final.load();
+    if wrr && !in_last_pass {
+        // Losing to another CPU leaves its choice standing, which is as good an order as any.
+        let _ = position.compare_exchange(old, cursor::FRESH);
+    }
+}
+
+struct NextUsable<'t, T> {
+    tables: &'t T,
+    start: u32,
+    len: u32,
+    index: u32,
+    /// The destination in the slot at `index`, plus one, when it is usable.
+    ///
+    /// Verifier: a number, for an unset half of an `Option` is uninitialised memory to it.
+    found: u32,
+}
+
+impl<T: Tables> Scan for NextUsable<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, _: u32) -> bool {
+        self.index += 1;
+        if self.index >= self.len {
+            self.index = 0;
+        }
+        self.found = usable_at(self.tables, self.start + self.index).map_or(0, |dest| dest + 1);
+        self.found == 0
+    }
+}
+
+/// The first usable entry after `index`, going round.
+#[inline(always)]
+fn next_usable(tables: &impl Tables, env: &impl Env, start: u32, len: u32, index: u32) -> Option<(u32, u32)> {
+    let mut scan = NextUsable { tables, start, len, index, found: 0 };
+    env.scan(len, &mut scan);
+    Some((scan.index, scan.found.checked_sub(1)?))
+}
+
+/// sh: the destination of a bucket, if it is usable.
+#[inline(always)]
+fn table(tables: &impl Tables, view: &View, bucket: u32) -> Option<u32> {
+    if bucket >= view.ring_len.load() {
+        return None;
+    }
+    usable_at(tables, view.ring.load() + bucket)
+}
+
+struct LeastLoaded<'t, T> {
+    tables: &'t T,
+    start: u32,
+    /// The best destination so far, plus one; 0 before there is one.
+    best: u32,
+    overhead: u64,
+    weight: u64,
+}
+
+impl<T: Tables> Scan for LeastLoaded<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, index: u32) -> bool {
+        self.consider(index);
+        true
+    }
+}
+
+impl<T: Tables> LeastLoaded<'_, T> {
+    #[inline(always)]
+    fn consider(&mut self, index: u32) -> Option<()> {
+        let number = self.tables.slot(self.start + index)?.dest();
+        let dest = self.tables.dest(number)?;
+        if !dest.usable() {
+            return None;
+        }
+        let weight = u64::from(dest.weight.load());
+        let (active, total) = active_and_total(self.tables.dest_load(number)?.connections.load());
+        // 257 active + inactive, with inactive = total - active.
+        let overhead = 256 * u64::from(active) + u64::from(total);
+        // No division: self.overhead / self.weight > overhead / weight.
+        if self.best == 0 || self.overhead * weight > overhead * self.weight {
+            self.best = number + 1;
+            self.overhead = overhead;
+            self.weight = weight;
+        }
+        Some(())
+    }
+}
+
+/// wlc: the usable destination with the least overhead for its weight; of equals, the first in the list.
+#[inline(always)]
+fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View) -> Option<u32> {
+    let mut scan = LeastLoaded { tables, start: view.list.load(), best: 0, overhead: 0, weight: 0 };
+    env.scan(view.list_len.load(), &mut scan);
+    scan.best.checked_sub(1)
+}

@@ -1,0 +1,53 @@
+//! The tables the pipeline looks things up in.
+
+use lb_common::{
+    abi::{Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Limiter, NextHop, Slot, View},
+    flow::Bucket4,
+    hash::Seed,
+};
+
+/// The tables of an instance, as one CPU sees them.
+///
+/// An index out of range gives `None`. The pipeline never makes one; it answers with [`Reason::Impossible`].
+pub trait Tables {
+    /// What the flow and endpoint tables are hashed with.
+    fn seed(&self) -> Seed;
+    /// Buckets of the flow table, even.
+    fn flow_buckets(&self) -> u32;
+    /// Buckets of the endpoint table.
+    fn endpoint_buckets(&self) -> u32;
+
+    /// The settings.
+    fn config(&self) -> Option<&Config>;
+    /// The budget of ICMP errors.
+    fn limiter(&self) -> Option<&Limiter>;
+    /// A bucket of the endpoint table.
+    fn endpoints4(&self, index: u32) -> Option<&EndpointBucket4>;
+    /// How to choose a destination of a service.
+    fn view(&self, index: u32) -> Option<&View>;
+    /// Where the scheduler of a view stands.
+    fn cursor(&self, index: u32) -> Option<&Cursor>;
+    /// An entry of a list or ring.
+    fn slot(&self, index: u32) -> Option<&Slot>;
+    /// A destination.
+    fn dest(&self, index: u32) -> Option<&Dest>;
+    /// A destination's connections.
+    fn dest_load(&self, index: u32) -> Option<&DestLoad>;
+    /// What this CPU keeps about a destination.
+    fn dest_cpu(&self, index: u32) -> Option<&DestCpu>;
+    /// A bucket of the IPv4 flow table.
+    fn flows4(&self, index: u32) -> Option<&Bucket4>;
+    /// The key of a next hop towards clients.
+    fn adjacency(&self, index: u32) -> Option<&Adjacency>;
+    /// What this CPU knows of a next hop towards clients.
+    fn adjacency_cpu(&self, index: u32) -> Option<&NextHop>;
+
+    /// Returns `value` in a way that the kernel's verifier cannot see through. Used where paths meet again that have
+    /// taught the verifier different things about a value, so that it follows the rest once and not once for each.
+    fn hide(&self, value: u64) -> u64;
+
+    /// Counts a packet that is not forwarded, by the number of the reason.
+    fn count(&self, reason: u8);
+    /// Counts an ICMP error sent.
+    fn count_icmp(&self);
+}

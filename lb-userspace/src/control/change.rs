@@ -1,0 +1,423 @@
+//! Planning a change: what ip_vs would do, done to a copy of the records.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
+
+use bytemuck::Zeroable as _;
+use lb_common::{
+    abi::{DestRecord, Record as _, ServiceRecord, active_and_total, slot},
+    addr::Port,
+    proto::{Method, Scheduler},
+    sched::WrrParameters,
+};
+
+use crate::{
+    control::{
+        compile::{self, Compiled},
+        journal,
+        model::{DestSpec, Refusal, ServiceKey, ServiceSpec},
+        shared::{Counters, Shared},
+        state::{AF_INET, State, dest_address, service_key, words},
+    },
+    error::Error,
+};
+
+/// How long a removed destination without connections is remembered, in seconds: as long as ip_vs keeps one in its trash
+/// at most.
+const TRASH_S: u32 = 180;
+
+/// A change that is being planned. Dropping it changes nothing.
+pub struct Change<'a> {
+    shared: Shared<'a>,
+    state: State,
+    now_s: u32,
+    /// Slots of services whose records change.
+    services: BTreeSet<u32>,
+    /// Slots of services whose views are compiled anew.
+    views: BTreeSet<u32>,
+    /// Numbers of destinations whose records change.
+    dests: BTreeSet<u32>,
+    /// Numbers of destinations whose counters start at zero.
+    cleared: BTreeSet<u32>,
+}
+
+/// What a change does to the list of a service.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Touch {
+    Added,
+    Edited,
+    /// With the position in the list from which a destination is removed.
+    Removed(usize),
+}
+
+impl<'a> Change<'a> {
+    /// Begins a change of the configuration in `shared`, `now_s` seconds after the machine has started.
+    ///
+    /// The caller holds the instance's lock, and no other change is unfinished.
+    ///
+    /// # Errors
+    ///
+    /// When counters of a destination that is forgotten cannot be read.
+    pub fn begin(shared: Shared<'a>, counters: &impl Counters, now_s: u32) -> Result<Self, Error> {
+        let mut change = Self {
+            shared,
+            state: State::load(&shared),
+            now_s,
+            services: BTreeSet::new(),
+            views: BTreeSet::new(),
+            dests: BTreeSet::new(),
+            cleared: BTreeSet::new(),
+        };
+        change.forget(counters)?;
+        Ok(change)
+    }
+
+    /// The configuration as it is planned.
+    pub fn state(&self) -> &State {
+        &self.state
+    }
+
+    /// Adds a service without destinations.
+    ///
+    /// # Errors
+    ///
+    /// When it exists, or there is no room for it.
+    pub fn add_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
+        let addr = words(key.address.ip()).ok_or(Refusal::Family(key.address))?;
+        if key.address.port() == 0 {
+            return Err(Refusal::ZeroPort(key));
+        }
+        if self.state.by_key.contains_key(&key) {
+            return Err(Refusal::ServiceExists(key));
+        }
+        let slot = self.free_service()?;
+        let port = u32::from(Port::new(key.address.port()).raw());
+        let record = ServiceRecord {
+            state: slot::USED,
+            family: AF_INET,
+            addr,
+            port_protocol: port | (key.protocol.protocol() as u32) << 16,
+            scheduler: spec.scheduler as u32,
+            // The first view of a slot that was used before must not be the one that packets may still look at.
+            view: self.shared.services.get(slot as usize).map_or(2 * slot, |old| 2 * slot | !old.load().view & 1),
+            order: self.next_order(),
+            ..ServiceRecord::zeroed()
+        };
+        self.state.services.insert(slot, record);
+        self.state.by_key.insert(key, slot);
+        self.state.lists.insert(slot, Vec::new());
+        self.services.insert(slot);
+        self.views.insert(slot);
+        Ok(())
+    }
+
+    /// Changes a service. Another scheduler starts afresh; the same one goes on where it stands.
+    ///
+    /// # Errors
+    ///
+    /// When it does not exist.
+    pub fn edit_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
+        let slot = self.service(key)?;
+        self.catch_up(slot);
+        let top = WrrParameters::of(&self.state.weights(slot)).top;
+        if let Some(record) = self.state.services.get_mut(&slot)
+            && record.scheduler != spec.scheduler as u32
+        {
+            record.scheduler = spec.scheduler as u32;
+            record.pointer = 0;
+            record.threshold = if spec.scheduler == Scheduler::Wrr { top } else { 0 };
+        }
+        Ok(())
+    }
+
+    /// Removes a service with its destinations. Connections stay, but their packets go nowhere.
+    ///
+    /// # Errors
+    ///
+    /// When it does not exist.
+    pub fn delete_service(&mut self, key: ServiceKey) -> Result<(), Refusal> {
+        let slot = self.service(key)?;
+        for number in self.state.lists.remove(&slot).unwrap_or_default() {
+            self.remove_dest(number);
+        }
+        self.state.by_key.remove(&key);
+        if let Some(record) = self.state.services.get_mut(&slot) {
+            record.state = slot::REMOVED;
+        }
+        self.services.insert(slot);
+        Ok(())
+    }
+
+    /// Removes all services.
+    pub fn flush(&mut self) {
+        let keys: Vec<_> = self.state.by_key.keys().copied().collect();
+        for key in keys {
+            // It was found a moment ago.
+            let _ = self.delete_service(key);
+        }
+    }
+
+    /// Adds a destination to a service. One that was removed a while ago, or has connections left, comes back with its
+    /// counters and connections (`docs/ipvs.md`, section 1.4).
+    ///
+    /// # Errors
+    ///
+    /// When there is no such service, when it has the destination, or when the destination cannot be.
+    pub fn add_dest(&mut self, key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+        let service = self.service(key)?;
+        check_dest(key, address, spec)?;
+        let addr = words(address.ip()).ok_or(Refusal::Family(address))?;
+        if self.find_dest(service, address).is_some() {
+            return Err(Refusal::DestExists(key, address));
+        }
+        let (number, fresh) = match self.trashed(key, address) {
+            Some(number) => (number, self.state.dests.get(&number).is_none_or(|old| old.service != service)),
+            None => (self.free_dest()?, true),
+        };
+        if fresh {
+            self.cleared.insert(number);
+        }
+        self.catch_up(service);
+        let masqueraded = self.state.dests.get(&number).map_or(0, |old| old.masqueraded);
+        let record = DestRecord {
+            addr,
+            port_method: port_method(address.port(), spec.method),
+            weight: spec.weight,
+            state: slot::USED,
+            service,
+            upper: 0,
+            lower: 0,
+            last_weight: spec.weight,
+            removed_at: 0,
+            order: self.next_order(),
+            masqueraded: masqueraded | u32::from(spec.method == Method::Masq),
+            reserved: 0,
+        };
+        self.state.dests.insert(number, record);
+        self.state.lists.entry(service).or_default().insert(0, number);
+        self.dests.insert(number);
+        self.scheduler_sees(service, Touch::Added);
+        Ok(())
+    }
+
+    /// Changes a destination. Connections that exist keep the method they have.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such service or destination, or when the destination cannot be.
+    pub fn edit_dest(&mut self, key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+        let service = self.service(key)?;
+        check_dest(key, address, spec)?;
+        let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
+        self.catch_up(service);
+        if let Some(record) = self.state.dests.get_mut(&number) {
+            record.port_method = port_method(address.port(), spec.method);
+            record.weight = spec.weight;
+            if spec.weight != 0 {
+                record.last_weight = spec.weight;
+            }
+            record.masqueraded |= u32::from(spec.method == Method::Masq);
+        }
+        self.dests.insert(number);
+        self.scheduler_sees(service, Touch::Edited);
+        Ok(())
+    }
+
+    /// Removes a destination. Connections to it stay, but their packets go nowhere until it is added again.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such service or destination.
+    pub fn delete_dest(&mut self, key: ServiceKey, address: SocketAddr) -> Result<(), Refusal> {
+        let service = self.service(key)?;
+        let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
+        self.catch_up(service);
+        let list = self.state.lists.entry(service).or_default();
+        if let Some(position) = list.iter().position(|other| *other == number) {
+            self.scheduler_sees(service, Touch::Removed(position));
+            self.state.lists.entry(service).or_default().remove(position);
+        }
+        self.remove_dest(number);
+        self.scheduler_sees(service, Touch::Edited);
+        Ok(())
+    }
+
+    /// Puts the planned configuration in force, all of it or nothing.
+    ///
+    /// # Errors
+    ///
+    /// [`Commit::Refused`] when there is no room for it: nothing has changed then.
+    pub fn commit(self, counters: &mut impl Counters) -> Result<(), Commit> {
+        if self.services.is_empty() && self.dests.is_empty() {
+            return Ok(());
+        }
+        let compiled = self.compile()?;
+        journal::write(&self.shared, &self.state, &self.services, &self.dests, &self.cleared);
+        journal::carry_out(&self.shared, counters, &compiled)?;
+        Ok(())
+    }
+
+    fn compile(&self) -> Result<Compiled, Refusal> {
+        let views = self.views.iter().copied().filter(|slot| self.state.lists.contains_key(slot));
+        compile::compile(&self.shared, &self.state, views)
+    }
+
+    fn service(&self, key: ServiceKey) -> Result<u32, Refusal> {
+        self.state.by_key.get(&key).copied().ok_or(Refusal::NoService(key))
+    }
+
+    fn find_dest(&self, service: u32, address: SocketAddr) -> Option<u32> {
+        let is_it = |number: &&u32| self.state.dests.get(number).is_some_and(|dest| dest_address(dest) == address);
+        self.state.list(service).iter().find(is_it).copied()
+    }
+
+    /// A removed destination that this service, or one with the same key before it, had at `address`.
+    fn trashed(&self, key: ServiceKey, address: SocketAddr) -> Option<u32> {
+        let had_key = |slot: &u32| self.state.services.get(slot).is_some_and(|service| service_key(service) == key);
+        let is_it = |dest: &DestRecord| {
+            dest.state == slot::REMOVED && dest_address(dest) == address && had_key(&dest.service)
+        };
+        self.state.dests.iter().find(|(_, dest)| is_it(dest)).map(|(number, _)| *number)
+    }
+
+    fn next_order(&mut self) -> u64 {
+        let order = self.state.next_order;
+        self.state.next_order += 1;
+        order
+    }
+
+    fn free_service(&mut self) -> Result<u32, Refusal> {
+        let slots = self.shared.services.len() as u32;
+        let free = (0..self.state.services_used).find(|slot| !self.state.services.contains_key(slot));
+        let slot = free.unwrap_or(self.state.services_used);
+        if slot >= slots {
+            return Err(Refusal::Full { what: "services", limit: slots, option: "services" });
+        }
+        self.state.services_used = self.state.services_used.max(slot + 1);
+        Ok(slot)
+    }
+
+    fn free_dest(&mut self) -> Result<u32, Refusal> {
+        let slots = self.shared.dests.len() as u32;
+        let number = if self.state.dests_used < slots {
+            // Slots that were never used first: the longer one stays unused, the better is what it was remembered.
+            self.state.dests_used
+        } else {
+            let free = (0..slots).find(|number| !self.state.dests.contains_key(number));
+            free.ok_or(Refusal::Full { what: "destinations", limit: slots, option: "dests" })?
+        };
+        self.state.dests_used = self.state.dests_used.max(number + 1);
+        Ok(number)
+    }
+
+    fn remove_dest(&mut self, number: u32) {
+        let now_s = self.now_s;
+        if let Some(record) = self.state.dests.get_mut(&number) {
+            record.state = slot::REMOVED;
+            record.removed_at = now_s;
+        }
+        self.dests.insert(number);
+    }
+
+    /// Forgets removed destinations without connections, and removed services without destinations.
+    fn forget(&mut self, counters: &impl Counters) -> Result<(), Error> {
+        let connections = |number: u32| {
+            let load = self.shared.dest_loads.get(number as usize).map_or(0, |load| load.connections.load());
+            active_and_total(load).1
+        };
+        let over = |(number, record): (&u32, &DestRecord)| {
+            let old = self.now_s.saturating_sub(record.removed_at) > TRASH_S;
+            (record.state == slot::REMOVED && old && connections(*number) == 0).then_some(*number)
+        };
+        let forgotten: Vec<u32> = self.state.dests.iter().filter_map(over).collect();
+        for number in forgotten {
+            let traffic = counters.read(number)?;
+            let Some(record) = self.state.dests.remove(&number) else { continue };
+            if let Some(service) = self.state.services.get_mut(&record.service) {
+                for (retired, counter) in service.retired.iter_mut().zip(traffic) {
+                    *retired += counter;
+                }
+                self.services.insert(record.service);
+            }
+            self.dests.insert(number);
+        }
+        let occupied: BTreeSet<u32> = self.state.dests.values().map(|record| record.service).collect();
+        let empty = |(slot, record): (&u32, &ServiceRecord)| {
+            (record.state == slot::REMOVED && !occupied.contains(slot)).then_some(*slot)
+        };
+        let empty: Vec<u32> = self.state.services.iter().filter_map(empty).collect();
+        for slot in empty {
+            self.state.services.remove(&slot);
+            self.services.insert(slot);
+        }
+        Ok(())
+    }
+
+    /// Takes over where the data plane's scheduler stands, before anything is changed that it looks at; and gives the
+    /// service another view to be compiled into.
+    fn catch_up(&mut self, slot: u32) {
+        self.services.insert(slot);
+        if !self.views.insert(slot) {
+            return;
+        }
+        if let Some(record) = self.state.services.get_mut(&slot) {
+            (record.pointer, record.threshold) = compile::position(&self.shared, record);
+            record.view ^= 1;
+        }
+    }
+
+    /// Does to a scheduler's position what ip_vs's hooks do to it (`docs/ipvs.md`, sections 3.0 to 3.2).
+    fn scheduler_sees(&mut self, slot: u32, touch: Touch) {
+        let weights = self.state.weights(slot);
+        let list = self.state.lists.get(&slot).cloned().unwrap_or_default();
+        let Some(record) = self.state.services.get_mut(&slot) else { return };
+        match (Scheduler::try_from(record.scheduler as u8), touch) {
+            (Ok(Scheduler::Rr), Touch::Removed(position)) => {
+                let points_there = list.get(position).is_some_and(|number| number + 1 == record.pointer);
+                if points_there {
+                    record.pointer = position.checked_sub(1).and_then(|before| list.get(before)).map_or(0, |n| n + 1);
+                }
+            }
+            (Ok(Scheduler::Wrr), Touch::Added | Touch::Edited) => {
+                record.pointer = 0;
+                record.threshold = WrrParameters::of(&weights).threshold_after_change(record.threshold);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Why a change was not put in force.
+#[derive(Debug, thiserror::Error)]
+pub enum Commit {
+    /// It cannot be; nothing has changed.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The kernel did not let it be finished; the next command does.
+    #[error(transparent)]
+    Failed(#[from] Error),
+}
+
+fn port_method(port: u16, method: Method) -> u32 {
+    u32::from(Port::new(port).raw()) | (method as u32) << 16 | AF_INET << 24
+}
+
+fn check_dest(key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+    let unicast = match address.ip() {
+        IpAddr::V4(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast()),
+        IpAddr::V6(_) => return Err(Refusal::Family(address)),
+    };
+    if !unicast {
+        return Err(Refusal::NotUnicast(address));
+    }
+    let port = key.address.port();
+    if spec.method != Method::Masq && address.port() != port {
+        return Err(Refusal::PortMapping { address, method: spec.method, port });
+    }
+    if spec.weight > i32::MAX as u32 {
+        return Err(Refusal::Weight(spec.weight.into()));
+    }
+    Ok(())
+}

@@ -1,0 +1,291 @@
+//! From records to what packets read: views with their lists and rings, and the endpoint table.
+
+use std::{collections::HashMap, ops::Range};
+
+use lb_common::{
+    abi::{
+        ENDPOINT_PROBES, EndpointBucket4, EndpointKey4, Record as _, ServiceRecord, SlotRecord, Target, View, ViewRecord,
+        cursor, slot,
+    },
+    addr::{Ip4, Port},
+    hash::Seed,
+    proto::{Protocol, Scheduler},
+    sched::{sh_table, wrr_cycle},
+};
+
+use crate::control::{
+    model::Refusal,
+    shared::Shared,
+    state::{State, service_key},
+};
+
+/// What is to be written for a change, beside what packets read now.
+pub struct Compiled {
+    views: Vec<CompiledView>,
+    endpoints: Vec<EndpointEdit>,
+}
+
+struct CompiledView {
+    index: u32,
+    record: ViewRecord,
+    slots: Vec<SlotRecord>,
+    cursor: u32,
+}
+
+struct EndpointEdit {
+    bucket: usize,
+    index: usize,
+    /// The key to put there; `None` when it is there already.
+    key: Option<EndpointKey4>,
+    target: Target,
+}
+
+/// Where the scheduler of a service stands: the destination chosen last plus one, or 0 for none; and the threshold.
+pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
+    let view = shared.views.get(record.view as usize).map(View::load);
+    let at = shared.cursors.get(record.view as usize).map(|cursor| cursor.position.load());
+    let (Some(view), Some(at)) = (view, at) else { return (0, 0) };
+    let (start, len) = match Scheduler::try_from(record.scheduler as u8) {
+        Ok(Scheduler::Rr) => (view.list, view.list_len),
+        Ok(Scheduler::Wrr) => (view.ring, view.ring_len),
+        _ => return (0, 0),
+    };
+    let index = at & !cursor::FRESH;
+    if index >= len {
+        return (0, 0);
+    }
+    let Some(slot) = shared.slots.get((start + index) as usize).map(|slot| slot.load()) else { return (0, 0) };
+    if at & cursor::FRESH != 0 { (0, slot.threshold) } else { (slot.dest + 1, slot.threshold) }
+}
+
+/// Compiles the views of `services`, and the edits that bring the endpoint table to what `state` says.
+///
+/// # Errors
+///
+/// When there is no room.
+pub fn compile(
+    shared: &Shared<'_>,
+    state: &State,
+    services: impl Iterator<Item = u32>,
+) -> Result<Compiled, Refusal> {
+    let wanted = targets(state);
+    let endpoints = edits(shared, &wanted)?;
+    let mut room = Room::new(shared);
+    let views = services.map(|slot| compile_view(state, slot, &mut room)).collect::<Result<_, _>>()?;
+    Ok(Compiled { views, endpoints })
+}
+
+impl Compiled {
+    /// Writes the views, which no packet reads yet, and then puts everything in force, one store for each endpoint.
+    pub fn put_in_force(&self, shared: &Shared<'_>) {
+        for view in &self.views {
+            view.write(shared);
+        }
+        for edit in &self.endpoints {
+            let bucket: Option<&EndpointBucket4> = shared.endpoints4.get(edit.bucket);
+            let Some(endpoint) = bucket.and_then(|bucket| bucket.endpoints.get(edit.index)) else { continue };
+            match &edit.key {
+                Some(key) => endpoint.claim(key, edit.target),
+                None => endpoint.set_target(edit.target),
+            }
+        }
+    }
+}
+
+impl CompiledView {
+    fn write(&self, shared: &Shared<'_>) {
+        let region = self.record.list..self.record.list + self.slots.len() as u32;
+        for (index, view) in (0..).zip(shared.views) {
+            // A view that is no longer in force, or this one from before: packets that still look at it shall notice.
+            let old = view.load();
+            let regions = [old.list..old.list + old.list_len, old.ring..old.ring + old.ring_len];
+            if index == self.index || regions.iter().any(|old| overlap(old, &region)) {
+                view.version.store(old.version.wrapping_add(1));
+                view.list_len.store(0);
+                view.ring_len.store(0);
+            }
+        }
+        for (index, record) in (region.start as usize..).zip(&self.slots) {
+            if let Some(slot) = shared.slots.get(index) {
+                slot.store(record);
+            }
+        }
+        if let Some(view) = shared.views.get(self.index as usize) {
+            view.store(&ViewRecord { version: view.version.load(), ..self.record });
+        }
+        if let Some(cursor) = shared.cursors.get(self.index as usize) {
+            cursor.position.store(self.cursor);
+        }
+    }
+}
+
+fn overlap(a: &Range<u32>, b: &Range<u32>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
+fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledView, Refusal> {
+    let service = state.services.get(&slot).copied().unwrap_or_else(bytemuck::Zeroable::zeroed);
+    let key = service_key(&service);
+    let list = state.list(slot);
+    let weights = state.weights(slot);
+    let at = |position: usize, threshold: u32| SlotRecord { dest: list.get(position).copied().unwrap_or(0), threshold };
+    let ring: Vec<SlotRecord> = match Scheduler::try_from(service.scheduler as u8) {
+        Ok(Scheduler::Wrr) => wrr_cycle(&weights).iter().map(|turn| at(turn.position, turn.threshold)).collect(),
+        Ok(Scheduler::Sh) => sh_table(&weights).into_iter().map(|position| at(position, 0)).collect(),
+        _ => Vec::new(),
+    };
+    let mut slots: Vec<SlotRecord> = (0..list.len()).map(|position| at(position, 0)).collect();
+    slots.extend(&ring);
+    let start = room.take(slots.len() as u32).ok_or(Refusal::NoSlots(key))?;
+    let list_len = list.len() as u32;
+    let final_pass = ring.iter().position(|slot| slot.threshold == 1).unwrap_or(0) as u32;
+    let record = ViewRecord {
+        version: 0,
+        service: slot,
+        scheduler: service.scheduler,
+        list: start,
+        list_len,
+        ring: start + list_len,
+        ring_len: ring.len() as u32,
+        ring_final: final_pass,
+        reserved: [0; 8],
+    };
+    let cursor = match Scheduler::try_from(service.scheduler as u8) {
+        Ok(Scheduler::Rr) => first_cursor(&slots, service.pointer, 0),
+        Ok(Scheduler::Wrr) => first_cursor(&ring, service.pointer, service.threshold),
+        _ => cursor::FRESH,
+    };
+    Ok(CompiledView { index: service.view, record, slots, cursor })
+}
+
+/// The cursor that goes on behind `pointer`, a destination plus one, in the pass with `threshold`; or, for no pointer, at
+/// the start of that pass.
+fn first_cursor(ring: &[SlotRecord], pointer: u32, threshold: u32) -> u32 {
+    let last = ring.iter().position(|slot| slot.dest + 1 == pointer && slot.threshold == threshold);
+    let start = || ring.iter().position(|slot| slot.threshold == threshold).unwrap_or(0);
+    last.map_or_else(|| start() as u32 | cursor::FRESH, |index| index as u32)
+}
+
+/// The slots that no view in force uses.
+struct Room {
+    /// Free ranges, in order.
+    free: Vec<Range<u32>>,
+}
+
+impl Room {
+    fn new(shared: &Shared<'_>) -> Self {
+        let mut used: Vec<Range<u32>> = in_force(shared)
+            .filter_map(|index| shared.views.get(index as usize))
+            .map(|view| {
+                let view = view.load();
+                view.list..view.list + view.list_len + view.ring_len
+            })
+            .filter(|range| !range.is_empty())
+            .collect();
+        used.sort_by_key(|range| range.start);
+        let mut free = Vec::new();
+        let mut end = 0;
+        for range in used {
+            if range.start > end {
+                free.push(end..range.start);
+            }
+            end = end.max(range.end);
+        }
+        free.push(end..shared.slots.len() as u32);
+        Self { free }
+    }
+
+    fn take(&mut self, len: u32) -> Option<u32> {
+        let range = self.free.iter_mut().find(|range| range.end - range.start >= len)?;
+        let start = range.start;
+        range.start += len;
+        Some(start)
+    }
+}
+
+/// The views that packets find at this moment: what the endpoint table says, not the records, which a change under way
+/// may be ahead of.
+pub fn in_force(shared: &Shared<'_>) -> impl Iterator<Item = u32> {
+    shared
+        .endpoints4
+        .iter()
+        .flat_map(|bucket| &bucket.endpoints)
+        .filter_map(|endpoint| endpoint.read())
+        .filter_map(|(_, target)| target.view())
+}
+
+/// What every endpoint shall be to the director.
+fn targets(state: &State) -> HashMap<EndpointKey4, Target> {
+    let mut wanted: HashMap<EndpointKey4, Target> = HashMap::new();
+    let mut add = |key: EndpointKey4, flags: u64| wanted.entry(key).or_default().0 |= flags;
+    for record in state.services.values() {
+        let addr = Ip4::from_raw(record.addr[0]);
+        let key = EndpointKey4::new(addr, port(record.port_protocol), protocol(record));
+        add(EndpointKey4::address(addr), Target::ADDRESS);
+        if record.state == slot::USED {
+            add(key, Target::default().with_view(record.view).0);
+        } else {
+            add(key, Target::FORMER_SERVICE);
+        }
+    }
+    for record in state.dests.values().filter(|record| record.masqueraded != 0) {
+        let Some(service) = state.services.get(&record.service) else { continue };
+        let own = port(record.port_method);
+        let port = if own == Port::default() { port(service.port_protocol) } else { own };
+        add(EndpointKey4::new(Ip4::from_raw(record.addr[0]), port, protocol(service)), Target::SERVER);
+    }
+    wanted
+}
+
+fn port(word: u32) -> Port {
+    Port::from_raw(word as u16)
+}
+
+fn protocol(record: &ServiceRecord) -> Protocol {
+    service_key(record).protocol.protocol()
+}
+
+/// The edits that make the endpoint table hold `wanted` and nothing else. New and changed endpoints come first, so that
+/// nothing that stays is ever missing.
+fn edits(shared: &Shared<'_>, wanted: &HashMap<EndpointKey4, Target>) -> Result<Vec<EndpointEdit>, Refusal> {
+    let mut missing = wanted.clone();
+    let mut changed = Vec::new();
+    let mut removed = Vec::new();
+    let mut taken: Vec<[bool; 4]> = Vec::with_capacity(shared.endpoints4.len());
+    for (bucket, endpoints) in shared.endpoints4.iter().enumerate() {
+        let mut used = [false; 4];
+        for (index, endpoint) in endpoints.endpoints.iter().enumerate() {
+            let Some((key, target)) = endpoint.read() else { continue };
+            match missing.remove(&key) {
+                Some(wanted) if wanted == target => {}
+                Some(target) => changed.push(EndpointEdit { bucket, index, key: None, target }),
+                None => removed.push(EndpointEdit { bucket, index, key: None, target: Target::default() }),
+            }
+            used[index] = true;
+        }
+        taken.push(used);
+    }
+    let seed = Seed::new(shared.instance.load().seed);
+    for (key, target) in missing {
+        let (bucket, index) = free_endpoint(&seed, &key, &mut taken).ok_or(Refusal::NoEndpoints)?;
+        changed.push(EndpointEdit { bucket, index, key: Some(key), target });
+    }
+    changed.extend(removed);
+    Ok(changed)
+}
+
+/// A slot for `key`, which is taken then. The search of the data plane stops at a bucket with a slot that was never used,
+/// so the first free one it comes by is the right one.
+fn free_endpoint(seed: &Seed, key: &EndpointKey4, taken: &mut [[bool; 4]]) -> Option<(usize, usize)> {
+    let buckets = taken.len();
+    let first = key.bucket(seed, buckets as u32) as usize;
+    for probe in 0..ENDPOINT_PROBES as usize {
+        let bucket = (first + probe) & (buckets - 1);
+        let used = taken.get_mut(bucket)?;
+        if let Some(index) = used.iter().position(|used| !used) {
+            used[index] = true;
+            return Some((bucket, index));
+        }
+    }
+    None
+}

@@ -1,0 +1,58 @@
+//! The maps of an instance that the control plane reads and writes, wherever their memory is.
+
+use lb_common::abi::{
+    Config, Cursor, Dest, DestLoad, EndpointBucket4, Instance, JournalSlot, Service, Slot, View,
+};
+
+use crate::{datapath::open::Maps, error::Error};
+
+/// The maps of an instance. In production their memory is the kernel's, in tests it is the host's.
+#[derive(Clone, Copy)]
+#[expect(missing_docs, reason = "the values of each are described in lb_common::abi")]
+pub struct Shared<'a> {
+    pub instance: &'a Instance,
+    pub config: &'a Config,
+    pub journal: &'a [JournalSlot],
+    pub services: &'a [Service],
+    pub dests: &'a [Dest],
+    pub endpoints4: &'a [EndpointBucket4],
+    pub views: &'a [View],
+    pub slots: &'a [Slot],
+    pub cursors: &'a [Cursor],
+    pub dest_loads: &'a [DestLoad],
+}
+
+impl Maps {
+    /// The part of the maps that configuration is made of.
+    pub fn shared(&self) -> Shared<'_> {
+        Shared {
+            instance: &self.instance[0],
+            config: &self.config[0],
+            journal: &self.journal,
+            services: &self.services,
+            dests: &self.dests,
+            endpoints4: &self.endpoints4,
+            views: &self.views,
+            slots: &self.slots,
+            cursors: &self.cursors,
+            dest_loads: &self.dest_loads,
+        }
+    }
+}
+
+/// Counters of destinations: connections, packets in, bytes in, packets out, bytes out.
+pub trait Counters {
+    /// The sum over all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    fn read(&self, dest: u32) -> Result<[u64; 5], Error>;
+
+    /// Starts them at zero, on all CPUs.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    fn clear(&mut self, dest: u32) -> Result<(), Error>;
+}

@@ -1,0 +1,139 @@
+//! The records of services and destinations, as a copy that can be looked things up in.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+};
+
+use lb_common::{
+    abi::{DestRecord, Record as _, ServiceRecord, slot},
+    addr::{Ip4, Port},
+    proto::{Method, Protocol, Scheduler},
+};
+
+use crate::control::{
+    model::{Dest, DestSpec, Service, ServiceKey, ServiceSpec},
+    shared::Shared,
+};
+
+/// The kernel's number of the IPv4 address family.
+pub const AF_INET: u32 = 2;
+
+/// All records in use, by slot, and where to find them.
+#[derive(Clone, Default)]
+pub struct State {
+    /// Services that are configured or have connections left.
+    pub services: BTreeMap<u32, ServiceRecord>,
+    /// Destinations that are configured or have connections left.
+    pub dests: BTreeMap<u32, DestRecord>,
+    /// Configured services.
+    pub by_key: HashMap<ServiceKey, u32>,
+    /// Configured destinations by slot of their service, newest first.
+    pub lists: HashMap<u32, Vec<u32>>,
+    /// See [`lb_common::abi::Instance::next_order`].
+    pub next_order: u64,
+    /// Service slots ever used.
+    pub services_used: u32,
+    /// Destination slots ever used.
+    pub dests_used: u32,
+}
+
+impl State {
+    /// Reads the records.
+    pub fn load(shared: &Shared<'_>) -> Self {
+        let instance = shared.instance.load();
+        let mut state = Self {
+            next_order: instance.next_order,
+            services_used: instance.services_used,
+            dests_used: instance.dests_used,
+            ..Self::default()
+        };
+        for (slot, service) in (0..).zip(shared.services.iter().take(instance.services_used as usize)) {
+            let record = service.load();
+            if record.state != slot::FREE {
+                state.services.insert(slot, record);
+            }
+            if record.state == slot::USED {
+                state.by_key.insert(service_key(&record), slot);
+                state.lists.insert(slot, Vec::new());
+            }
+        }
+        for (number, dest) in (0..).zip(shared.dests.iter().take(instance.dests_used as usize)) {
+            let record = dest.load();
+            if record.state != slot::FREE {
+                state.dests.insert(number, record);
+            }
+            if record.state == slot::USED
+                && let Some(list) = state.lists.get_mut(&record.service)
+            {
+                list.push(number);
+            }
+        }
+        for list in state.lists.values_mut() {
+            list.sort_by_key(|number| std::cmp::Reverse(state.dests.get(number).map(|record| record.order)));
+        }
+        state
+    }
+
+    /// The configured destinations of a service, newest first.
+    pub fn list(&self, service: u32) -> &[u32] {
+        self.lists.get(&service).map_or(&[], Vec::as_slice)
+    }
+
+    /// The weights of the configured destinations of a service, newest first.
+    pub fn weights(&self, service: u32) -> Vec<u32> {
+        self.list(service).iter().filter_map(|number| self.dests.get(number)).map(|record| record.weight).collect()
+    }
+
+    /// Everything that is configured, in the order services were created.
+    pub fn configured(&self) -> Vec<Service> {
+        let mut services: Vec<_> =
+            self.services.iter().filter(|(_, record)| record.state == slot::USED).collect();
+        services.sort_by_key(|(_, record)| record.order);
+        services.into_iter().map(|(slot, record)| self.service(*slot, record)).collect()
+    }
+
+    fn service(&self, slot: u32, record: &ServiceRecord) -> Service {
+        let dests = self.list(slot).iter().filter_map(|number| {
+            let record = self.dests.get(number)?;
+            Some(Dest { address: dest_address(record), spec: dest_spec(record), number: *number })
+        });
+        let scheduler = Scheduler::try_from(record.scheduler as u8).unwrap_or(Scheduler::Wlc);
+        Service { key: service_key(record), spec: ServiceSpec { scheduler }, slot, dests: dests.collect() }
+    }
+
+    /// Destinations of a service that count towards its traffic: configured ones, and removed ones that are remembered.
+    pub fn counted(&self, service: u32) -> impl Iterator<Item = u32> {
+        self.dests.iter().filter(move |(_, record)| record.service == service).map(|(number, _)| *number)
+    }
+}
+
+/// What tells a service apart from others.
+pub fn service_key(record: &ServiceRecord) -> ServiceKey {
+    let protocol = Protocol::try_from((record.port_protocol >> 16) as u8).unwrap_or(Protocol::Tcp);
+    ServiceKey { protocol: protocol.into(), address: socket_address(&record.addr, record.port_protocol) }
+}
+
+/// The address and port of a destination.
+pub fn dest_address(record: &DestRecord) -> SocketAddr {
+    socket_address(&record.addr, record.port_method)
+}
+
+/// How a destination is set.
+pub fn dest_spec(record: &DestRecord) -> DestSpec {
+    let method = Method::try_from((record.port_method >> 16) as u8).unwrap_or(Method::Route);
+    DestSpec { method, weight: record.weight }
+}
+
+fn socket_address(addr: &[u32; 4], port: u32) -> SocketAddr {
+    let addr = Ip4::from_raw(addr[0]);
+    SocketAddr::new(IpAddr::V4(Ipv4Addr::from(addr.octets())), Port::from_raw(port as u16).number())
+}
+
+/// An address as the maps hold it; `None` for IPv6.
+pub fn words(address: IpAddr) -> Option<[u32; 4]> {
+    match address {
+        IpAddr::V4(address) => Some([Ip4::new(address.octets()).raw(), 0, 0, 0]),
+        IpAddr::V6(_) => None,
+    }
+}

@@ -1,0 +1,11 @@
+//! The running instance: loading its programs, attaching them, opening its maps.
+
+pub mod attach;
+pub mod load;
+#[expect(unsafe_code, reason = "memory shared with the kernel")]
+pub mod memory;
+pub mod object;
+pub mod open;
+pub mod place;
+pub mod run;
+pub mod sizes;

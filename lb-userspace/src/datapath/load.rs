@@ -1,0 +1,267 @@
+//! Creating an instance, and giving a running one new programs.
+//!
+//! Everything of a new instance is made and pinned in its nursery, a directory of its own, and the directory is renamed
+//! when it is whole. What a killed process leaves in a nursery is removed by the next.
+
+use std::{fs, path::Path};
+
+use aya::{
+    Ebpf, EbpfLoader, GlobalData,
+    programs::{ProgramType, SchedClassifier, Xdp},
+    sys::is_helper_supported,
+    util::KernelVersion,
+};
+use aya_obj::generated::bpf_func_id;
+use lb_common::{
+    abi::{self, Config, Instance, InstanceRecord, Record as _},
+    tcp,
+};
+
+use crate::{
+    datapath::{
+        memory::{Access, Mapped},
+        object::{self, map, program},
+        open::{self, MAPS, Maps},
+        place::{Lock, Place, remove_tree},
+        run::Control,
+        sizes::Capacity,
+    },
+    error::Error,
+};
+
+/// Directory of an instance's program pins.
+pub(super) const PROGRAMS: &str = "programs";
+/// Where new programs are pinned until all of them are.
+const PROGRAMS_NURSERY: &str = "programs~";
+
+/// A tick of the ageing timer.
+const AGEING_INTERVAL_NS: u32 = 10_000_000;
+/// Most buckets looked at in a tick: it bounds how long a tick takes, and with it how long a sweep of a large table
+/// takes.
+const AGEING_SLICE_MAX: u32 = 8192;
+/// Ticks in which a table is swept unless it is too large for that: one second.
+const AGEING_TICKS: u32 = 100;
+
+/// ICMP errors an instance may send in a second: the kernel's own default, `net.ipv4.icmp_msgs_per_sec`.
+const ICMP_PER_SECOND: u32 = 1000;
+
+/// The programs of an instance, loaded.
+pub struct Programs {
+    ebpf: Ebpf,
+}
+
+impl Programs {
+    /// The XDP program.
+    ///
+    /// # Errors
+    ///
+    /// When the object has none, which is a defect of this build.
+    pub fn xdpvs(&mut self) -> Result<&mut Xdp, Error> {
+        self.get(program::XDPVS)
+    }
+
+    /// The TC program.
+    ///
+    /// # Errors
+    ///
+    /// When the object has none, which is a defect of this build.
+    pub fn neighbour(&mut self) -> Result<&mut SchedClassifier, Error> {
+        self.get(program::NEIGHBOUR)
+    }
+
+    fn get<'a, P>(&'a mut self, name: &'static str) -> Result<&'a mut P, Error>
+    where
+        &'a mut P: TryFrom<&'a mut aya::programs::Program, Error = aya::programs::ProgramError>,
+    {
+        let found = self.ebpf.program_mut(name).ok_or(Error::NoProgram { program: name })?;
+        found.try_into().map_err(|source| Error::program("use", name, source))
+    }
+}
+
+/// Makes an instance at `place`, which does not exist.
+///
+/// # Errors
+///
+/// When the kernel lacks something or refuses something; nothing is left behind then.
+pub fn create(place: &Place, _: &Lock, capacity: &Capacity) -> Result<Programs, Error> {
+    require_kernel()?;
+    let nursery = place.nursery();
+    remove_tree(&nursery)?;
+    let result = create_in(&nursery, capacity).and_then(|programs| {
+        let directory = place.directory();
+        fs::rename(&nursery, &directory).map_err(|source| Error::file("create", &directory, source))?;
+        Ok(programs)
+    });
+    if result.is_err() {
+        remove_tree(&nursery)?;
+    }
+    result
+}
+
+fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
+    for directory in [MAPS, PROGRAMS].map(|name| nursery.join(name)) {
+        fs::create_dir_all(&directory).map_err(|source| Error::file("create", &directory, source))?;
+    }
+    let record = InstanceRecord {
+        abi: abi::VERSION,
+        layout: abi::LAYOUT,
+        hz: ticks_per_second(),
+        flow_buckets: capacity.flow_buckets(),
+        endpoint_buckets: capacity.endpoint_buckets(),
+        services: capacity.services,
+        dests: capacity.dests,
+        slots: capacity.slots(),
+        max_flows: capacity.flows,
+        journal: capacity.journal(),
+        generation: 0,
+        seed: random_seed()?,
+        next_order: 1,
+        services_used: 0,
+        dests_used: 0,
+    };
+    let mut programs = load(nursery, &record)?;
+    pin(&mut programs, &nursery.join(PROGRAMS))?;
+    let instance: Mapped<Instance> = open::mapped(nursery, map::INSTANCE, Access::Write)?;
+    instance[0].store(&record);
+    let maps = Maps::in_directory(nursery, instance, Access::Write)?;
+    default_settings(&maps.config[0], record.hz);
+    Ok(programs)
+}
+
+/// Loads new programs for the instance at `place` and pins them in place of its old ones. Links still run the old ones.
+///
+/// # Errors
+///
+/// When the instance is of another version, or the kernel refuses the programs; the old ones stay then.
+pub fn replace(place: &Place, _: &Lock, maps: &Maps) -> Result<Programs, Error> {
+    let directory = place.directory();
+    let nursery = directory.join(PROGRAMS_NURSERY);
+    remove_tree(&nursery)?;
+    let mut programs = load(&directory, &maps.instance())?;
+    fs::create_dir(&nursery).map_err(|source| Error::file("create", &nursery, source))?;
+    pin(&mut programs, &nursery)?;
+    let pins = directory.join(PROGRAMS);
+    for name in [program::XDPVS, program::CONTROL, program::NEIGHBOUR] {
+        let pin = pins.join(name);
+        fs::rename(nursery.join(name), &pin).map_err(|source| Error::file("replace", &pin, source))?;
+    }
+    remove_tree(&nursery)?;
+    Ok(programs)
+}
+
+/// Lets the ageing timer of the instance run, under the programs that are pinned now.
+///
+/// # Errors
+///
+/// When the kernel does not start it.
+pub fn start_ageing(place: &Place, maps: &Maps) -> Result<(), Error> {
+    let slice = maps.instance().flow_buckets.div_ceil(AGEING_TICKS).min(AGEING_SLICE_MAX);
+    Control::open(place)?.start_ageing(slice, AGEING_INTERVAL_NS)
+}
+
+/// Loads the programs, with maps that are pinned below `directory` or are pinned there now.
+fn load(directory: &Path, record: &InstanceRecord) -> Result<Programs, Error> {
+    let mut loader = EbpfLoader::new();
+    for (name, entries) in [
+        (map::JOURNAL, record.journal),
+        (map::SERVICES, record.services),
+        (map::DESTS, record.dests),
+        (map::ENDPOINTS4, record.endpoint_buckets),
+        (map::VIEWS, 2 * record.services),
+        (map::SLOTS, record.slots),
+        (map::CURSORS, 2 * record.services),
+        (map::DEST_LOADS, record.dests),
+        (map::DEST_CPUS, record.dests),
+        (map::FLOWS4, record.flow_buckets),
+    ] {
+        loader.map_max_entries(name, entries);
+    }
+    for name in map::ALL {
+        loader.map_pin_path(name, directory.join(MAPS).join(name));
+    }
+    let fib_flags = fib_flags();
+    for (name, value) in [
+        ("HZ", GlobalData::from(&record.hz)),
+        ("FIB_FLAGS", GlobalData::from(&fib_flags)),
+        ("FLOW_BUCKETS", GlobalData::from(&record.flow_buckets)),
+        ("ENDPOINT_BUCKETS", GlobalData::from(&record.endpoint_buckets)),
+        ("SEED", GlobalData::from(&record.seed)),
+    ] {
+        loader.override_global(name, value, true);
+    }
+    let mut programs = Programs { ebpf: loader.load(object::DIRECTOR)? };
+    for name in [program::XDPVS, program::CONTROL] {
+        programs.get::<Xdp>(name)?.load().map_err(|source| Error::program("load", name, source))?;
+    }
+    programs.neighbour()?.load().map_err(|source| Error::program("load", program::NEIGHBOUR, source))?;
+    Ok(programs)
+}
+
+fn pin(programs: &mut Programs, directory: &Path) -> Result<(), Error> {
+    for name in [program::XDPVS, program::CONTROL, program::NEIGHBOUR] {
+        let path = directory.join(name);
+        let found = programs.ebpf.program_mut(name).ok_or(Error::NoProgram { program: name })?;
+        found.pin(&path).map_err(|source| Error::Pin { path, source })?;
+    }
+    Ok(())
+}
+
+/// The settings a new instance starts with: ip_vs's defaults.
+fn default_settings(config: &Config, hz: u32) {
+    let mut settings = config.load();
+    for state in tcp::State::ALL {
+        settings.tcp_timeouts[state as usize] = state.default_timeout_s() * hz;
+    }
+    settings.udp_timeout = 300 * hz;
+    settings.conn_reuse_mode = 1;
+    settings.icmp_per_second = ICMP_PER_SECOND;
+    config.store(&settings);
+}
+
+/// Ticks per second of the running kernel: its coarse clocks advance by one tick at a time.
+fn ticks_per_second() -> u32 {
+    let tick = nix::time::clock_getres(nix::time::ClockId::CLOCK_MONOTONIC_COARSE)
+        .map_or(4_000_000, |resolution| resolution.tv_nsec());
+    u32::try_from((1_000_000_000 + tick / 2) / tick).unwrap_or(250)
+}
+
+fn random_seed() -> Result<[u64; 3], Error> {
+    use std::io::Read as _;
+    let path = Path::new("/dev/urandom");
+    let mut seed = [0u64; 3];
+    fs::File::open(path)
+        .and_then(|mut file| file.read_exact(bytemuck::bytes_of_mut(&mut seed)))
+        .map_err(|source| Error::file("read", path, source))?;
+    Ok(seed)
+}
+
+/// The flags of `bpf_fib_lookup` that this kernel knows: from 6.7 on, that it names the source address.
+fn fib_flags() -> u32 {
+    const BPF_FIB_LOOKUP_SRC: u32 = 16;
+    let knows = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 7, 0));
+    if knows { BPF_FIB_LOOKUP_SRC } else { 0 }
+}
+
+/// Asks the kernel for what the programs need, so that a lack of it is named.
+fn require_kernel() -> Result<(), Error> {
+    use bpf_func_id::{BPF_FUNC_fib_lookup, BPF_FUNC_loop, BPF_FUNC_redirect_neigh, BPF_FUNC_timer_start};
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::NotRoot);
+    }
+    for (kind, helper, feature, option) in [
+        (ProgramType::Xdp, BPF_FUNC_fib_lookup, "the BPF helper fib_lookup", "CONFIG_BPF_SYSCALL and CONFIG_INET"),
+        (ProgramType::Xdp, BPF_FUNC_loop, "the BPF helper loop (Linux 5.17)", "CONFIG_BPF_JIT"),
+        (ProgramType::Xdp, BPF_FUNC_timer_start, "BPF timers (Linux 5.15)", "CONFIG_BPF_SYSCALL"),
+        (ProgramType::SchedClassifier, BPF_FUNC_redirect_neigh, "the BPF helper redirect_neigh", "CONFIG_NET_CLS_BPF"),
+    ] {
+        let supported = is_helper_supported(kind, helper).map_err(|source| Error::program("probe", "a", source))?;
+        if !supported {
+            return Err(Error::Kernel { release: release(), feature, option });
+        }
+    }
+    Ok(())
+}
+
+fn release() -> String {
+    fs::read_to_string("/proc/sys/kernel/osrelease").map_or_else(|_| "unknown".into(), |text| text.trim().to_owned())
+}

@@ -1,0 +1,44 @@
+//! The eBPF objects, embedded in this program.
+
+use aya::include_bytes_aligned;
+
+/// The director's programs and maps.
+pub static DIRECTOR: &[u8] = include_bytes_aligned!(env!("XDPVS_DIRECTOR_OBJECT"));
+
+/// Names of programs in [`DIRECTOR`].
+pub mod program {
+    /// XDP: every frame that arrives.
+    pub const XDPVS: &str = "xdpvs";
+    /// XDP, never attached: carries out requests of this program.
+    pub const CONTROL: &str = "control";
+    /// TC ingress: sends on what has no link-layer address yet.
+    pub const NEIGHBOUR: &str = "neighbour";
+}
+
+/// Names of maps in [`DIRECTOR`], and of their pins.
+#[expect(missing_docs, reason = "the values of each are described in lb_common::abi and lb_common::flow")]
+pub mod map {
+    pub const INSTANCE: &str = "INSTANCE";
+    pub const CONFIG: &str = "CONFIG";
+    pub const JOURNAL: &str = "JOURNAL";
+    pub const SERVICES: &str = "SERVICES";
+    pub const DESTS: &str = "DESTS";
+    pub const ENDPOINTS4: &str = "ENDPOINTS4";
+    pub const VIEWS: &str = "VIEWS";
+    pub const SLOTS: &str = "SLOTS";
+    pub const CURSORS: &str = "CURSORS";
+    pub const DEST_LOADS: &str = "DEST_LOADS";
+    pub const DEST_CPUS: &str = "DEST_CPUS";
+    pub const FLOWS4: &str = "FLOWS4";
+    pub const ADJACENCY: &str = "ADJACENCY";
+    pub const ADJACENCY_CPUS: &str = "ADJACENCY_CPUS";
+    pub const LIMITER: &str = "LIMITER";
+    pub const REASONS: &str = "REASONS";
+    pub const AGEING: &str = "AGEING";
+
+    /// Every map that is pinned.
+    pub const ALL: [&str; 17] = [
+        INSTANCE, CONFIG, JOURNAL, SERVICES, DESTS, ENDPOINTS4, VIEWS, SLOTS, CURSORS, DEST_LOADS, DEST_CPUS, FLOWS4,
+        ADJACENCY, ADJACENCY_CPUS, LIMITER, REASONS, AGEING,
+    ];
+}

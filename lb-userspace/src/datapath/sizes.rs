@@ -1,0 +1,87 @@
+//! How large the maps of an instance are.
+
+use lb_common::{abi::ENDPOINTS_PER_BUCKET, flow::ENTRIES_PER_BUCKET};
+
+/// What an instance is to hold, as the user says it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Capacity {
+    /// Connections, 1,000 to 16,777,216.
+    pub flows: u32,
+    /// Services, 1 to 65,536.
+    pub services: u32,
+    /// Destinations of all services together, 1 to 262,144.
+    pub dests: u32,
+}
+
+impl Default for Capacity {
+    fn default() -> Self {
+        Self { flows: 1 << 20, services: 4096, dests: 16_384 }
+    }
+}
+
+/// List and ring slots beside the lists of destinations: room for the wrr rings and the hash tables of all services.
+const RING_SLOTS: u32 = 1 << 20;
+
+impl Capacity {
+    /// Fewest connections a table is made for.
+    pub const FLOWS_MIN: u32 = 1_000;
+    /// Most connections a table is made for.
+    pub const FLOWS_MAX: u32 = 1 << 24;
+    /// Most services.
+    pub const SERVICES_MAX: u32 = 1 << 16;
+    /// Most destinations.
+    pub const DESTS_MAX: u32 = 1 << 18;
+
+    /// Buckets of the flow table: six tenths of its entries are in use when it holds as many connections as it is made
+    /// for, so that both buckets of a connection are practically never full.
+    pub const fn flow_buckets(&self) -> u32 {
+        let entries = self.flows as u64 * 5 / 3;
+        let buckets = entries.div_ceil(ENTRIES_PER_BUCKET as u64) as u32;
+        buckets.next_multiple_of(2)
+    }
+
+    /// Buckets of the endpoint table, a power of two: less than half of it is in use when every service has an address
+    /// of its own and every destination is masqueraded.
+    pub const fn endpoint_buckets(&self) -> u32 {
+        let endpoints = 2 * self.services + self.dests;
+        (2 * endpoints).div_ceil(ENDPOINTS_PER_BUCKET as u32).next_power_of_two()
+    }
+
+    /// Views: two for each service.
+    pub const fn views(&self) -> u32 {
+        2 * self.services
+    }
+
+    /// Slots for lists and rings. Lists take up to twice the number of destinations while one is exchanged for another.
+    pub const fn slots(&self) -> u32 {
+        2 * self.dests + RING_SLOTS
+    }
+
+    /// Records of the journal: one change may touch everything. The first holds their number.
+    pub const fn journal(&self) -> u32 {
+        self.services + self.dests + 2
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lb_common::flow::Bucket4;
+
+    use super::*;
+
+    #[test]
+    fn ten_million_flows_fit_in_512_mib() {
+        let capacity = Capacity { flows: 10_000_000, ..Capacity::default() };
+        let bytes = u64::from(capacity.flow_buckets()) * size_of::<Bucket4>() as u64;
+        assert!(bytes <= 512 << 20, "{bytes}");
+    }
+
+    #[test]
+    fn buckets_suit_the_tables() {
+        for flows in [Capacity::FLOWS_MIN, 1 << 20, Capacity::FLOWS_MAX] {
+            let capacity = Capacity { flows, ..Capacity::default() };
+            assert!(capacity.flow_buckets().is_multiple_of(2));
+            assert!(capacity.endpoint_buckets().is_power_of_two());
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! A director on the memory of this process: the data plane, its control plane and a kernel that does as it is told.
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+
+use bytemuck::Zeroable as _;
+use lb_common::{
+    abi::{DestCpu, active_and_total},
+    addr::Ip4,
+    proto::{Method, Scheduler},
+    reason::Reason,
+    tcp,
+};
+use lb_ebpf::{
+    ageing::{Sweep, What},
+    env::Scan as _,
+    forward::{Exit, Leave},
+    host::{HostEnv, HostPacket, HostRoute, HostSizes, HostTables},
+    pipeline,
+};
+use lb_userspace::{
+    control::{
+        change::Change,
+        model::{DestSpec, ServiceKey, ServiceSpec, Transport},
+        shared::{Counters, Shared},
+        state::State,
+    },
+    error::Error,
+};
+
+use crate::cast;
+
+/// Ticks per second of the worlds of tests.
+pub const HZ: u32 = 250;
+
+/// A director.
+pub struct World {
+    /// Its maps.
+    pub tables: HostTables,
+    /// The kernel around it.
+    pub env: HostEnv,
+}
+
+/// What became of a frame.
+#[derive(Clone, Debug)]
+pub struct Outcome {
+    /// Where it went.
+    pub leave: Leave,
+    /// Why it was not forwarded.
+    pub reason: Option<Reason>,
+    /// The frame as it left.
+    pub frame: Vec<u8>,
+}
+
+impl Default for World {
+    fn default() -> Self {
+        Self::new(1024)
+    }
+}
+
+impl World {
+    /// A director with a flow table of this many buckets, and routes to the whole cast.
+    pub fn new(flow_buckets: u32) -> Self {
+        let sizes =
+            HostSizes { services: 64, dests: 256, slots: 1 << 16, endpoint_buckets: 256, flow_buckets };
+        let seed = [0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0];
+        let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
+        let config = &world.tables.config[0];
+        for state in tcp::State::ALL {
+            config.tcp_timeouts[state as usize].store(state.default_timeout_s() * HZ);
+        }
+        config.udp_timeout.store(300 * HZ);
+        config.conn_reuse_mode.store(1);
+        config.icmp_per_second.store(1000);
+        for index in 0..16 {
+            world.route(cast::server(index), HostRoute::Via {
+                ifindex: cast::INSIDE,
+                mtu: 1500,
+                to: cast::server_mac(index),
+                from: cast::DIRECTOR_INSIDE_MAC,
+                source: ip4(cast::DIRECTOR_INSIDE),
+                gateway: ip4(cast::server(index)),
+            });
+        }
+        world
+    }
+
+    /// Sets what the routing table says about an address.
+    pub fn route(&self, address: Ipv4Addr, route: HostRoute) {
+        self.env.routes.borrow_mut().insert(ip4(address), route);
+    }
+
+    /// Makes clients reachable, all by one router.
+    pub fn route_client(&self, address: Ipv4Addr) {
+        self.route(address, HostRoute::Via {
+            ifindex: cast::OUTSIDE,
+            mtu: 1500,
+            to: cast::CLIENT_MAC,
+            from: cast::DIRECTOR_OUTSIDE_MAC,
+            source: ip4(cast::DIRECTOR_OUTSIDE),
+            gateway: ip4(cast::CLIENT_GATEWAY),
+        });
+    }
+
+    /// The maps as the control plane takes them.
+    pub fn shared(&self) -> Shared<'_> {
+        let tables = &self.tables;
+        Shared {
+            instance: &tables.instance[0],
+            config: &tables.config[0],
+            journal: &tables.journal,
+            services: &tables.services,
+            dests: &tables.dests,
+            endpoints4: &tables.endpoints4,
+            views: &tables.views,
+            slots: &tables.slots,
+            cursors: &tables.cursors,
+            dest_loads: &tables.dest_loads,
+        }
+    }
+
+    /// Makes a change, which must be possible.
+    pub fn change(&self, plan: impl FnOnce(&mut Change<'_>)) {
+        let mut counters = HostCounters(&self.tables.dest_cpus);
+        let mut change = Change::begin(self.shared(), &counters, self.seconds()).expect("counters can be read");
+        plan(&mut change);
+        change.commit(&mut counters).expect("there is room");
+    }
+
+    /// Seconds since the world began.
+    pub fn seconds(&self) -> u32 {
+        self.env.jiffies.get() / HZ
+    }
+
+    /// Lets time pass, without ageing.
+    pub fn pass(&self, seconds: u32) {
+        self.env.jiffies.set(self.env.jiffies.get() + seconds * HZ);
+    }
+
+    /// Ends the connections whose time is over, as the timer does. Returns how many.
+    pub fn age(&self) -> u64 {
+        let clock = pipeline::clock(&self.tables.config[0], &self.env);
+        let mut sweep = Sweep { tables: &self.tables, first: 0, what: What::Over(clock), ended: 0 };
+        for index in 0..self.tables.flows4.len() as u32 {
+            sweep.visit(index);
+        }
+        sweep.ended
+    }
+
+    /// Lets a frame arrive by the interface with index `ingress`.
+    pub fn arrive(&self, ingress: u32, frame: &[u8]) -> Outcome {
+        self.env.ingress.set(ingress);
+        let mut packet = HostPacket::new(frame);
+        let exit: Exit = pipeline::process(&mut packet, &self.tables, &self.env);
+        let reason = exit.reason().and_then(|number| Reason::ALL.get(usize::from(number)).copied());
+        Outcome { leave: exit.leave(), reason, frame: packet.bytes().to_vec() }
+    }
+
+    /// Active and inactive connections of the destination with this address, wherever it is configured.
+    pub fn connections(&self, address: Ipv4Addr) -> (u32, u32) {
+        let state = State::load(&self.shared());
+        let wanted = ip4(address).raw();
+        let number = state.dests.iter().find(|(_, record)| record.addr[0] == wanted).map_or(0, |(number, _)| *number);
+        let (active, total) = active_and_total(self.tables.dest_loads[number as usize].connections.load());
+        (active, total - active)
+    }
+}
+
+struct HostCounters<'a>(&'a [DestCpu]);
+
+impl Counters for HostCounters<'_> {
+    fn read(&self, dest: u32) -> Result<[u64; 5], Error> {
+        let counters = &self.0[dest as usize].counters;
+        Ok([
+            counters.connections.get(),
+            counters.packets_in.get(),
+            counters.bytes_in.get(),
+            counters.packets_out.get(),
+            counters.bytes_out.get(),
+        ])
+    }
+
+    fn clear(&mut self, dest: u32) -> Result<(), Error> {
+        let cpu = &self.0[dest as usize];
+        cpu.next_hop.copy_from(&lb_common::abi::NextHop::zeroed());
+        for counter in [
+            &cpu.counters.connections,
+            &cpu.counters.packets_in,
+            &cpu.counters.bytes_in,
+            &cpu.counters.packets_out,
+            &cpu.counters.bytes_out,
+        ] {
+            counter.set(0);
+        }
+        Ok(())
+    }
+}
+
+/// An address in the data plane's terms.
+pub fn ip4(address: Ipv4Addr) -> Ip4 {
+    Ip4::new(address.octets())
+}
+
+/// A service at a port of the [`cast::VIP`].
+pub fn service(protocol: Transport, port: u16) -> ServiceKey {
+    ServiceKey { protocol, address: SocketAddr::new(IpAddr::V4(cast::VIP), port) }
+}
+
+/// How a service is set that has this scheduler.
+pub const fn scheduled(scheduler: Scheduler) -> ServiceSpec {
+    ServiceSpec { scheduler }
+}
+
+/// How a destination is set.
+pub const fn dest(method: Method, weight: u32) -> DestSpec {
+    DestSpec { method, weight }
+}
+
+/// Port `port` of real server number `index`.
+pub fn at(index: u8, port: u16) -> SocketAddr {
+    SocketAddr::new(IpAddr::V4(cast::server(index)), port)
+}

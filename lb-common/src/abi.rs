@@ -441,7 +441,7 @@ pub struct NextHop {
     /// Largest IP packet the route takes, in bytes.
     pub mtu: Cell<u32>,
     /// Destination and source address of the Ethernet header.
-    pub macs: Cell<[u32; 3]>,
+    pub macs: [Cell<u32>; 3],
     /// IPv4 address the host would send from on this route, as loaded from a packet.
     pub source: Cell<u32>,
     /// Address family of `gateway`: 2 (IPv4) or 10 (IPv6).
@@ -459,7 +459,9 @@ impl NextHop {
         self.kind.set(other.kind.get());
         self.ifindex.set(other.ifindex.get());
         self.mtu.set(other.mtu.get());
-        self.macs.set(other.macs.get());
+        for (mac, other) in self.macs.iter().zip(&other.macs) {
+            mac.set(other.get());
+        }
         self.source.set(other.source.get());
         self.gateway_family.set(other.gateway_family.get());
         self.gateway.set(other.gateway.get());
@@ -576,7 +578,7 @@ impl EndpointKey4 {
     /// The bucket searched first, of a power of two.
     #[inline(always)]
     pub const fn bucket(&self, seed: &Seed, buckets: u32) -> u32 {
-        scale((seed.hash(self.addr as u64 | (self.port_protocol as u64) << 32) >> 32) as u32, buckets)
+        scale(seed.quick_hash(self.addr as u64 | (self.port_protocol as u64) << 32), buckets)
     }
 }
 

@@ -16,6 +16,12 @@ impl Seed {
         Self { offset: random[0], multipliers: [random[1] | 1, random[2] | 1] }
     }
 
+    /// Hashes one word to 32 bits, cheaply: enough to find one of few things, of which nobody outside chooses the keys.
+    #[inline(always)]
+    pub const fn quick_hash(&self, key: u64) -> u32 {
+        ((key ^ self.offset).wrapping_mul(self.multipliers[0]) >> 32) as u32
+    }
+
     /// Hashes one word.
     ///
     /// Multiplying by a random odd number and keeping high bits is universal (Dietzfelbinger et al. 1997): two fixed

@@ -51,7 +51,7 @@ pub trait Buckets<E: Entry>: Tables {
     fn bucket(&self, index: u32) -> Option<&Bucket<E>>;
 }
 
-/// Where the first entry stands, among those where a connection may stand, that `matches`.
+/// The first connection among the entries where it may stand that `matches` by entry and word, with that word.
 ///
 /// Verifier: the index is hidden from it, or it would follow the rest of the program once for every entry.
 #[inline(always)]
@@ -59,22 +59,34 @@ fn search<'t, E: Entry>(
     tables: &'t impl Buckets<E>,
     place: &Place,
     mut matches: impl FnMut(&'t E, Word) -> bool,
-) -> Option<&'t E> {
+) -> Option<(&'t E, Word)> {
+    let mut is_it = |entry: &'t E| {
+        let word = Word(entry.word().load());
+        (word.is_live() && matches(entry, word)).then_some(word)
+    };
+    // Nearly always it is one of the two that the search begins with: one cache line.
+    let bucket = tables.bucket(place.first)?;
+    for turn in 0..2 {
+        let entry = bucket.entries.get(opaque(u64::from(place.line * 2 + turn)) as usize)?;
+        if let Some(word) = is_it(entry) {
+            return Some((entry, word));
+        }
+    }
     let mut found = None;
     'search: for number in [place.first, place.second] {
         let bucket = tables.bucket(number)?;
         for turn in 0..entries_per_bucket() {
             let index = nth(tables, place, turn);
             if let Some(entry) = bucket.entries.get(index)
-                && matches(entry, Word(entry.word().load()))
+                && let Some(word) = is_it(entry)
             {
-                found = Some((number, index as u64));
+                found = Some((number, index as u64, word));
                 break 'search;
             }
         }
     }
-    let (number, index) = found?;
-    tables.bucket(number)?.entries.get(tables.hide(index) as usize)
+    let (number, index, word) = found?;
+    Some((tables.bucket(number)?.entries.get(tables.hide(index) as usize)?, word))
 }
 
 /// The index of the entry of a bucket that a search looks at in turn number `turn`, from 0.
@@ -86,22 +98,20 @@ fn nth(tables: &impl Tables, place: &Place, turn: u32) -> usize {
     opaque(if index < ENTRIES_PER_BUCKET as u64 { index } else { index - ENTRIES_PER_BUCKET as u64 }) as usize
 }
 
-/// The connection in `entry`, if it is one and `matches` by its word and destination.
+/// The connection in `entry` as long as it is of the same life as `word`, which was read before everything that was
+/// found out about the entry.
 #[inline(always)]
-fn believe<E: Entry>(entry: &E, matches: impl FnOnce(Word, u32) -> bool) -> Option<Found<'_, E>> {
-    let word = Word(entry.word().load());
+fn believe<E: Entry>(entry: &E, word: Word) -> Option<Found<'_, E>> {
     let dest = entry.dest().load();
-    let matches = word.is_live() && matches(word, dest);
-    let same_life = Word(entry.word().load()).same_life(word);
-    (matches && same_life).then_some(Found { entry, word, dest })
+    Word(entry.word().load()).same_life(word).then_some(Found { entry, word, dest })
 }
 
 /// The connection `key`, if there is one; it may be past its time.
 #[inline(always)]
 pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: &Place) -> Option<Found<'t, E>> {
-    let is_it = |entry: &E, word: Word| entry.holds(key) && word.is_live() && word.protocol() == E::protocol_of(key);
-    let entry = search(tables, place, is_it)?;
-    believe(entry, |word, _| is_it(entry, word))
+    let is_it = |entry: &E, word: Word| entry.holds(key) && word.protocol() == E::protocol_of(key);
+    let (entry, word) = search(tables, place, is_it)?;
+    believe(entry, word)
 }
 
 /// The connection of the client in `key`, and its whole key, whose server side `is_server` recognises by key, word and
@@ -113,19 +123,14 @@ pub fn find_reply<'t, E: Entry>(
     place: &Place,
     is_server: impl Fn(&E::Key, Word, u32) -> bool,
 ) -> Option<(Found<'t, E>, E::Key)> {
-    let is_it = |entry: &E, word: Word, dest: u32| {
+    let is_it = |entry: &E, word: Word| {
         entry.holds_client(key)
-            && word.is_live()
             && word.protocol() == E::protocol_of(key)
-            && is_server(&entry.key(word), word, dest)
+            && is_server(&entry.key(word), word, entry.dest().load())
     };
-    let entry = search(tables, place, |entry, word| is_it(entry, word, entry.dest().load()))?;
-    let mut whole = *key;
-    let found = believe(entry, |word, dest| {
-        whole = entry.key(word);
-        is_it(entry, word, dest)
-    })?;
-    Some((found, whole))
+    let (entry, word) = search(tables, place, is_it)?;
+    let whole = entry.key(word);
+    Some((believe(entry, word)?, whole))
 }
 
 /// Ends a connection, unless another CPU changed it since `word` was read. Returns whether it did.

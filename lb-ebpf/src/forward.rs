@@ -264,7 +264,10 @@ fn adjacency_number(tables: &impl Tables, hop: &NextHop) -> u16 {
 pub fn send<P: Packet + HandOver>(packet: &mut P, env: &impl Env, hop: &NextHop) -> Result<Exit, Halt> {
     match hop.kind.get() {
         hop::VIA => {
-            packet.write(0, hop.macs.get()).ok_or(Reason::Impossible)?;
+            // One word at a time: of twelve bytes at once the compiler makes a call.
+            for (offset, mac) in [0, 4, 8].into_iter().zip(&hop.macs) {
+                packet.write(offset, mac.get()).ok_or(Reason::Impossible)?;
+            }
             let ifindex = hop.ifindex.get();
             Ok(if ifindex == env.ingress() { Exit::TRANSMIT } else { Exit::redirect(ifindex) })
         }

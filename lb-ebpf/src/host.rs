@@ -346,7 +346,9 @@ impl Env for HostEnv {
                 let mut macs = [0; 12];
                 macs[..6].copy_from_slice(&to);
                 macs[6..].copy_from_slice(&from);
-                hop.macs.set(bytemuck::cast(macs));
+                for (mac, word) in hop.macs.iter().zip(bytemuck::cast::<_, [u32; 3]>(macs)) {
+                    mac.set(word);
+                }
             }
             HostRoute::Unresolved { ifindex, source, gateway } => {
                 via(ifindex, source, gateway);

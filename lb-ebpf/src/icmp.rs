@@ -250,7 +250,6 @@ where
             verify(packet, ip)?;
             translate_quoted(packet, ip, &quoted, nat::End::Source, server).ok_or(Reason::Impossible)?;
         }
-        pipeline::count_in(tables, found.dest, ip.len());
         return pipeline::to_server(packet, tables, env, ip, None, connection, clock);
     }
     // About a request: sent by the server's side, quoting what it got.

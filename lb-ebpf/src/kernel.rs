@@ -329,7 +329,9 @@ fn fib_lookup(kernel: &Kernel, destination: Ip4, source: Ip4, hop: &NextHop) -> 
         SUCCESS => {
             hop.kind.set(hop::VIA);
             hop.mtu.set(u32::from(mtu));
-            hop.macs.set(macs(&query));
+            for (mac, word) in hop.macs.iter().zip(macs(&query)) {
+                mac.set(word);
+            }
         }
         NO_NEIGH => {
             hop.kind.set(hop::UNRESOLVED);

@@ -211,7 +211,7 @@ where
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
     let known = match flow_table::find(tables, &key, &place) {
-        Some(found) => known(tables, config, &found, (segment.event(), ip.len()), clock)?,
+        Some(found) => known(tables, config, &found, segment.event(), clock)?,
         None => None,
     };
     let connection = match known {
@@ -234,8 +234,8 @@ fn request_key(ip: &Ip4Packet, segment: Segment) -> Key4 {
     }
 }
 
-/// Moves the connection that a client's packet, an event and so many bytes, belongs to. `None` when the packet has to
-/// open a new one instead: the old one is over, or may be reused.
+/// Moves the connection that a client's packet belongs to. `None` when the packet has to open a new one instead: the old
+/// one is over, or may be reused.
 ///
 /// # Errors
 ///
@@ -245,10 +245,9 @@ fn known(
     tables: &impl Tables,
     config: &Config,
     found: &Found<'_, Entry4>,
-    packet: (Event, u16),
+    event: Event,
     clock: Clock,
 ) -> Result<Option<Connection>, Reason> {
-    let (event, len) = packet;
     let word = found.word;
     if word.expired(clock.now, clock.hz) || reusable(config, word, event) {
         flow_table::release(tables, found.entry, word, found.dest);
@@ -258,7 +257,6 @@ fn known(
     if !dest.available() {
         return Err(Reason::DestinationRemoved);
     }
-    count_in(tables, found.dest, len);
     match track::step(tables, config, found, event, false, clock) {
         Ok(word) => Ok(Some(Connection::of(word, found.dest))),
         Err(track::Gone) => Ok(None),
@@ -323,7 +321,6 @@ where
             if let Some(cpu) = tables.dest_cpu(number) {
                 cpu.counters.connections.update(|connections| connections + 1);
             }
-            count_in(tables, number, ip.len());
             Ok(Connection::of(birth, number))
         }
         Inserted::Full => Err(Reason::TableFull.into()),
@@ -349,7 +346,7 @@ where
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
     let found = flow_table::find(tables, &key, &place).ok_or(Reason::FlowContended)?;
-    let known = known(tables, config, &found, (segment.event(), ip.len()), clock(config, env))?;
+    let known = known(tables, config, &found, segment.event(), clock(config, env))?;
     known.ok_or(Halt::silent(Reason::FlowContended))
 }
 
@@ -375,6 +372,8 @@ where
 {
     let dest = tables.dest(connection.dest()).ok_or(Reason::Impossible)?;
     let cpu = tables.dest_cpu(connection.dest()).ok_or(Reason::Impossible)?;
+    cpu.counters.packets_in.update(|packets| packets + 1);
+    cpu.counters.bytes_in.update(|bytes| bytes + u64::from(ip.len()));
     let hop = forward::to_dest(env, cpu, dest, clock)?;
     let method = Method::try_from(connection.method()).map_err(|_| Reason::Impossible)?;
     let local = forward::is_local(hop);
@@ -520,15 +519,6 @@ fn observe<T: Buckets<Entry4>>(
     count_out(tables, found.dest, ip.len());
     track::step(tables, config, &found, segment.event(), true, clock).map_err(|track::Gone| Reason::NotService)?;
     Ok(Exit::host(Reason::ReplyObserved))
-}
-
-/// Counts a packet from a client.
-#[inline(always)]
-pub fn count_in(tables: &impl Tables, dest: u32, len: u16) {
-    if let Some(cpu) = tables.dest_cpu(dest) {
-        cpu.counters.packets_in.update(|packets| packets + 1);
-        cpu.counters.bytes_in.update(|bytes| bytes + u64::from(len));
-    }
 }
 
 /// Counts a packet from a server, unless the destination has been removed (`docs/ipvs.md`, section 8.1).

@@ -54,6 +54,9 @@ pub struct Options {
     /// Only cases whose name holds this
     #[arg(long, default_value = "")]
     only: String,
+    /// Only cases with this number of flows
+    #[arg(long)]
+    flows: Option<u32>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -128,7 +131,10 @@ fn measure(site: &Site, options: &Options) -> Result<()> {
     if !options.json {
         writeln!(stdout, "{:<28} {:>8} {:>9} {:>9} {:>9} {:>12} {:>12}", "case (ns per packet)", "flows", "floor", "min", "median", "above, min", "above, med.")?;
     }
-    for case in cases().iter().filter(|case| case.name.contains(&options.only)) {
+    let wanted = |case: &&Case| {
+        case.name.contains(&options.only) && options.flows.is_none_or(|flows| case.flows == flows)
+    };
+    for case in cases().iter().filter(wanted) {
         control.flush(buckets, None)?;
         let figure = bench.case(case, options.rounds, &control, buckets).with_context(|| case.name.clone())?;
         let line = if options.json { serde_json::to_string(&figure)? } else { row(&figure) };

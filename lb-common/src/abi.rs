@@ -160,11 +160,10 @@ record! {
 
 record! {
     /// The settings that the data plane reads on every packet: one record.
-    Config, ConfigRecord, 128 {
-        /// Time to live of a TCP connection by state number, in ticks.
-        tcp_timeouts: [u32; 16],
-        /// Time to live of a UDP connection, in ticks.
-        udp_timeout: u32,
+    Config, ConfigRecord, 320 {
+        /// Time to live of a connection, in ticks, by what [`crate::flow::Word::timeout_index`] says of it: protocol and
+        /// state.
+        timeouts: [u32; 64],
         /// Ticks added to the kernel's clock. Zero but in tests, which let time pass by raising it.
         clock_skew: u32,
         /// ip_vs's `conn_reuse_mode`: bit 0 reschedules a SYN that meets a connection in TIME_WAIT or CLOSE, bit 1
@@ -173,7 +172,7 @@ record! {
         /// ICMP errors the director may send in a second.
         icmp_per_second: u32,
         /// Zero.
-        reserved: [u32; 12],
+        reserved: [u32; 13],
     }
 }
 
@@ -496,10 +495,8 @@ pub const ADJACENCIES: u32 = 4096;
 #[derive(Zeroable)]
 #[repr(C)]
 pub struct Endpoint4 {
-    /// IPv4 address as loaded from a packet.
-    addr: Shared32,
-    /// Port in the low half, protocol number in bits 16-23; 0 with `addr` 0 for a slot that was never used.
-    port_protocol: Shared32,
+    /// See [`EndpointKey4`]; 0 for a slot that was never used.
+    key: Shared64,
     /// See [`Target`]; 0 when the slot is not in use.
     target: Shared64,
 }
@@ -555,30 +552,28 @@ impl Target {
     }
 }
 
-/// An address, port and protocol, as the endpoint table is asked for them.
+/// An address, port and protocol, as the endpoint table is asked for them: address in bits 0-31, port in bits 32-47, both
+/// as loaded from a packet, protocol number in bits 48-55.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
-pub struct EndpointKey4 {
-    addr: u32,
-    port_protocol: u32,
-}
+pub struct EndpointKey4(u64);
 
 impl EndpointKey4 {
     /// The endpoint at `port` of `addr`.
     #[inline(always)]
     pub const fn new(addr: Ip4, port: Port, protocol: Protocol) -> Self {
-        Self { addr: addr.raw(), port_protocol: port.raw() as u32 | (protocol as u32) << 16 }
+        Self(addr.raw() as u64 | (port.raw() as u64) << 32 | (protocol as u64) << 48)
     }
 
     /// The entry that marks `addr` as the address of a service.
     #[inline(always)]
     pub const fn address(addr: Ip4) -> Self {
-        Self { addr: addr.raw(), port_protocol: 1 << 24 }
+        Self(addr.raw() as u64 | 1 << 56)
     }
 
     /// The bucket searched first, of a power of two.
     #[inline(always)]
     pub const fn bucket(&self, seed: &Seed, buckets: u32) -> u32 {
-        scale(seed.quick_hash(self.addr as u64 | (self.port_protocol as u64) << 32), buckets)
+        scale(seed.quick_hash(self.0), buckets)
     }
 }
 
@@ -586,25 +581,24 @@ impl Endpoint4 {
     /// The target, if this slot holds `key`. A slot may be given to another key at any time: a target counts only when
     /// the key is still there after it has been read.
     #[inline(always)]
-    pub fn find(&self, key: &EndpointKey4) -> Option<Target> {
-        if self.addr.load() != key.addr || self.port_protocol.load() != key.port_protocol {
+    pub fn find(&self, key: EndpointKey4) -> Option<Target> {
+        if self.key.load() != key.0 {
             return None;
         }
         let target = self.target.load();
-        let still = self.addr.load() == key.addr && self.port_protocol.load() == key.port_protocol;
-        (target != 0 && still).then_some(Target(target))
+        (target != 0 && self.key.load() == key.0).then_some(Target(target))
     }
 
     /// Whether this slot has never held a key. The search for a key ends at a bucket with such a slot.
     #[inline(always)]
     pub fn is_virgin(&self) -> bool {
-        self.port_protocol.load() == 0
+        self.key.load() == 0
     }
 
     /// The key and target in this slot, if it is in use.
     pub fn read(&self) -> Option<(EndpointKey4, Target)> {
         let target = self.target.load();
-        let key = EndpointKey4 { addr: self.addr.load(), port_protocol: self.port_protocol.load() };
+        let key = EndpointKey4(self.key.load());
         (target != 0).then_some((key, Target(target)))
     }
 
@@ -614,10 +608,9 @@ impl Endpoint4 {
     }
 
     /// Puts `key` into this slot, which is not in use. Readers find the whole of it or nothing.
-    pub fn claim(&self, key: &EndpointKey4, target: Target) {
+    pub fn claim(&self, key: EndpointKey4, target: Target) {
         self.target.store(0);
-        self.addr.store(key.addr);
-        self.port_protocol.store(key.port_protocol);
+        self.key.store(key.0);
         self.target.store(target.0);
     }
 }
@@ -820,13 +813,13 @@ mod tests {
         let slot = Endpoint4::zeroed();
         let web = EndpointKey4::new(Ip4::new([10, 0, 0, 1]), Port::new(80), Protocol::Tcp);
         let dns = EndpointKey4::new(Ip4::new([10, 0, 0, 1]), Port::new(53), Protocol::Udp);
-        assert!(slot.is_virgin() && slot.find(&web).is_none());
-        slot.claim(&web, Target::default().with_view(0));
-        assert_eq!(slot.find(&web).and_then(Target::view), Some(0));
-        assert!(slot.find(&dns).is_none());
+        assert!(slot.is_virgin() && slot.find(web).is_none());
+        slot.claim(web, Target::default().with_view(0));
+        assert_eq!(slot.find(web).and_then(Target::view), Some(0));
+        assert!(slot.find(dns).is_none());
         slot.set_target(Target::default());
-        assert!(slot.find(&web).is_none() && !slot.is_virgin() && slot.read().is_none());
-        slot.claim(&dns, Target(Target::SERVER));
+        assert!(slot.find(web).is_none() && !slot.is_virgin() && slot.read().is_none());
+        slot.claim(dns, Target(Target::SERVER));
         assert_eq!(slot.read(), Some((dns, Target(Target::SERVER))));
     }
 

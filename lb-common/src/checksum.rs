@@ -11,6 +11,19 @@
 #[derive(Clone, Copy, Default)]
 pub struct Delta(u64);
 
+/// TTL, protocol and checksum of an IPv4 header, as loaded, after the TTL was lowered by one, which was not 0.
+///
+/// The word of TTL and protocol gets smaller by one in its high byte, so the checksum gets larger by one in its high byte,
+/// carry included (RFC 1141).
+#[inline(always)]
+pub const fn lower_ttl(ttl_protocol_checksum: u32) -> u32 {
+    const ONE: u32 = 0x0100u16.to_be() as u32;
+    let checksum = (ttl_protocol_checksum >> 16) + ONE;
+    // 0xffff is the other way to write 0, which the carry makes of it.
+    let checksum = if checksum >= 0xffff { checksum + 1 } else { checksum };
+    (ttl_protocol_checksum - ONE & 0xffff) | checksum << 16
+}
+
 impl Delta {
     /// The delta after a 16-bit word changed from `old` to `new`.
     #[inline(always)]
@@ -40,6 +53,12 @@ pub const fn fold(sum: u64) -> u16 {
     let sum = (sum >> 16) + (sum & 0xffff);
     let sum = (sum >> 16) + (sum & 0xffff);
     sum as u16
+}
+
+/// Whether data with this unfolded sum, its checksum included, is intact: the sum folds to all ones.
+#[inline(always)]
+pub const fn holds(sum: u64) -> bool {
+    fold(sum) == 0xffff
 }
 
 /// The unfolded sum of an IPv4 header without options, given as its five 32-bit words as loaded.
@@ -91,6 +110,21 @@ mod tests {
         // HC = 0xDD2F, m = 0x5555, m' = 0x3285 gives HC' = 0x0000.
         let delta = Delta::default().word(0x5555, 0x3285);
         assert_eq!(delta.apply(0xdd2f), 0x0000);
+    }
+
+    #[test]
+    fn lowering_the_ttl_equals_an_update() {
+        for checksum in 0..=u16::MAX {
+            let before = u16::from_ne_bytes([64, 6]);
+            let after = u16::from_ne_bytes([63, 6]);
+            let word = u32::from(before) | u32::from(checksum) << 16;
+            let expected = Delta::default().word(before, after).apply(checksum);
+            let lowered = lower_ttl(word);
+            assert_eq!(lowered as u16, after);
+            let found = (lowered >> 16) as u16;
+            // 0xffff is no checksum that an update gives, and equals 0.
+            assert!(found == expected || checksum == 0xffff, "{checksum:#x}: {found:#x} {expected:#x}");
+        }
     }
 
     #[test]

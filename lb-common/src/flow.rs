@@ -35,6 +35,7 @@ use crate::{
     jiffies::Jiffies,
     proto::Protocol,
     sync::{Shared32, Shared64},
+    tcp::Transition,
 };
 
 /// The status of an entry: bits 0-1 of its word.
@@ -115,12 +116,8 @@ impl Word {
     /// `state` and `method` by their numbers, `flags` any of [`flag`].
     #[inline(always)]
     pub const fn born(protocol: Protocol, state: u8, method: u8, flags: u64, expires: Jiffies) -> Self {
-        let protocol = match protocol {
-            Protocol::Tcp => 0,
-            Protocol::Udp => 1,
-        };
         Self(
-            3 | protocol << 2
+            3 | protocol_bits(protocol)
                 | (state as u64 & 0xf) << 4
                 | (method as u64 & 0x7) << 8
                 | flags
@@ -164,6 +161,12 @@ impl Word {
         if self.0 >> 2 & 0b11 == 0 { Protocol::Tcp } else { Protocol::Udp }
     }
 
+    /// Where [`crate::abi::Config::timeouts`] has the time to live of a live entry: protocol and state, below 64.
+    #[inline(always)]
+    pub const fn timeout_index(self) -> usize {
+        (self.0 >> 4 & 0xf | (self.0 & 0b1100) << 2) as usize
+    }
+
     /// The number of a live entry's TCP state.
     #[inline(always)]
     pub const fn state(self) -> u8 {
@@ -182,10 +185,18 @@ impl Word {
         self.0 & flags == flags
     }
 
-    /// This word with another state, with `clear` flags cleared and `set` flags set.
+    /// This word in the state that `transition` leads to, counted accordingly.
     #[inline(always)]
-    pub const fn moved(self, state: u8, clear: u64, set: u64) -> Self {
-        Self(self.0 & !(0xf << 4 | clear) | (state as u64 & 0xf) << 4 | set)
+    pub const fn moved(self, transition: Transition) -> Self {
+        // Bit 7 of the transition is the flag INACTIVE, shifted like the state.
+        const _: () = assert!(1 << 7 << 4 == flag::INACTIVE);
+        Self(self.0 & !(0xf << 4 | flag::INACTIVE) | (transition.bits() as u64) << 4)
+    }
+
+    /// This word without `flags`.
+    #[inline(always)]
+    pub const fn without(self, flags: u64) -> Self {
+        Self(self.0 & !flags)
     }
 
     /// This word with another expiry.
@@ -219,19 +230,83 @@ impl core::fmt::Debug for Word {
 }
 
 /// Who speaks to whom: what makes a packet of the client belong to a connection.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(align(8))]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Key4 {
-    /// Client address.
-    pub caddr: Ip4,
-    /// Address of the service.
-    pub vaddr: Ip4,
-    /// Client port.
-    pub cport: Port,
-    /// Port of the service.
-    pub vport: Port,
-    /// Transport protocol.
-    pub protocol: Protocol,
+    /// Client address in bits 0-31, client port in bits 32-47, service port in bits 48-63, each as loaded from a packet.
+    peer: u64,
+    /// Service address as loaded from a packet.
+    vaddr: u64,
+    /// What bits 0-3 of the word of such a connection are: its protocol, and that it is live.
+    live: u64,
+}
+
+impl Key4 {
+    /// The connections of `protocol` between a client and a service.
+    #[inline(always)]
+    pub const fn new(protocol: Protocol, client: (Ip4, Port), service: (Ip4, Port)) -> Self {
+        Self::from_raw(
+            protocol,
+            client.0,
+            client.1.raw() as u32 | (service.1.raw() as u32) << 16,
+            service.0,
+        )
+    }
+
+    /// The connections of `protocol` from `caddr` to `vaddr`, with both ports as loaded from the client's packet at once.
+    #[inline(always)]
+    pub const fn from_raw(protocol: Protocol, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
+        Self {
+            peer: caddr.raw() as u64 | (ports as u64) << 32,
+            vaddr: vaddr.raw() as u64,
+            live: 3 | protocol_bits(protocol),
+        }
+    }
+
+    /// The client's address.
+    #[inline(always)]
+    pub const fn caddr(&self) -> Ip4 {
+        Ip4::from_raw(self.peer as u32)
+    }
+
+    /// The client's port.
+    #[inline(always)]
+    pub const fn cport(&self) -> Port {
+        Port::from_raw((self.peer >> 32) as u16)
+    }
+
+    /// The service's address.
+    #[inline(always)]
+    pub const fn vaddr(&self) -> Ip4 {
+        Ip4::from_raw(self.vaddr as u32)
+    }
+
+    /// The service's port.
+    #[inline(always)]
+    pub const fn vport(&self) -> Port {
+        Port::from_raw((self.peer >> 48) as u16)
+    }
+
+    /// The transport protocol.
+    #[inline(always)]
+    pub const fn protocol(&self) -> Protocol {
+        Word(self.live).protocol()
+    }
+}
+
+impl core::fmt::Debug for Key4 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let (caddr, cport, vaddr, vport) = (self.caddr(), self.cport(), self.vaddr(), self.vport());
+        write!(f, "{} {caddr:?}:{cport:?} -> {vaddr:?}:{vport:?}", self.protocol())
+    }
+}
+
+/// A protocol as bits 2-3 of a word.
+#[inline(always)]
+const fn protocol_bits(protocol: Protocol) -> u64 {
+    match protocol {
+        Protocol::Tcp => 0,
+        Protocol::Udp => 1 << 2,
+    }
 }
 
 /// An IPv4 connection: 32 bytes, two to a cache line.
@@ -280,32 +355,18 @@ pub trait Entry: Zeroable + 'static {
     fn dest(&self) -> &Shared32;
     /// The client's next-hop hint.
     fn hint(&self) -> &Shared32;
-    /// Whether addresses and ports are those of `key`. The protocol is in the word.
-    fn holds(&self, key: &Self::Key) -> bool;
-    /// Whether client address and port are those of `key`.
-    fn holds_client(&self, key: &Self::Key) -> bool;
+    /// Whether this is the connection `key`, with `word` as its word.
+    fn is(&self, key: &Self::Key, word: Word) -> bool;
+    /// Whether this is a connection with the protocol, client address and client port of `key`.
+    fn is_of_client(&self, key: &Self::Key, word: Word) -> bool;
     /// Writes addresses and ports. Only the CPU that has claimed the entry may call this.
     fn fill(&self, key: &Self::Key, dest: u32);
     /// Addresses and ports as they stand, with the protocol of `word`.
     fn key(&self, word: Word) -> Self::Key;
-    /// The protocol of a key.
-    fn protocol_of(key: &Self::Key) -> Protocol;
     /// Hashes what both sides of a connection have in common.
     fn hash(key: &Self::Key, seed: &Seed) -> u64;
-    /// A number that tells the connections at one place apart, nearly always.
-    fn tag(key: &Self::Key, place: &Place) -> u32;
-}
-
-impl Key4 {
-    #[inline(always)]
-    const fn client(&self) -> u64 {
-        self.caddr.raw() as u64 | (self.cport.raw() as u64) << 32
-    }
-
-    #[inline(always)]
-    const fn peer(&self) -> u64 {
-        self.client() | (self.vport.raw() as u64) << 48
-    }
+    /// A number that tells the connections with one hash apart, nearly always.
+    fn tag(key: &Self::Key, hash: u64) -> u32;
 }
 
 impl Entry for Entry4 {
@@ -327,75 +388,77 @@ impl Entry for Entry4 {
     }
 
     #[inline(always)]
-    fn holds(&self, key: &Key4) -> bool {
-        self.peer.load() == key.peer() && self.vaddr.load() == key.vaddr.raw()
+    fn is(&self, key: &Key4, word: Word) -> bool {
+        self.peer.load() == key.peer && u64::from(self.vaddr.load()) == key.vaddr && word.0 & 0xf == key.live
     }
 
     #[inline(always)]
-    fn holds_client(&self, key: &Key4) -> bool {
-        (self.peer.load() ^ key.client()) << 16 == 0
+    fn is_of_client(&self, key: &Key4, word: Word) -> bool {
+        (self.peer.load() ^ key.peer) << 16 == 0 && word.0 & 0xf == key.live
     }
 
     #[inline(always)]
     fn fill(&self, key: &Key4, dest: u32) {
-        self.peer.store(key.peer());
-        self.vaddr.store(key.vaddr.raw());
+        self.peer.store(key.peer);
+        self.vaddr.store(key.vaddr as u32);
         self.dest.store(dest);
         self.hint.store(0);
     }
 
     #[inline(always)]
     fn key(&self, word: Word) -> Key4 {
-        let peer = self.peer.load();
-        Key4 {
-            caddr: Ip4::from_raw(peer as u32),
-            cport: Port::from_raw((peer >> 32) as u16),
-            vport: Port::from_raw((peer >> 48) as u16),
-            vaddr: Ip4::from_raw(self.vaddr.load()),
-            protocol: word.protocol(),
-        }
-    }
-
-    #[inline(always)]
-    fn protocol_of(key: &Key4) -> Protocol {
-        key.protocol
+        Key4 { peer: self.peer.load(), vaddr: u64::from(self.vaddr.load()), live: word.0 & 0xf }
     }
 
     #[inline(always)]
     fn hash(key: &Key4, seed: &Seed) -> u64 {
-        seed.hash(key.client() | (key.protocol as u64) << 48)
+        seed.hash(key.peer & 0xffff_ffff_ffff | key.live << 48)
     }
 
     #[inline(always)]
-    fn tag(key: &Key4, place: &Place) -> u32 {
-        place.tag ^ key.vaddr.raw() ^ key.vport.raw() as u32
+    fn tag(key: &Key4, hash: u64) -> u32 {
+        (hash >> 16) as u32 ^ key.vaddr as u32 ^ (key.peer >> 48) as u32
     }
 }
 
 /// Where a connection may stand in a table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(align(8))]
 pub struct Place {
-    /// The bucket searched first.
-    pub first: u32,
-    /// The bucket searched next; never the first.
-    pub second: u32,
-    /// Half the index of the entry at which the search of a bucket begins.
-    pub line: u32,
-    /// Bits of the hash that do not choose the buckets alone.
-    pub tag: u32,
+    hash: u64,
 }
 
 impl Place {
-    /// The place of a connection with this hash in a table of `buckets` buckets, an even number.
+    /// The place of a connection with this hash.
     #[inline(always)]
-    pub const fn of(hash: u64, buckets: u32) -> Self {
-        let first = scale(hash as u32, buckets);
-        let second = scale((hash >> 32) as u32, buckets);
+    pub const fn of(hash: u64) -> Self {
+        Self { hash }
+    }
+
+    /// The hash.
+    #[inline(always)]
+    pub const fn hash(self) -> u64 {
+        self.hash
+    }
+
+    /// The bucket searched first, in a table of `buckets` buckets.
+    #[inline(always)]
+    pub const fn first(self, buckets: u32) -> u32 {
+        scale(self.hash as u32, buckets)
+    }
+
+    /// The bucket searched next, never the first, in a table of `buckets` buckets, an even number.
+    #[inline(always)]
+    pub const fn second(self, buckets: u32) -> u32 {
+        let (first, second) = (self.first(buckets), scale((self.hash >> 32) as u32, buckets));
         // An even number of buckets: the neighbour of the last one exists.
-        let second = if second == first { first ^ 1 } else { second };
-        let line = scale(((hash >> 8) as u32) << 16, LINES as u32);
-        Self { first, second, line, tag: (hash >> 16) as u32 }
+        if second == first { first ^ 1 } else { second }
+    }
+
+    /// The index of the entry at which the search of a bucket begins: even, so that a cache line begins there.
+    #[inline(always)]
+    pub const fn start(self) -> u32 {
+        // Sixteen bits of the hash, scaled to the number of lines.
+        2 * (((self.hash >> 8 & 0xffff) * LINES as u64) >> 16) as u32
     }
 }
 
@@ -426,6 +489,7 @@ impl Hint {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tcp::{self, Direction};
 
     const BIRTH: Word = Word::born(Protocol::Udp, 3, 3, flag::INACTIVE, Jiffies(0xdead_beef));
 
@@ -438,10 +502,14 @@ mod tests {
         assert!(word.has(flag::INACTIVE) && !word.has(flag::NO_OUTPUT));
         assert_eq!(word.expires(), Jiffies(0xdead_beef));
 
-        let moved = word.moved(10, flag::INACTIVE, flag::NO_OUTPUT).expiring(Jiffies(7));
-        assert_eq!((moved.state(), moved.method(), moved.expires()), (10, 3, Jiffies(7)));
-        assert!(!moved.has(flag::INACTIVE) && moved.has(flag::NO_OUTPUT));
-        assert!(moved.same_life(word));
+        // From TIME_WAIT, say: a SYN of the client opens it again.
+        let moved = word.moved(Transition::of(5, tcp::flag::SYN, Direction::Input)).expiring(Jiffies(7));
+        assert_eq!((moved.state(), moved.method(), moved.expires()), (3, 3, Jiffies(7)));
+        assert!(!moved.has(flag::INACTIVE));
+        let moved = moved.moved(Transition::of(3, tcp::flag::FIN, Direction::Input));
+        assert_eq!(moved.state(), 5);
+        assert!(moved.has(flag::INACTIVE) && moved.same_life(word));
+        assert_eq!(moved.timeout_index(), 16 + 5);
     }
 
     #[test]
@@ -472,54 +540,53 @@ mod tests {
         assert!(word.expired(Jiffies(1250), 250));
     }
 
+    const CLIENT: (Ip4, Port) = (Ip4::new([198, 51, 100, 7]), Port::new(54_321));
+    const SERVICE: (Ip4, Port) = (Ip4::new([203, 0, 113, 1]), Port::new(443));
+
     #[test]
     fn an_entry_returns_the_key_it_was_filled_with() {
         let entry = Entry4::zeroed();
-        let key = Key4 {
-            caddr: Ip4::new([198, 51, 100, 7]),
-            vaddr: Ip4::new([203, 0, 113, 1]),
-            cport: Port::new(54_321),
-            vport: Port::new(443),
-            protocol: Protocol::Udp,
-        };
+        let key = Key4::new(Protocol::Udp, CLIENT, SERVICE);
         entry.fill(&key, 17);
-        assert_eq!(entry.key(Word(0).claimed(1).live(BIRTH)), key);
-        assert!(entry.holds(&key) && entry.holds_client(&key));
+        let word = Word(0).claimed(1).live(BIRTH);
+        assert_eq!(entry.key(word), key);
+        assert_eq!((key.caddr(), key.cport(), key.vaddr(), key.vport()), (CLIENT.0, CLIENT.1, SERVICE.0, SERVICE.1));
+        assert!(entry.is(&key, word) && entry.is_of_client(&key, word));
+        assert!(!entry.is(&key, word.freed()));
         for other in [
-            Key4 { caddr: Ip4::new([198, 51, 100, 8]), ..key },
-            Key4 { vaddr: Ip4::new([203, 0, 113, 2]), ..key },
-            Key4 { cport: Port::new(1), ..key },
-            Key4 { vport: Port::new(80), ..key },
+            Key4::new(Protocol::Tcp, CLIENT, SERVICE),
+            Key4::new(Protocol::Udp, (Ip4::new([198, 51, 100, 8]), CLIENT.1), SERVICE),
+            Key4::new(Protocol::Udp, (CLIENT.0, Port::new(1)), SERVICE),
+            Key4::new(Protocol::Udp, CLIENT, (Ip4::new([203, 0, 113, 2]), SERVICE.1)),
+            Key4::new(Protocol::Udp, CLIENT, (SERVICE.0, Port::new(80))),
         ] {
-            assert!(!entry.holds(&other));
+            assert!(!entry.is(&other, word));
         }
-        assert!(entry.holds_client(&Key4 { vport: Port::new(80), vaddr: Ip4::new([1, 2, 3, 4]), ..key }));
-        assert!(!entry.holds_client(&Key4 { cport: Port::new(1), ..key }));
+        let elsewhere = (Ip4::new([1, 2, 3, 4]), Port::new(80));
+        assert!(entry.is_of_client(&Key4::new(Protocol::Udp, CLIENT, elsewhere), word));
+        assert!(!entry.is_of_client(&Key4::new(Protocol::Udp, (CLIENT.0, Port::new(1)), SERVICE), word));
     }
 
     #[test]
     fn both_sides_of_a_connection_hash_alike() {
         let seed = Seed::new([1, 2, 3]);
-        let key = Key4 {
-            caddr: Ip4::new([198, 51, 100, 7]),
-            vaddr: Ip4::new([203, 0, 113, 1]),
-            cport: Port::new(54_321),
-            vport: Port::new(443),
-            protocol: Protocol::Tcp,
-        };
-        let reply = Key4 { vaddr: Ip4::new([10, 0, 0, 5]), vport: Port::new(8080), ..key };
-        assert_eq!(Entry4::hash(&key, &seed), Entry4::hash(&reply, &seed));
-        assert_ne!(Entry4::hash(&key, &seed), Entry4::hash(&Key4 { protocol: Protocol::Udp, ..key }, &seed));
+        let hash = |key: Key4| Entry4::hash(&key, &seed);
+        let key = Key4::new(Protocol::Tcp, CLIENT, SERVICE);
+        let server = (Ip4::new([10, 0, 0, 5]), Port::new(8080));
+        assert_eq!(hash(key), hash(Key4::new(Protocol::Tcp, CLIENT, server)));
+        assert_ne!(hash(key), hash(Key4::new(Protocol::Udp, CLIENT, SERVICE)));
+        assert_ne!(Entry4::tag(&key, 0), Entry4::tag(&Key4::new(Protocol::Tcp, CLIENT, server), 0));
     }
 
     #[test]
     fn the_two_buckets_differ_and_exist() {
         for buckets in [2, 4, 1022] {
             for i in 0..10_000u64 {
-                let place = Place::of(i.wrapping_mul(0x9e37_79b9_7f4a_7c15), buckets);
-                assert!(place.first < buckets && place.second < buckets && place.first != place.second);
-                assert!(place.line < LINES as u32);
-                }
+                let place = Place::of(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+                let (first, second) = (place.first(buckets), place.second(buckets));
+                assert!(first < buckets && second < buckets && first != second);
+                assert!(place.start().is_multiple_of(2) && (place.start() as usize) < ENTRIES_PER_BUCKET);
+            }
         }
     }
 

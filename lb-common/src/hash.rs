@@ -16,6 +16,17 @@ impl Seed {
         Self { offset: random[0], multipliers: [random[1] | 1, random[2] | 1] }
     }
 
+    /// The seed with these words, as another has returned them.
+    #[inline(always)]
+    pub const fn from_words(words: [u64; 3]) -> Self {
+        Self { offset: words[0], multipliers: [words[1], words[2]] }
+    }
+
+    /// The words of the seed, which are as secret as the seed.
+    pub const fn words(&self) -> [u64; 3] {
+        [self.offset, self.multipliers[0], self.multipliers[1]]
+    }
+
     /// Hashes one word to 32 bits, cheaply: enough to find one of few things, of which nobody outside chooses the keys.
     #[inline(always)]
     pub const fn quick_hash(&self, key: u64) -> u32 {

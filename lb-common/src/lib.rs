@@ -20,3 +20,4 @@ pub mod sched;
 #[expect(unsafe_code, reason = "the one place where shared memory is touched")]
 pub mod sync;
 pub mod tcp;
+pub mod timeout;

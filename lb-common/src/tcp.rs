@@ -28,18 +28,17 @@ pub const STATES: usize = 11;
 
 /// The part of the flags that moves the state, by priority: a packet with RST counts as RST whatever else it carries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
 pub enum Event {
     /// SYN, with or without ACK.
-    Syn = 0,
+    Syn,
     /// FIN without SYN.
-    Fin = 1,
+    Fin,
     /// ACK alone.
-    Ack = 2,
+    Ack,
     /// RST, whatever else is set.
-    Rst = 3,
+    Rst,
     /// None of the four flags; closes the connection.
-    None = 4,
+    None,
 }
 
 /// From which side the packet came, and what is known of the other.
@@ -106,22 +105,36 @@ const NORMAL: [[State; 12]; STATES] = [
     /* SA */ [SR, TW, ES, SR, SR, TW, ES, CL, SR, TW, ES, CL],
 ];
 
-/// Index into [`TRANSITIONS`]: direction in bits 6-7, event in bits 4-5, state in bits 0-3.
-const fn cell(direction: usize, event: usize, state: usize) -> usize {
-    direction << 6 | event << 4 | state
+/// Bits of the flags that matter, and one between them that does not.
+const FLAGS: u8 = 0x1f;
+
+/// Index into [`TRANSITIONS`]: direction in bits 9-10, flags in bits 4-8, state in bits 0-3.
+const fn cell(direction: usize, flags: usize, state: usize) -> usize {
+    direction << 9 | flags << 4 | state
 }
 
-/// [`NORMAL`] laid out for a masked index, so that a look-up needs no bounds check. Cells of no state hold CLOSE.
-static TRANSITIONS: [u8; 256] = {
-    let mut table = [State::Close as u8; 256];
-    let mut state = 0;
-    while state < STATES {
-        let mut column = 0;
-        while column < 12 {
-            table[cell(column / 4, column % 4, state)] = NORMAL[state][column] as u8;
-            column += 1;
+/// Set in a [`Transition`] to a state that does not count as active.
+const INACTIVE: u8 = 1 << 7;
+
+/// [`NORMAL`] by flags instead of events, laid out for a masked index, so that a look-up is one load: number of the next
+/// state in bits 0-3 and [`INACTIVE`]. Cells of no state hold CLOSE.
+static TRANSITIONS: [u8; 2048] = {
+    let mut table = [CL as u8 | INACTIVE; 2048];
+    let mut index = 0;
+    while index < table.len() {
+        let (direction, flags, state) = (index >> 9, index >> 4 & FLAGS as usize, index & 0xf);
+        let column = match Event::of(flags as u8) {
+            Event::Syn => 0,
+            Event::Fin => 1,
+            Event::Ack => 2,
+            Event::Rst => 3,
+            Event::None => 4,
+        };
+        if direction < 3 && state < STATES && column < 4 {
+            let next = NORMAL[state][4 * direction + column] as u8;
+            table[index] = if is_active(next) { next } else { next | INACTIVE };
         }
-        state += 1;
+        index += 1;
     }
     table
 };
@@ -168,18 +181,38 @@ impl TryFrom<u8> for State {
     }
 }
 
-/// The number of the state after `event` in the state numbered `state`.
-///
-/// Works on numbers because that is what a flow entry holds; a number that is no state goes to CLOSE.
-#[inline(always)]
-pub fn step(state: u8, event: Event, direction: Direction) -> u8 {
-    if matches!(event, Event::None) {
-        return CL as u8;
+/// What a packet makes of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Transition(u8);
+
+impl Transition {
+    /// What a segment with these flags (byte 13 of its header) makes of a connection in the state numbered `state`.
+    ///
+    /// Works on numbers because that is what a flow entry holds; a number that is no state goes to CLOSE.
+    #[inline(always)]
+    pub fn of(state: u8, flags: u8, direction: Direction) -> Self {
+        let index = cell(direction as usize, usize::from(flags & FLAGS), usize::from(state & 0xf)) as u64;
+        // The mask changes nothing, for every index is below 2048; but the verifier has to see it.
+        Self(TRANSITIONS[opaque(index) as usize & 0x7ff])
     }
-    let index = cell(direction as usize, event as usize, usize::from(state & 0xf)) as u64;
-    // The mask changes nothing, for three directions, four events and sixteen states stay below 192; but the verifier
-    // has to see it.
-    TRANSITIONS[opaque(index) as usize & 0xff]
+
+    /// The number of the next state in bits 0-3, and bit 7 if it does not count as active.
+    #[inline(always)]
+    pub const fn bits(self) -> u8 {
+        self.0
+    }
+
+    /// The number of the next state.
+    #[inline(always)]
+    pub const fn state(self) -> u8 {
+        self.0 & 0xf
+    }
+
+    /// Whether the next state counts as active.
+    #[inline(always)]
+    pub const fn is_active(self) -> bool {
+        self.0 & INACTIVE == 0
+    }
 }
 
 /// Whether a connection in the state numbered `state` counts as active.
@@ -204,21 +237,25 @@ mod tests {
     }
 
     #[test]
-    fn every_cell_of_the_table_is_reached_by_step() {
+    fn every_cell_of_the_table_is_reached() {
+        use flag::*;
         for state in State::ALL {
             for (column, next) in NORMAL[state as usize].iter().enumerate() {
                 let direction = [Direction::Input, Direction::Output, Direction::InputOnly][column / 4];
-                let event = [Event::Syn, Event::Fin, Event::Ack, Event::Rst][column % 4];
-                assert_eq!(step(state as u8, event, direction), *next as u8, "{state:?} {direction:?} {event:?}");
+                for flags in [[SYN, FIN, ACK, RST], [SYN | ACK, FIN | ACK, ACK | 0x08, RST | ACK]] {
+                    let transition = Transition::of(state as u8, flags[column % 4], direction);
+                    assert_eq!(transition.state(), *next as u8, "{state:?} {direction:?} {:#x}", flags[column % 4]);
+                    assert_eq!(transition.is_active(), is_active(*next as u8));
+                }
             }
-            assert_eq!(step(state as u8, Event::None, Direction::Input), CL as u8);
+            assert_eq!(Transition::of(state as u8, 0x08, Direction::Input), Transition(CL as u8 | INACTIVE));
         }
     }
 
     #[test]
     fn a_number_that_is_no_state_closes() {
         for state in STATES as u8..=15 {
-            assert_eq!(step(state, Event::Ack, Direction::Output), CL as u8);
+            assert_eq!(Transition::of(state, flag::ACK, Direction::Output).state(), CL as u8);
         }
     }
 

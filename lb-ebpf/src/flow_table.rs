@@ -51,67 +51,83 @@ pub trait Buckets<E: Entry>: Tables {
     fn bucket(&self, index: u32) -> Option<&Bucket<E>>;
 }
 
-/// The first connection among the entries where it may stand that `matches` by entry and word, with that word.
-///
-/// Verifier: the index is hidden from it, or it would follow the rest of the program once for every entry.
-#[inline(always)]
-fn search<'t, E: Entry>(
-    tables: &'t impl Buckets<E>,
-    place: &Place,
-    mut matches: impl FnMut(&'t E, Word) -> bool,
-) -> Option<(&'t E, Word)> {
-    let mut is_it = |entry: &'t E| {
-        let word = Word(entry.word().load());
-        (word.is_live() && matches(entry, word)).then_some(word)
-    };
-    // Nearly always it is one of the two that the search begins with: one cache line.
-    let bucket = tables.bucket(place.first)?;
-    for turn in 0..2 {
-        let entry = bucket.entries.get(opaque(u64::from(place.line * 2 + turn)) as usize)?;
-        if let Some(word) = is_it(entry) {
-            return Some((entry, word));
-        }
-    }
-    let mut found = None;
-    'search: for number in [place.first, place.second] {
-        let bucket = tables.bucket(number)?;
-        for turn in 0..entries_per_bucket() {
-            let index = nth(tables, place, turn);
-            if let Some(entry) = bucket.entries.get(index)
-                && let Some(word) = is_it(entry)
-            {
-                found = Some((number, index as u64, word));
-                break 'search;
-            }
-        }
-    }
-    let (number, index, word) = found?;
-    Some((tables.bucket(number)?.entries.get(tables.hide(index) as usize)?, word))
-}
-
-/// The index of the entry of a bucket that a search looks at in turn number `turn`, from 0.
+/// The index of the entry of a bucket that a search beginning at `start` looks at in turn number `turn`, from 0.
 ///
 /// Verifier: where the search begins is hidden anew each time, or it would remember what each turn says about it.
 #[inline(always)]
-fn nth(tables: &impl Tables, place: &Place, turn: u32) -> usize {
-    let index = tables.hide(u64::from(place.line * 2)) + u64::from(turn);
+fn nth(tables: &impl Tables, start: u32, turn: u32) -> usize {
+    let index = tables.hide(u64::from(start)) + u64::from(turn);
     opaque(if index < ENTRIES_PER_BUCKET as u64 { index } else { index - ENTRIES_PER_BUCKET as u64 }) as usize
 }
 
-/// The connection in `entry` as long as it is of the same life as `word`, which was read before everything that was
-/// found out about the entry.
+/// The result of a search that found nothing.
+const NOTHING: u64 = u64::MAX;
+
+/// The place of the first entry that `is_it`: its bucket in the high half, its index in the low half; or [`NOTHING`].
+///
+/// Verifier: the result is hidden from it, or it would follow the rest of the program once for every entry.
 #[inline(always)]
-fn believe<E: Entry>(entry: &E, word: Word) -> Option<Found<'_, E>> {
+fn search<'t, E: Entry>(
+    tables: &'t impl Buckets<E>,
+    place: Place,
+    mut is_it: impl FnMut(&'t E, Word) -> bool,
+) -> u64 {
+    let buckets = tables.flow_buckets();
+    for number in [place.first(buckets), place.second(buckets)] {
+        let Some(bucket) = tables.bucket(number) else { break };
+        for turn in 0..entries_per_bucket() {
+            let index = nth(tables, place.start(), turn);
+            if let Some(entry) = bucket.entries.get(index)
+                && is_it(entry, Word(entry.word().load()))
+            {
+                return tables.hide(u64::from(number) << 32 | index as u64);
+            }
+        }
+    }
+    NOTHING
+}
+
+/// The entry at a place that [`search`] has found.
+#[inline(always)]
+fn entry_at<E: Entry>(tables: &impl Buckets<E>, place: u64) -> Option<&E> {
+    if place == NOTHING {
+        return None;
+    }
+    tables.bucket((place >> 32) as u32)?.entries.get(place as u32 as usize)
+}
+
+/// [`search`] for a connection, apart: few connections are not where their search begins.
+#[inline(never)]
+fn search_all<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, place: Place) -> u64 {
+    search(tables, place, |entry, word| entry.is(key, word))
+}
+
+/// The connection in `entry` if it is the one wanted, as `is_it` says.
+///
+/// The word is read before and after everything else, so that all of it is of one connection.
+#[inline(always)]
+fn believe<E: Entry>(entry: &E, is_it: impl FnOnce(&E, Word) -> bool) -> Option<Found<'_, E>> {
+    let word = Word(entry.word().load());
+    if !is_it(entry, word) {
+        return None;
+    }
     let dest = entry.dest().load();
     Word(entry.word().load()).same_life(word).then_some(Found { entry, word, dest })
 }
 
 /// The connection `key`, if there is one; it may be past its time.
 #[inline(always)]
-pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: &Place) -> Option<Found<'t, E>> {
-    let is_it = |entry: &E, word: Word| entry.holds(key) && word.protocol() == E::protocol_of(key);
-    let (entry, word) = search(tables, place, is_it)?;
-    believe(entry, word)
+pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: Place) -> Option<Found<'t, E>> {
+    let is_it = |entry: &E, word| entry.is(key, word);
+    // Nearly always it is one of the two that the search begins with: one cache line.
+    let bucket = tables.bucket(place.first(tables.flow_buckets()))?;
+    for turn in 0..2 {
+        let entry = bucket.entries.get(opaque(u64::from(place.start() + turn)) as usize)?;
+        if let Some(found) = believe(entry, is_it) {
+            return Some(found);
+        }
+    }
+    believe(entry_at(tables, search_all(tables, key, place))?, is_it)
 }
 
 /// The connection of the client in `key`, and its whole key, whose server side `is_server` recognises by key, word and
@@ -120,17 +136,32 @@ pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: &Pla
 pub fn find_reply<'t, E: Entry>(
     tables: &'t impl Buckets<E>,
     key: &E::Key,
-    place: &Place,
-    is_server: impl Fn(&E::Key, Word, u32) -> bool,
+    place: Place,
+    is_server: impl Fn(&E::Key, Word, u32) -> bool + Copy,
 ) -> Option<(Found<'t, E>, E::Key)> {
-    let is_it = |entry: &E, word: Word| {
-        entry.holds_client(key)
-            && word.protocol() == E::protocol_of(key)
-            && is_server(&entry.key(word), word, entry.dest().load())
-    };
-    let (entry, word) = search(tables, place, is_it)?;
-    let whole = entry.key(word);
-    Some((believe(entry, word)?, whole))
+    let found = search_replies(tables, key, place, is_server);
+    let entry = entry_at(tables, found)?;
+    let mut whole = *key;
+    let found = believe(entry, |entry, word| {
+        whole = entry.key(word);
+        entry.is_of_client(key, word) && is_server(&whole, word, entry.dest().load())
+    })?;
+    Some((found, whole))
+}
+
+/// [`search`] for the connection of a reply.
+///
+/// Verifier: a function of its own for the sake of the stack.
+#[inline(never)]
+fn search_replies<E: Entry>(
+    tables: &impl Buckets<E>,
+    key: &E::Key,
+    place: Place,
+    is_server: impl Fn(&E::Key, Word, u32) -> bool,
+) -> u64 {
+    search(tables, place, |entry, word| {
+        entry.is_of_client(key, word) && is_server(&entry.key(word), word, entry.dest().load())
+    })
 }
 
 /// Ends a connection, unless another CPU changed it since `word` was read. Returns whether it did.
@@ -247,13 +278,14 @@ const LOST: u32 = u32::MAX - 1;
 
 /// Whether the connection goes to its first bucket.
 #[inline(never)]
-fn goes_first<E: Entry>(tables: &impl Buckets<E>, place: &Place, clock: &Clock) -> bool {
-    let Some(first) = tables.bucket(place.first) else { return true };
+fn goes_first<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: &Clock) -> bool {
+    let buckets = tables.flow_buckets();
+    let Some(first) = tables.bucket(place.first(buckets)) else { return true };
     let in_first = used(first, *clock);
     if in_first <= FIRST_BUCKET_FILL {
         return true;
     }
-    let Some(second) = tables.bucket(place.second) else { return true };
+    let Some(second) = tables.bucket(place.second(buckets)) else { return true };
     in_first <= used(second, *clock)
 }
 
@@ -262,14 +294,17 @@ fn goes_first<E: Entry>(tables: &impl Buckets<E>, place: &Place, clock: &Clock) 
 #[inline(never)]
 fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> u32 {
     let clock = insert.clock;
+    let buckets = tables.flow_buckets();
     for _ in 0..CLAIM_ATTEMPTS {
-        let to_first = goes_first(tables, &insert.place, &clock);
-        let (number, order) =
-            if to_first { (insert.place.first, 0) } else { (insert.place.second, ENTRIES_PER_BUCKET as u32) };
+        let (number, order) = if goes_first(tables, insert.place, &clock) {
+            (insert.place.first(buckets), 0)
+        } else {
+            (insert.place.second(buckets), ENTRIES_PER_BUCKET as u32)
+        };
         let Some(bucket) = tables.bucket(number) else { return FULL };
         let mut usable = None;
         for turn in 0..entries_per_bucket() {
-            let index = nth(tables, &insert.place, turn);
+            let index = nth(tables, insert.place.start(), turn);
             if let Some(entry) = bucket.entries.get(index)
                 && is_used(Word(entry.word().load()), clock) == 0
             {
@@ -282,7 +317,7 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> u32 {
         let Some(entry) = bucket.entries.get(opaque(u64::from(index)) as usize) else { return FULL };
         let word = Word(entry.word().load());
         let dest = entry.dest().load();
-        let busy = word.claimed(E::tag(&insert.key, &insert.place));
+        let busy = word.claimed(E::tag(&insert.key, insert.place.hash()));
         if is_used(word, clock) == 0 && entry.word().compare_exchange(word.0, busy.0).is_ok() {
             if word.is_live() {
                 settle(tables, word, dest);
@@ -297,7 +332,8 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> u32 {
 #[inline(always)]
 fn claimed<'t, E: Entry>(tables: &'t impl Buckets<E>, insert: &Insert<E>, claim: u32) -> Option<(&'t E, Word)> {
     let in_first = claim < ENTRIES_PER_BUCKET as u32;
-    let number = if in_first { insert.place.first } else { insert.place.second };
+    let buckets = tables.flow_buckets();
+    let number = if in_first { insert.place.first(buckets) } else { insert.place.second(buckets) };
     let index = if in_first { claim } else { claim - ENTRIES_PER_BUCKET as u32 };
     let entry = tables.bucket(number)?.entries.get(opaque(u64::from(index)) as usize)?;
     let word = Word(entry.word().load());
@@ -314,9 +350,10 @@ fn claimed<'t, E: Entry>(tables: &'t impl Buckets<E>, insert: &Insert<E>, claim:
 /// later claims.
 #[inline(never)]
 fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, own: u32) -> bool {
-    let tag = E::tag(&insert.key, &insert.place);
+    let tag = E::tag(&insert.key, insert.place.hash());
+    let buckets = tables.flow_buckets();
     let mut order = 0;
-    for number in [insert.place.first, insert.place.second] {
+    for number in [insert.place.first(buckets), insert.place.second(buckets)] {
         let Some(bucket) = tables.bucket(number) else { return true };
         for index in 0..entries_per_bucket() {
             let Some(entry) = bucket.entries.get(index as usize) else { break };
@@ -341,7 +378,7 @@ fn has_it<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, entry: &E, cla
             // A later claim that was published instead of being killed stands in the way like an earlier one.
             earlier || entry.word().compare_exchange(word.0, word.killed().0).is_err()
         }
-        Status::Live if entry.holds(&insert.key) && word.protocol() == E::protocol_of(&insert.key) => {
+        Status::Live if entry.is(&insert.key, word) => {
             let over = word.expired(insert.clock.now, insert.clock.hz);
             !(over && release(tables, entry, word, entry.dest().load()))
         }

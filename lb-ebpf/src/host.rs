@@ -78,6 +78,10 @@ impl Packet for HostPacket {
         Some(())
     }
 
+    fn write_words<const N: usize>(&mut self, offset: usize, words: [u32; N]) -> Option<()> {
+        self.write(offset, words)
+    }
+
     fn grow_head(&mut self, by: u16) -> Option<()> {
         self.start = self.start.checked_sub(by.into())?;
         Some(())
@@ -161,7 +165,7 @@ fn zeroed<T: Zeroable>(len: u32) -> Box<[T]> {
 
 impl HostTables {
     /// Empty tables of an instance with this secret.
-    pub fn new(sizes: HostSizes, seed: [u64; 3], hz: u32) -> Self {
+    pub fn new(sizes: HostSizes, seed: Seed, hz: u32) -> Self {
         let tables = Self {
             instance: zeroed(1),
             config: zeroed(1),
@@ -185,7 +189,7 @@ impl HostTables {
         instance.hz = hz;
         instance.flow_buckets = sizes.flow_buckets;
         instance.endpoint_buckets = sizes.endpoint_buckets;
-        instance.seed = seed;
+        instance.seed = seed.words();
         instance.next_order = 1;
         tables.instance[0].store(&instance);
         tables
@@ -202,7 +206,7 @@ macro_rules! getters {
 
 impl Tables for HostTables {
     fn seed(&self) -> Seed {
-        Seed::new(self.instance[0].load().seed)
+        Seed::from_words(self.instance[0].load().seed)
     }
 
     fn flow_buckets(&self) -> u32 {

@@ -16,8 +16,8 @@ use network_types::{
 
 use crate::{
     endpoint,
-    env::{Env, HandOver},
-    flow_table::{self, Buckets},
+    env::{Clock, Env, HandOver},
+    flow_table::{self, Buckets, Found},
     forward::{self, Exit, Halt},
     nat,
     packet::Packet,
@@ -110,7 +110,7 @@ pub fn answer<P: Packet + HandOver>(
     env.route4(ip.source(), ip.destination(), hop).ok()?;
     if complaint.is_too_big() {
         // ip_vs lowers the TTL before it looks at the size, and quotes the packet after that.
-        nat::age(packet, ip, 1, Delta::default())?;
+        nat::lower_ttl(packet, ip)?;
     }
     let quote = usize::from(ip.len()).min(ERROR_MAX - BEFORE_QUOTE);
     packet.truncate(EthHdr::LEN + quote)?;
@@ -216,70 +216,110 @@ fn quoted(packet: &impl Packet, ip: &Ip4Packet) -> Option<Quoted> {
     })
 }
 
-/// Relays an ICMP error about a connection to the side that caused it (`docs/ipvs.md`, section 5.3).
+/// Relays an ICMP error about what a service has sent to the server that sent it (`docs/ipvs.md`, section 5.3). `None` when
+/// the message is no error, or is not about that.
 ///
 /// # Errors
 ///
-/// [`Reason::Icmp`] when the message is no error or about no connection; the host gets it then.
+/// Why it is not relayed.
 #[inline(always)]
-pub fn relay<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+pub fn relay_to_server<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Option<Result<Exit, Halt>>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
-    let quoted = quoted(packet, ip).ok_or(Reason::Icmp)?;
-    let config = tables.config().ok_or(Reason::Impossible)?;
-    let clock = pipeline::clock(config, env);
-    // About a reply: sent by the client's side, quoting what the service sent.
+    let ip = &parse::ipv4(packet).ok()?;
+    let quoted = quoted(packet, ip)?;
     let (vaddr, vport) = quoted.source;
-    let about = endpoint::find4(tables, &EndpointKey4::new(vaddr, vport, quoted.protocol));
-    if about.is_service() {
-        let (caddr, cport) = quoted.destination;
-        let key = Key4 { caddr, cport, vaddr, vport, protocol: quoted.protocol };
-        let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
-        let found = flow_table::find::<Entry4>(tables, &key, &place).ok_or(Reason::Icmp)?;
-        let dest = tables.dest(found.dest).ok_or(Reason::Impossible)?;
-        if !dest.available() {
-            return Err(Reason::DestinationRemoved.into());
-        }
-        let connection = Connection::of(found.word, found.dest);
+    if !endpoint::find4(tables, EndpointKey4::new(vaddr, vport, quoted.protocol)).is_service() {
+        return None;
+    }
+    let key = Key4::new(quoted.protocol, quoted.destination, quoted.source);
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let found = flow_table::find::<Entry4>(tables, &key, place)?;
+    let connection = Connection::of(found.word, found.dest);
+    if connection.method() == Method::Masq as u8 {
+        let dest = tables.dest(found.dest)?;
         let server = (dest.addr4(), connection.port(dest, vport));
-        if connection.method() == Method::Masq as u8 {
-            verify(packet, ip)?;
-            translate_quoted(packet, ip, &quoted, nat::End::Source, server).ok_or(Reason::Impossible)?;
+        if let Err(halt) = rewrite(packet, ip, &quoted, nat::End::Source, server) {
+            return Some(Err(halt));
         }
-        return pipeline::to_server(packet, tables, env, ip, None, connection, clock);
     }
-    // About a request: sent by the server's side, quoting what it got.
-    let about = endpoint::find4(tables, &EndpointKey4::new(quoted.destination.0, quoted.destination.1, quoted.protocol));
-    if about.has(Target::SERVER) {
-        let (caddr, cport) = quoted.source;
-        let segment = Segment::new(quoted.protocol, quoted.destination.1, cport, 0);
-        let (found, key) =
-            pipeline::find_masqueraded(tables, quoted.destination.0, caddr, segment).ok_or(Reason::Icmp)?;
-        verify(packet, ip)?;
-        let service = (key.vaddr, key.vport);
-        translate_quoted(packet, ip, &quoted, nat::End::Destination, service).ok_or(Reason::Impossible)?;
-        let hop = forward::to_client(tables, env, (found.entry, found.word, true), (caddr, key.vaddr), clock)?;
-        let hops = if forward::is_local(hop) { 0 } else { 1 };
-        if ip.ttl() <= hops {
-            return Err(Reason::TtlExpired.into());
-        }
-        nat::translate(packet, ip, None, nat::End::Source, service, hops).ok_or(Reason::Impossible)?;
-        pipeline::count_out(tables, found.dest, ip.len());
-        return forward::send(packet, env, hop);
-    }
-    Err(Reason::Icmp.into())
+    let clock = pipeline::clock(tables.config()?, env);
+    Some(pipeline::to_server(packet, tables, env, ip, None, connection, clock))
 }
 
-/// Refuses a message whose checksum is wrong: a rewrite would make it look right.
+/// Relays an ICMP error about what a masqueraded server was sent to the client that sent it (`docs/ipvs.md`, section 5.3).
+/// `None` when the message is no error, or is not about that.
+///
+/// # Errors
+///
+/// Why it is not relayed.
 #[inline(always)]
-fn verify(packet: &impl Packet, ip: &Ip4Packet) -> Result<(), Reason> {
-    let len = ip.payload_len();
-    let sum = packet.sum(ip.transport, len).ok_or(Reason::Impossible)?;
-    if checksum::fold(sum) == 0xffff { Ok(()) } else { Err(Reason::IcmpChecksum) }
+pub fn relay_to_client<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Option<Result<Exit, Halt>>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let ip = &parse::ipv4(packet).ok()?;
+    let quoted = quoted(packet, ip)?;
+    let (server, port) = quoted.destination;
+    if !endpoint::find4(tables, EndpointKey4::new(server, port, quoted.protocol)).has(Target::SERVER) {
+        return None;
+    }
+    // What the server would have answered.
+    let answer = Segment::new(quoted.protocol, port, quoted.source.1);
+    let (found, key) = pipeline::find_masqueraded(tables, server, quoted.source.0, answer)?;
+    let service = (key.vaddr(), key.vport());
+    if let Err(halt) = rewrite(packet, ip, &quoted, nat::End::Destination, service) {
+        return Some(Err(halt));
+    }
+    let clock = pipeline::clock(tables.config()?, env);
+    Some(send_to_client(packet, tables, env, ip, &found, service.0, clock))
+}
+
+#[inline(always)]
+fn send_to_client<P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    ip: &Ip4Packet,
+    found: &Found<'_, Entry4>,
+    service: Ip4,
+    clock: Clock,
+) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Tables,
+    E: Env,
+{
+    let connection = (found.entry, found.word, true);
+    let hop = forward::to_client(tables, env, connection, (ip.destination(), service), clock)?;
+    let hops = if forward::is_local(hop) { 0 } else { 1 };
+    if ip.ttl() <= hops {
+        return Err(Reason::TtlExpired.into());
+    }
+    nat::translate(packet, ip, None, nat::End::Source, (service, Port::default()), hops).ok_or(Reason::Impossible)?;
+    pipeline::count_out(tables, found.dest, ip.len());
+    forward::send(packet, env, hop)
+}
+
+/// Rewrites one end of the quoted packet, unless the message's checksum is wrong: a rewrite would make it look right.
+#[inline(always)]
+fn rewrite(
+    packet: &mut impl Packet,
+    ip: &Ip4Packet,
+    quoted: &Quoted,
+    end: nat::End,
+    to: (Ip4, Port),
+) -> Result<(), Halt> {
+    let sum = packet.sum(ip.transport, ip.payload_len()).ok_or(Reason::Impossible)?;
+    if !checksum::holds(sum) {
+        return Err(Reason::IcmpChecksum.into());
+    }
+    translate_quoted(packet, ip, quoted, end, to).ok_or(Halt::silent(Reason::Impossible))
 }
 
 /// Rewrites one end of the quoted packet and the checksums that cover it: its IP header's and the message's own. The

@@ -95,6 +95,17 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn write_words<const N: usize>(&mut self, offset: usize, words: [u32; N]) -> Option<()> {
+        let address = self.at(offset, 4 * N)?;
+        for (index, word) in words.into_iter().enumerate() {
+            // One word at a time: of several at once the compiler makes a call of a copying function.
+            // SAFETY: `at` has checked the bounds of all words.
+            unsafe { (address as *mut u32).add(index).write_unaligned(word) };
+        }
+        Some(())
+    }
+
+    #[inline(always)]
     fn grow_head(&mut self, by: u16) -> Option<()> {
         // SAFETY: a helper call with the program's own context.
         let result = unsafe { bpf_xdp_adjust_head(self.ctx, -i32::from(by)) };
@@ -267,7 +278,7 @@ impl Env for Kernel {
 
     #[inline(always)]
     fn route4(&self, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
-        fib_lookup(self, destination, source, hop)
+        fib_lookup(self.ctx, self.fib_flags, destination, source, hop)
     }
 
     #[inline(always)]
@@ -304,7 +315,13 @@ pub fn jiffies() -> Jiffies {
 /// <https://github.com/torvalds/linux/blob/v6.12/net/core/filter.c#L5908>, `LOOPBACK_IFINDEX` in
 /// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/route.c#L2679>).
 #[inline(never)]
-fn fib_lookup(kernel: &Kernel, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
+fn fib_lookup(
+    ctx: *mut xdp_md,
+    flags: u32,
+    destination: Ip4,
+    source: Ip4,
+    hop: &NextHop,
+) -> Result<(), Reason> {
     // SAFETY: a plain C struct, for which zeros are a value.
     let mut query: FibLookup = unsafe { core::mem::zeroed() };
     query.family = AF_INET as u8;
@@ -312,9 +329,8 @@ fn fib_lookup(kernel: &Kernel, destination: Ip4, source: Ip4, hop: &NextHop) -> 
     query.__bindgen_anon_3.ipv4_src = source.raw();
     query.__bindgen_anon_4.ipv4_dst = destination.raw();
     // SAFETY: a helper call with the program's own context and a struct of the size given.
-    let result = unsafe {
-        bpf_fib_lookup(kernel.ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, kernel.fib_flags)
-    };
+    let result =
+        unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, flags) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
     const NOT_FWDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;

@@ -69,13 +69,20 @@ pub fn translate(
 
 /// Lowers the TTL by `hops` and updates the header checksum for that and for `change`.
 #[inline(always)]
-pub fn age(packet: &mut impl Packet, ip: &Ip4Packet, hops: u8, change: Delta) -> Option<()> {
-    let ttl = ip.ttl() - hops;
+fn age(packet: &mut impl Packet, ip: &Ip4Packet, hops: u8, change: Delta) -> Option<()> {
     let word = |ttl| u16::from_ne_bytes([ttl, ip.protocol()]);
-    let change = change.word(word(ip.ttl()), word(ttl));
-    let check = change.apply(ip.checksum());
-    // TTL, protocol and checksum follow each other in the header.
-    packet.write(EthHdr::LEN + core::mem::offset_of!(Ipv4Hdr, ttl), [word(ttl), check])
+    let (before, after) = (word(ip.ttl()), word(ip.ttl() - hops));
+    let check = change.word(before, after).apply((ip.ttl_protocol_checksum() >> 16) as u16);
+    packet.write(TTL_PROTOCOL_CHECKSUM, u32::from(after) | u32::from(check) << 16)
+}
+
+/// Where TTL, protocol and checksum stand, one after the other.
+const TTL_PROTOCOL_CHECKSUM: usize = EthHdr::LEN + core::mem::offset_of!(Ipv4Hdr, ttl);
+
+/// Lowers the TTL by one, as every router does.
+#[inline(always)]
+pub fn lower_ttl(packet: &mut impl Packet, ip: &Ip4Packet) -> Option<()> {
+    packet.write(TTL_PROTOCOL_CHECKSUM, checksum::lower_ttl(ip.ttl_protocol_checksum()))
 }
 
 /// The checksum of a datagram that came without one, after its rewrite.

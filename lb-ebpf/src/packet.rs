@@ -21,6 +21,10 @@ pub trait Packet {
     /// Writes a `T` at `offset`, or `None`, with nothing written, when the frame ends before it does.
     fn write<T: Wire>(&mut self, offset: usize, value: T) -> Option<()>;
 
+    /// Writes words one after the other from `offset` on, or `None`, with nothing written, when the frame ends before
+    /// they do.
+    fn write_words<const N: usize>(&mut self, offset: usize, words: [u32; N]) -> Option<()>;
+
     /// Adds `by` bytes of any content at the start, or `None`, with nothing changed, when there is no room.
     fn grow_head(&mut self, by: u16) -> Option<()>;
 

@@ -5,81 +5,22 @@ use lb_common::{
     checksum,
     proto::Protocol,
     reason::Reason,
-    tcp::Event,
+    tcp::flag,
 };
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
+    tcp::TcpHdr,
     udp::UdpHdr,
 };
 
 use crate::{packet::Packet, wire};
-
-/// Length of a TCP header without options, RFC 9293 section 3.1.
-pub const TCP_LEN: usize = 20;
-/// Offset of the flags in a TCP header.
-const TCP_FLAGS: usize = 13;
 
 /// What a frame carries.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Frame {
     /// An IPv4 packet.
     Ipv4,
-}
-
-/// An IPv4 packet with a sound header.
-#[derive(Clone, Copy)]
-pub struct Ip4Packet {
-    /// The five words of the header without options, as loaded. Each in 64 bits, so that no two are ever copied at once.
-    words: [u64; 5],
-    /// Where the transport header begins, from the start of the frame.
-    pub transport: usize,
-}
-
-/// What the transport header says: source port in bits 0-15, destination port in bits 16-31, protocol number in bits
-/// 32-39, TCP flags in bits 40-47.
-#[derive(Clone, Copy)]
-pub struct Segment(u64);
-
-impl Segment {
-    /// A segment with these ports, and the flags of a TCP header.
-    #[inline(always)]
-    pub const fn new(protocol: Protocol, source: Port, destination: Port, flags: u8) -> Self {
-        Self(
-            source.raw() as u64
-                | (destination.raw() as u64) << 16
-                | (protocol as u64) << 32
-                | (flags as u64) << 40,
-        )
-    }
-
-    /// Transport protocol.
-    #[inline(always)]
-    pub const fn protocol(self) -> Protocol {
-        const TCP: u8 = Protocol::Tcp as u8;
-        match (self.0 >> 32) as u8 {
-            TCP => Protocol::Tcp,
-            _ => Protocol::Udp,
-        }
-    }
-
-    /// Source port.
-    #[inline(always)]
-    pub const fn source(self) -> Port {
-        Port::from_raw(self.0 as u16)
-    }
-
-    /// Destination port.
-    #[inline(always)]
-    pub const fn destination(self) -> Port {
-        Port::from_raw((self.0 >> 16) as u16)
-    }
-
-    /// What the flags of a TCP segment mean; no matter for other protocols.
-    #[inline(always)]
-    pub const fn event(self) -> Event {
-        Event::of((self.0 >> 40) as u8)
-    }
 }
 
 /// Looks at the Ethernet header.
@@ -100,6 +41,15 @@ pub fn frame(packet: &impl Packet) -> Result<Frame, Reason> {
     Ok(Frame::Ipv4)
 }
 
+/// An IPv4 packet with a sound header.
+#[derive(Clone, Copy)]
+pub struct Ip4Packet {
+    /// The five words of the header without options, as loaded. Each in 64 bits, so that no two are ever copied at once.
+    words: [u64; 5],
+    /// Where the transport header begins, from the start of the frame.
+    pub transport: usize,
+}
+
 /// Reads the IPv4 header (RFC 791).
 ///
 /// # Errors
@@ -108,22 +58,25 @@ pub fn frame(packet: &impl Packet) -> Result<Frame, Reason> {
 #[inline(always)]
 pub fn ipv4(packet: &impl Packet) -> Result<Ip4Packet, Reason> {
     let header: Ipv4Hdr = packet.read(EthHdr::LEN).ok_or(Reason::IpTruncated)?;
-    if header.version() != 4 {
-        return Err(Reason::IpVersion);
+    let words = wire::words(&header).map(u64::from);
+    let ip = Ip4Packet { words, transport: EthHdr::LEN + usize::from(header.ihl()) };
+    // Version 4 and a header of five words: one comparison for nearly every packet.
+    if header.vihl != 0x45 {
+        if header.version() != 4 {
+            return Err(Reason::IpVersion);
+        }
+        if ip.transport < EthHdr::LEN + Ipv4Hdr::LEN {
+            return Err(Reason::IpHeaderLength);
+        }
+        if ip.transport > packet.len() {
+            return Err(Reason::IpTruncated);
+        }
     }
-    let header_len = usize::from(header.ihl());
-    if header_len < Ipv4Hdr::LEN {
-        return Err(Reason::IpHeaderLength);
-    }
-    let transport = EthHdr::LEN + header_len;
-    if transport > packet.len() {
-        return Err(Reason::IpTruncated);
-    }
-    let len = header.tot_len();
-    if usize::from(len) < header_len || EthHdr::LEN + usize::from(len) > packet.len() {
+    let end = EthHdr::LEN + usize::from(ip.len());
+    if end < ip.transport || end > packet.len() {
         return Err(Reason::IpTotalLength);
     }
-    Ok(Ip4Packet { words: wire::words(&header).map(u64::from), transport })
+    Ok(ip)
 }
 
 impl Ip4Packet {
@@ -169,12 +122,6 @@ impl Ip4Packet {
         self.words[1] as u16
     }
 
-    /// Flags and fragment offset, in host order.
-    #[inline(always)]
-    const fn fragment(&self) -> u16 {
-        u16::from_be((self.words[1] >> 16) as u16)
-    }
-
     /// Time to live.
     #[inline(always)]
     pub const fn ttl(&self) -> u8 {
@@ -187,22 +134,28 @@ impl Ip4Packet {
         (self.words[2] >> 8) as u8
     }
 
-    /// Header checksum, as loaded.
+    /// TTL, protocol and checksum, as loaded.
     #[inline(always)]
-    pub const fn checksum(&self) -> u16 {
-        (self.words[2] >> 16) as u16
+    pub const fn ttl_protocol_checksum(&self) -> u32 {
+        self.words[2] as u32
+    }
+
+    /// Whether one of these bits is set in the word of flags and fragment offset.
+    #[inline(always)]
+    const fn has_fragment_bits(&self, bits: u16) -> bool {
+        self.words[1] & (bits.to_be() as u64) << 16 != 0
     }
 
     /// Whether the packet is one of several fragments (RFC 791 section 3.2): more follow, or it is not the first.
     #[inline(always)]
     pub const fn is_fragment(&self) -> bool {
-        self.fragment() & 0x3fff != 0
+        self.has_fragment_bits(0x3fff)
     }
 
     /// Whether the sender forbids fragmentation.
     #[inline(always)]
     pub const fn dont_fragment(&self) -> bool {
-        self.fragment() & 0x4000 != 0
+        self.has_fragment_bits(0x4000)
     }
 
     /// Whether the header checksum is right, options included.
@@ -210,7 +163,7 @@ impl Ip4Packet {
     pub fn checksum_holds(&self, packet: &impl Packet) -> bool {
         let fixed = self.words.iter().sum::<u64>();
         let options = sum_of_options(packet, self.transport);
-        options.is_some_and(|options| checksum::fold(fixed + options) == 0xffff)
+        options.is_some_and(|options| checksum::holds(fixed + options))
     }
 
     /// Reads the transport header.
@@ -220,21 +173,22 @@ impl Ip4Packet {
     /// [`Reason::OtherProtocol`], or [`Reason::TransportTruncated`] when the packet ends inside the header.
     #[inline(always)]
     pub fn segment(&self, packet: &impl Packet) -> Result<Segment, Reason> {
-        let protocol = Protocol::try_from(self.protocol()).map_err(|_| Reason::OtherProtocol)?;
-        let room = self.payload_len();
-        let need = match protocol {
-            Protocol::Tcp => TCP_LEN,
-            Protocol::Udp => UdpHdr::LEN,
-        };
-        if room < need {
-            return Err(Reason::TransportTruncated);
+        const TCP: u8 = Protocol::Tcp as u8;
+        const UDP: u8 = Protocol::Udp as u8;
+        // The packet is no longer than its frame, so what the packet has room for can be read.
+        match self.protocol() {
+            TCP if self.payload_len() >= TcpHdr::LEN => {
+                // Ports, sequence number, acknowledgement number, then data offset and flags.
+                let words: [u32; 4] = packet.read(self.transport).ok_or(Reason::TransportTruncated)?;
+                Ok(Segment { ports: words[0].into(), flags: u64::from(words[3] >> 8 & 0xff), protocol: TCP.into() })
+            }
+            UDP if self.payload_len() >= UdpHdr::LEN => {
+                let ports: u32 = packet.read(self.transport).ok_or(Reason::TransportTruncated)?;
+                Ok(Segment { ports: ports.into(), flags: 0, protocol: UDP.into() })
+            }
+            TCP | UDP => Err(Reason::TransportTruncated),
+            _ => Err(Reason::OtherProtocol),
         }
-        let ports: [u16; 2] = packet.read(self.transport).ok_or(Reason::TransportTruncated)?;
-        let flags = match protocol {
-            Protocol::Tcp => packet.read(self.transport + TCP_FLAGS).ok_or(Reason::TransportTruncated)?,
-            Protocol::Udp => 0,
-        };
-        Ok(Segment::new(protocol, Port::from_raw(ports[0]), Port::from_raw(ports[1]), flags))
     }
 }
 
@@ -252,4 +206,60 @@ fn sum_of_options(packet: &impl Packet, transport: usize) -> Option<u64> {
         offset += 4;
     }
     Some(sum)
+}
+
+/// What the transport header says.
+#[derive(Clone, Copy)]
+pub struct Segment {
+    /// Both ports as loaded at once: the source in the low half of 32 bits.
+    ports: u64,
+    /// Flags of a TCP segment.
+    flags: u64,
+    /// Protocol number.
+    protocol: u64,
+}
+
+impl Segment {
+    /// A segment of `protocol` between these ports, without flags.
+    #[inline(always)]
+    pub const fn new(protocol: Protocol, source: Port, destination: Port) -> Self {
+        let ports = source.raw() as u64 | (destination.raw() as u64) << 16;
+        Self { ports, flags: 0, protocol: protocol as u64 }
+    }
+
+    /// Transport protocol.
+    #[inline(always)]
+    pub const fn protocol(&self) -> Protocol {
+        if self.protocol == Protocol::Tcp as u64 { Protocol::Tcp } else { Protocol::Udp }
+    }
+
+    /// Source port.
+    #[inline(always)]
+    pub const fn source(&self) -> Port {
+        Port::from_raw(self.ports as u16)
+    }
+
+    /// Destination port.
+    #[inline(always)]
+    pub const fn destination(&self) -> Port {
+        Port::from_raw((self.ports >> 16) as u16)
+    }
+
+    /// Both ports as loaded at once.
+    #[inline(always)]
+    pub const fn ports(&self) -> u32 {
+        self.ports as u32
+    }
+
+    /// Flags of a TCP segment, byte 13 of its header; 0 for other protocols.
+    #[inline(always)]
+    pub const fn flags(&self) -> u8 {
+        self.flags as u8
+    }
+
+    /// Whether the segment may open a connection: it is UDP, or has SYN and not RST set.
+    #[inline(always)]
+    pub const fn opens(&self) -> bool {
+        matches!(self.protocol(), Protocol::Udp) || self.flags() & (flag::SYN | flag::RST) == flag::SYN
+    }
 }

@@ -4,9 +4,8 @@ use lb_common::{
     abi::{Config, Dest, EndpointKey4, Target},
     addr::{Ip4, Port},
     flow::{Entry, Entry4, Key4, Place, Word, flag},
-    proto::{Method, Protocol},
+    proto::Method,
     reason::Reason,
-    tcp::{self, Event},
 };
 
 use crate::{
@@ -20,7 +19,8 @@ use crate::{
     parse::{self, Frame, Ip4Packet, Segment},
     schedule,
     tables::Tables,
-    track, tunnel,
+    track::{self, From},
+    tunnel,
 };
 
 /// The steps of the path that most packets do not take.
@@ -33,19 +33,39 @@ where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
 {
-    /// [`open`].
-    fn open(&self, packet: &mut P, tables: &T, target: Target) -> Result<Connection, Halt> {
-        open(packet, tables, self, target)
+    /// [`schedule`].
+    fn schedule(&self, packet: &P, tables: &T, target: Target) -> Result<u32, Halt> {
+        schedule(packet, tables, self, target)
+    }
+
+    /// [`store`].
+    fn store(&self, packet: &P, tables: &T, dest: u32) -> Option<Result<Connection, Halt>> {
+        store(packet, tables, self, dest)
+    }
+
+    /// [`join`].
+    fn join(&self, packet: &P, tables: &T) -> Result<Connection, Halt> {
+        join(packet, tables, self)
     }
 
     /// [`reply`].
-    fn reply(&self, packet: &mut P, tables: &T, from: Target) -> Result<Exit, Halt> {
-        reply(packet, tables, self, from)
+    fn reply(&self, packet: &mut P, tables: &T) -> Option<Result<Exit, Halt>> {
+        reply(packet, tables, self)
     }
 
-    /// [`icmp::relay`].
-    fn relay(&self, packet: &mut P, tables: &T) -> Result<Exit, Halt> {
-        icmp::relay(packet, tables, self)
+    /// [`observe`].
+    fn observe(&self, packet: &P, tables: &T) -> Result<Exit, Halt> {
+        observe(packet, tables, self)
+    }
+
+    /// [`icmp::relay_to_server`].
+    fn relay_to_server(&self, packet: &mut P, tables: &T) -> Option<Result<Exit, Halt>> {
+        icmp::relay_to_server(packet, tables, self)
+    }
+
+    /// [`icmp::relay_to_client`].
+    fn relay_to_client(&self, packet: &mut P, tables: &T) -> Option<Result<Exit, Halt>> {
+        icmp::relay_to_client(packet, tables, self)
     }
 
     /// [`icmp::answer`].
@@ -109,7 +129,11 @@ where
         return Err(for_service_address(tables, ip, Reason::Fragment).into());
     }
     if ip.protocol() == icmp::IPPROTO_ICMP {
-        return env.relay(packet, tables);
+        // About what a service has sent, or about what it was sent; or no error of ours at all.
+        return match env.relay_to_server(packet, tables).or_else(|| env.relay_to_client(packet, tables)) {
+            Some(result) => result,
+            None => Err(Reason::Icmp.into()),
+        };
     }
     let segment = match ip.segment(packet) {
         Ok(segment) => segment,
@@ -118,13 +142,18 @@ where
         }
         Err(reason) => return Err(reason.into()),
     };
-    let to = endpoint::find4(tables, &EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
     if to.is_service() {
         return request(packet, tables, env, (ip, segment), to);
     }
-    let from = endpoint::find4(tables, &EndpointKey4::new(ip.source(), segment.source(), segment.protocol()));
-    if from.is_service() || from.has(Target::SERVER) {
-        return env.reply(packet, tables, from);
+    let from = endpoint::find4(tables, EndpointKey4::new(ip.source(), segment.source(), segment.protocol()));
+    if from.has(Target::SERVER)
+        && let Some(result) = env.reply(packet, tables)
+    {
+        return result;
+    }
+    if from.is_service() {
+        return env.observe(packet, tables);
     }
     Err(Reason::NotService.into())
 }
@@ -132,7 +161,7 @@ where
 /// `reason` when the packet is for the address of a service, else that it is not for us.
 #[inline(always)]
 fn for_service_address(tables: &impl Tables, ip: &Ip4Packet, reason: Reason) -> Reason {
-    if endpoint::find4(tables, &EndpointKey4::address(ip.destination())).has(Target::ADDRESS) {
+    if endpoint::find4(tables, EndpointKey4::address(ip.destination())).has(Target::ADDRESS) {
         reason
     } else {
         Reason::NotService
@@ -209,78 +238,37 @@ where
     let config = tables.config().ok_or(Reason::Impossible)?;
     let clock = clock(config, env);
     let key = request_key(ip, segment);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
-    let known = match flow_table::find(tables, &key, &place) {
-        Some(found) => known(tables, config, &found, segment.event(), clock)?,
-        None => None,
-    };
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let known = flow_table::find(tables, &key, place).and_then(|found| {
+        let word = track::step(tables, config, &found, (segment.flags(), From::Client), clock).ok()?;
+        Some(Connection::of(word, found.dest))
+    });
     let connection = match known {
         Some(connection) => connection,
-        None => env.open(packet, tables, target)?,
+        None => {
+            let dest = env.schedule(packet, tables, target)?;
+            match env.store(packet, tables, dest) {
+                Some(result) => result?,
+                None => env.join(packet, tables)?,
+            }
+        }
     };
-    let connection = Connection::from_bits(tables.hide(connection.bits()));
-    to_server(packet, tables, env, ip, Some(segment), connection, clock)
+    to_server(packet, tables, env, ip, Some(segment), hidden(tables, connection), clock)
+}
+
+/// `connection` as one way of reaching it leaves it to the verifier.
+#[inline(always)]
+fn hidden(tables: &impl Tables, connection: Connection) -> Connection {
+    Connection::from_bits(tables.hide(connection.bits()))
 }
 
 /// The connection that a client's packet belongs to.
 #[inline(always)]
 fn request_key(ip: &Ip4Packet, segment: Segment) -> Key4 {
-    Key4 {
-        caddr: ip.source(),
-        vaddr: ip.destination(),
-        cport: segment.source(),
-        vport: segment.destination(),
-        protocol: segment.protocol(),
-    }
+    Key4::from_raw(segment.protocol(), ip.source(), segment.ports(), ip.destination())
 }
 
-/// Moves the connection that a client's packet belongs to. `None` when the packet has to open a new one instead: the old
-/// one is over, or may be reused.
-///
-/// # Errors
-///
-/// [`Reason::DestinationRemoved`].
-#[inline(always)]
-fn known(
-    tables: &impl Tables,
-    config: &Config,
-    found: &Found<'_, Entry4>,
-    event: Event,
-    clock: Clock,
-) -> Result<Option<Connection>, Reason> {
-    let word = found.word;
-    if word.expired(clock.now, clock.hz) || reusable(config, word, event) {
-        flow_table::release(tables, found.entry, word, found.dest);
-        return Ok(None);
-    }
-    let dest = tables.dest(found.dest).ok_or(Reason::Impossible)?;
-    if !dest.available() {
-        return Err(Reason::DestinationRemoved);
-    }
-    match track::step(tables, config, found, event, false, clock) {
-        Ok(word) => Ok(Some(Connection::of(word, found.dest))),
-        Err(track::Gone) => Ok(None),
-    }
-}
-
-/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8).
-#[inline(always)]
-fn reusable(config: &Config, word: Word, event: Event) -> bool {
-    const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
-    const CLOSE: u8 = tcp::State::Close as u8;
-    const FIN_WAIT: u8 = tcp::State::FinWait as u8;
-    let mode = config.conn_reuse_mode.load();
-    if word.protocol() != Protocol::Tcp || event != Event::Syn || mode == 0 {
-        return false;
-    }
-    match word.state() {
-        TIME_WAIT | CLOSE => true,
-        FIN_WAIT => mode & 2 != 0 && word.has(flag::NO_OUTPUT),
-        _ => false,
-    }
-}
-
-/// Opens a connection: schedules it and puts it into the table.
+/// Chooses the destination of the connection that a packet opens, by its number.
 ///
 /// Parses the packet again: a step of [`Steps`] takes nothing that stands on the stack of its caller.
 ///
@@ -288,43 +276,51 @@ fn reusable(config: &Config, word: Word, event: Event) -> bool {
 ///
 /// Why the packet opens none.
 #[inline(always)]
-pub fn open<P, T, E>(packet: &P, tables: &T, env: &E, target: Target) -> Result<Connection, Halt>
-where
-    P: Packet,
-    T: Buckets<Entry4>,
-    E: Env,
-{
+pub fn schedule<T: Tables>(packet: &impl Packet, tables: &T, env: &impl Env, target: Target) -> Result<u32, Halt> {
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
-    let event = segment.event();
-    let key = request_key(ip, segment);
-    if key.protocol == Protocol::Tcp && event != Event::Syn {
+    if !segment.opens() {
         return Err(Reason::NoConnection.into());
     }
     let view = target.view().ok_or(Reason::NotService)?;
-    if key.cport == Port::new(20) {
+    if segment.source() == Port::new(20) {
         return Err(Reason::FtpDataSource.into());
     }
-    let number = match schedule::pick(tables, env, view, key.caddr) {
-        Ok(number) => number,
-        Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
-        Err(reason) => return Err(reason.into()),
-    };
-    let config = tables.config().ok_or(Reason::Impossible)?;
+    match schedule::pick(tables, env, view, ip.source()) {
+        Ok(number) => Ok(number),
+        Err(Reason::NoDestination) => Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
+        Err(reason) => Err(reason.into()),
+    }
+}
+
+/// Puts the connection that a packet opens into the table, with the destination number `dest`. `None` when another CPU has
+/// just done so, or is about to.
+///
+/// # Errors
+///
+/// [`Reason::TableFull`].
+#[inline(always)]
+pub fn store<T>(packet: &impl Packet, tables: &T, env: &impl Env, dest: u32) -> Option<Result<Connection, Halt>>
+where
+    T: Buckets<Entry4>,
+{
+    let ip = &parse::ipv4(packet).ok()?;
+    let segment = ip.segment(packet).ok()?;
+    let config = tables.config()?;
     let clock = clock(config, env);
-    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
-    let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
-    let birth = track::birth(config, key.protocol, event, dest.method(), service_port, clock.now);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
-    match flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock }) {
+    let (method, port) = tables.dest(dest).map(|dest| (dest.method(), dest.port()))?;
+    let service_port = if port == Port::default() { flag::SERVICE_PORT } else { 0 };
+    let birth = track::birth(config, segment.protocol(), segment.flags(), method, service_port, clock.now);
+    let key = request_key(ip, segment);
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    match flow_table::insert(tables, &Insert { key, place, dest, birth, clock }) {
         Inserted::New => {
-            if let Some(cpu) = tables.dest_cpu(number) {
-                cpu.counters.connections.update(|connections| connections + 1);
-            }
-            Ok(Connection::of(birth, number))
+            let cpu = tables.dest_cpu(dest)?;
+            cpu.counters.connections.update(|connections| connections + 1);
+            Some(Ok(Connection::of(birth, dest)))
         }
-        Inserted::Full => Err(Reason::TableFull.into()),
-        Inserted::Contended => join(packet, tables, env),
+        Inserted::Full => Some(Err(Reason::TableFull.into())),
+        Inserted::Contended => None,
     }
 }
 
@@ -333,8 +329,8 @@ where
 /// # Errors
 ///
 /// [`Reason::FlowContended`] when the other CPU is not ready yet.
-#[inline(never)]
-fn join<P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Connection, Halt>
+#[inline(always)]
+pub fn join<P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Connection, Halt>
 where
     P: Packet,
     T: Buckets<Entry4>,
@@ -344,10 +340,11 @@ where
     let segment = ip.segment(packet)?;
     let config = tables.config().ok_or(Reason::Impossible)?;
     let key = request_key(ip, segment);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
-    let found = flow_table::find(tables, &key, &place).ok_or(Reason::FlowContended)?;
-    let known = known(tables, config, &found, segment.event(), clock(config, env))?;
-    known.ok_or(Halt::silent(Reason::FlowContended))
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let found: Found<'_, Entry4> = flow_table::find(tables, &key, place).ok_or(Reason::FlowContended)?;
+    let packet = (segment.flags(), From::Client);
+    let word = track::step(tables, config, &found, packet, clock(config, env)).map_err(|track::Gone| Reason::FlowContended)?;
+    Ok(Connection::of(word, found.dest))
 }
 
 /// Sends a packet of a client, or an ICMP error on its behalf (without `segment`), to its destination.
@@ -371,32 +368,64 @@ where
     E: Env,
 {
     let dest = tables.dest(connection.dest()).ok_or(Reason::Impossible)?;
+    if !dest.available() {
+        return Err(Reason::DestinationRemoved.into());
+    }
     let cpu = tables.dest_cpu(connection.dest()).ok_or(Reason::Impossible)?;
     cpu.counters.packets_in.update(|packets| packets + 1);
     cpu.counters.bytes_in.update(|bytes| bytes + u64::from(ip.len()));
     let hop = forward::to_dest(env, cpu, dest, clock)?;
     let method = Method::try_from(connection.method()).map_err(|_| Reason::Impossible)?;
-    let local = forward::is_local(hop);
-    if !local {
-        let overhead = if matches!(method, Method::Tunnel) { tunnel::OVERHEAD } else { 0 };
-        may_be_forwarded(ip, segment.is_some(), hop.mtu.get().saturating_sub(overhead))?;
+    if forward::is_local(hop) {
+        return deliver(packet, ip, segment, method, connection, dest);
     }
     match method {
+        Method::Route => {
+            may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
+            nat::lower_ttl(packet, ip).ok_or(Reason::Impossible)?;
+        }
         Method::Masq => {
-            let server = (dest.addr4(), segment.map_or(Port::default(), |s| connection.port(dest, s.destination())));
-            if local && !ip.source().is_loopback() {
-                return Err(refuse_local(server.0).into());
-            }
-            let hops = if local { 0 } else { 1 };
-            nat::translate(packet, ip, segment, End::Destination, server, hops).ok_or(Reason::Impossible)?;
+            may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
+            let server = (dest.addr4(), server_port(connection, dest, segment));
+            nat::translate(packet, ip, segment, End::Destination, server, 1).ok_or(Reason::Impossible)?;
         }
-        Method::Tunnel if !local => tunnel::encapsulate(packet, ip, Ip4::from_raw(hop.source.get()), dest.addr4())?,
-        Method::Route if !local => {
-            nat::age(packet, ip, 1, Default::default()).ok_or(Reason::Impossible)?;
+        Method::Tunnel => {
+            may_be_forwarded(ip, segment.is_some(), hop.mtu.get().saturating_sub(tunnel::OVERHEAD))?;
+            tunnel::encapsulate(packet, ip, Ip4::from_raw(hop.source.get()), dest.addr4())?;
         }
-        Method::Tunnel | Method::Route => {}
     }
     forward::send(packet, env, hop)
+}
+
+/// The port of the server that a packet goes to.
+#[inline(always)]
+fn server_port(connection: Connection, dest: &Dest, segment: Option<Segment>) -> Port {
+    segment.map_or(Port::default(), |segment| connection.port(dest, segment.destination()))
+}
+
+/// Hands a packet of a client to a server on the director itself (`docs/ipvs.md`, section 5.6).
+///
+/// # Errors
+///
+/// When the server is masqueraded and the client is not on this host: the server's replies would not pass XDP.
+#[inline(always)]
+fn deliver(
+    packet: &mut impl Packet,
+    ip: &Ip4Packet,
+    segment: Option<Segment>,
+    method: Method,
+    connection: Connection,
+    dest: &Dest,
+) -> Result<Exit, Halt> {
+    if method == Method::Masq {
+        let server = dest.addr4();
+        if !ip.source().is_loopback() {
+            return Err(refuse_local(server).into());
+        }
+        let port = server_port(connection, dest, segment);
+        nat::translate(packet, ip, segment, End::Destination, (server, port), 0).ok_or(Reason::Impossible)?;
+    }
+    Ok(Exit::host(Reason::LocalDelivery))
 }
 
 /// Why a masqueraded server on this host cannot be reached from outside.
@@ -424,48 +453,57 @@ fn may_be_forwarded(ip: &Ip4Packet, tell: bool, mtu: u32) -> Result<(), Halt> {
     Err(halt(Reason::TooBig, Complaint::too_big(mtu)))
 }
 
-/// A packet from a real server, or from an address and port of a service.
+/// A packet from a masqueraded server. `None` when it belongs to no masqueraded connection.
 ///
 /// # Errors
 ///
 /// Why it is not forwarded.
 #[inline(always)]
-pub fn reply<P, T, E>(packet: &mut P, tables: &T, env: &E, from: Target) -> Result<Exit, Halt>
+pub fn reply<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Option<Result<Exit, Halt>>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
-    let segment = ip.segment(packet)?;
-    let config = tables.config().ok_or(Reason::Impossible)?;
-    let clock = clock(config, env);
-    let found = if from.has(Target::SERVER) {
-        find_masqueraded(tables, ip.source(), ip.destination(), segment)
-    } else {
-        None
-    };
-    let Some((found, key)) = found else {
-        return observe(tables, config, ip, segment, clock);
-    };
-    if found.word.expired(clock.now, clock.hz) {
-        return Err(Reason::NotService.into());
-    }
+    let ip = &parse::ipv4(packet).ok()?;
+    let segment = ip.segment(packet).ok()?;
+    let (found, key) = find_masqueraded(tables, ip.source(), ip.destination(), segment)?;
+    let service = (key.vaddr(), key.vport());
+    Some(to_client(packet, tables, env, (ip, segment), &found, service))
+}
+
+/// Sends a packet of the server of `found` to its client, as from the service.
+#[inline(always)]
+fn to_client<P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    parsed: (&Ip4Packet, Segment),
+    found: &Found<'_, Entry4>,
+    service: (Ip4, Port),
+) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Tables,
+    E: Env,
+{
+    let (ip, segment) = parsed;
     if !ip.checksum_holds(packet) {
         return Err(Reason::IpChecksum.into());
     }
-    let Ok(word) = track::step(tables, config, &found, segment.event(), true, clock) else {
-        return Err(Reason::NotService.into());
-    };
+    let config = tables.config().ok_or(Reason::Impossible)?;
+    let clock = clock(config, env);
+    let step = (segment.flags(), From::Server);
+    let word = track::step(tables, config, found, step, clock).map_err(|track::Gone| Reason::NotService)?;
     let ask = word != found.word;
-    let hop = forward::to_client(tables, env, (found.entry, word, ask), (ip.destination(), key.vaddr), clock)?;
+    let hop = forward::to_client(tables, env, (found.entry, word, ask), (ip.destination(), service.0), clock)?;
     let local = forward::is_local(hop);
     if !local && (ip.ttl() <= 1 || u32::from(ip.len()) > hop.mtu.get()) {
         return Err(Reason::ReplyRefused.into());
     }
     count_out(tables, found.dest, ip.len());
     let hops = if local { 0 } else { 1 };
-    nat::translate(packet, ip, Some(segment), End::Source, (key.vaddr, key.vport), hops).ok_or(Reason::Impossible)?;
+    nat::translate(packet, ip, Some(segment), End::Source, service, hops).ok_or(Reason::Impossible)?;
     forward::send(packet, env, hop)
 }
 
@@ -477,47 +515,43 @@ pub fn find_masqueraded<'t, T: Buckets<Entry4>>(
     client: Ip4,
     segment: Segment,
 ) -> Option<(Found<'t, Entry4>, Key4)> {
-    let key = Key4 {
-        caddr: client,
-        cport: segment.destination(),
-        vaddr: Ip4::default(),
-        vport: Port::default(),
-        protocol: segment.protocol(),
-    };
-    let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
-    flow_table::find_reply(tables, &key, &place, |key: &Key4, word, dest| {
+    let key = Key4::new(segment.protocol(), (client, segment.destination()), (Ip4::default(), Port::default()));
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let port = segment.source();
+    flow_table::find_reply(tables, &key, place, move |key: &Key4, word, dest| {
         let connection = Connection::of(word, dest);
         connection.method() == Method::Masq as u8
             && tables.dest(dest).is_some_and(|dest| {
-                dest.addr4() == server && connection.port(dest, key.vport) == segment.source()
+                dest.addr4() == server && connection.port(dest, key.vport()) == port
             })
     })
 }
 
 /// A reply of a DR or tunnel server that happens to pass the director: it moves its connection and is left alone.
+///
+/// # Errors
+///
+/// [`Reason::NotService`] when it is none.
 #[inline(always)]
-fn observe<T: Buckets<Entry4>>(
-    tables: &T,
-    config: &Config,
-    ip: &Ip4Packet,
-    segment: Segment,
-    clock: Clock,
-) -> Result<Exit, Halt> {
-    let key = Key4 {
-        caddr: ip.destination(),
-        cport: segment.destination(),
-        vaddr: ip.source(),
-        vport: segment.source(),
-        protocol: segment.protocol(),
-    };
-    let place = Place::of(Entry4::hash(&key, &tables.seed()), tables.flow_buckets());
-    let found: Found<'_, Entry4> = flow_table::find(tables, &key, &place).ok_or(Reason::NotService)?;
-    let masquerade = found.word.method() == Method::Masq as u8;
-    if masquerade || found.word.expired(clock.now, clock.hz) {
+pub fn observe<P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    P: Packet,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    let config = tables.config().ok_or(Reason::Impossible)?;
+    let client = (ip.destination(), segment.destination());
+    let key = Key4::new(segment.protocol(), client, (ip.source(), segment.source()));
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let found: Found<'_, Entry4> = flow_table::find(tables, &key, place).ok_or(Reason::NotService)?;
+    if found.word.method() == Method::Masq as u8 {
         return Err(Reason::NotService.into());
     }
+    let step = (segment.flags(), From::Server);
+    track::step(tables, config, &found, step, clock(config, env)).map_err(|track::Gone| Reason::NotService)?;
     count_out(tables, found.dest, ip.len());
-    track::step(tables, config, &found, segment.event(), true, clock).map_err(|track::Gone| Reason::NotService)?;
     Ok(Exit::host(Reason::ReplyObserved))
 }
 

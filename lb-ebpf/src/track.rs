@@ -5,108 +5,138 @@ use lb_common::{
     flow::{Entry, Word, flag},
     jiffies::Jiffies,
     proto::{Method, Protocol},
-    tcp::{self, Direction, Event},
+    tcp::{self, Direction, Transition},
 };
 
-use crate::{env::Clock, flow_table::Found, tables::Tables};
+use crate::{
+    env::Clock,
+    flow_table::{self, Found},
+    tables::Tables,
+};
 
 /// How often a step is tried again after another CPU has changed the connection.
 const STEP_ATTEMPTS: usize = 3;
 
-/// The connection ended, or its entry became another, while its packet was being handled.
+/// A packet belongs to no connection: the one it would belong to is over, or has just ended, or may be taken over by a new
+/// one.
 pub struct Gone;
 
-/// Time to live of a connection in the state numbered `state`, in ticks.
-#[inline(always)]
-fn timeout(config: &Config, protocol: Protocol, state: u8) -> u32 {
-    match protocol {
-        Protocol::Tcp => config.tcp_timeouts.get(usize::from(state & 0xf)).map_or(0, |timeout| timeout.load()),
-        Protocol::Udp => config.udp_timeout.load(),
-    }
+/// Whose packet it is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum From {
+    /// The client's.
+    Client,
+    /// The server's.
+    Server,
 }
 
-/// What a connection is after its first packet, which came from the client.
+/// When a connection with this word expires if no packet follows the one of now.
 #[inline(always)]
-pub fn birth(config: &Config, protocol: Protocol, event: Event, method: u8, flags: u64, now: Jiffies) -> Word {
+fn expiry(config: &Config, word: Word, now: Jiffies) -> Jiffies {
+    now.after(config.timeouts.get(word.timeout_index()).map_or(0, |timeout| timeout.load()))
+}
+
+/// The word of a connection after its first packet, which came from the client, but for the version.
+#[inline(always)]
+pub fn birth(config: &Config, protocol: Protocol, tcp_flags: u8, method: u8, flags: u64, now: Jiffies) -> Word {
     let masquerade = method == Method::Masq as u8;
-    let (state, active) = match protocol {
-        Protocol::Tcp => {
-            let direction = if masquerade { Direction::Input } else { Direction::InputOnly };
-            let state = tcp::step(tcp::State::None as u8, event, direction);
-            (state, tcp::is_active(state))
-        }
-        Protocol::Udp => (0, false),
-    };
-    let inactive = if active { 0 } else { flag::INACTIVE };
     let no_output = if masquerade { 0 } else { flag::NO_OUTPUT };
-    let expires = now.after(timeout(config, protocol, state));
-    Word::born(protocol, state, method, flags | inactive | no_output, expires)
+    let word = Word::born(protocol, 0, method, flags | no_output | flag::INACTIVE, now);
+    let word = next(word, tcp_flags, From::Client);
+    word.expiring(expiry(config, word, now))
 }
 
-/// The word after a packet. `from_server` tells whose packet it is.
+/// The word after a packet, but for the time it expires.
 #[inline(always)]
-fn next(config: &Config, word: Word, event: Event, from_server: bool, clock: Clock) -> Word {
+fn next(word: Word, tcp_flags: u8, from: From) -> Word {
     let moved = match word.protocol() {
-        Protocol::Udp if from_server => word.moved(0, flag::NO_OUTPUT, 0),
         Protocol::Udp => word,
         Protocol::Tcp => {
-            let direction = if from_server {
-                Direction::Output
-            } else if word.has(flag::NO_OUTPUT) {
-                Direction::InputOnly
-            } else {
-                Direction::Input
+            let direction = match from {
+                From::Server => Direction::Output,
+                From::Client if word.has(flag::NO_OUTPUT) => Direction::InputOnly,
+                From::Client => Direction::Input,
             };
-            let state = tcp::step(word.state(), event, direction);
-            let seen = if from_server { flag::NO_OUTPUT } else { 0 };
-            if tcp::is_active(state) {
-                word.moved(state, flag::INACTIVE | seen, 0)
-            } else {
-                word.moved(state, seen, flag::INACTIVE)
-            }
+            word.moved(Transition::of(word.state(), tcp_flags, direction))
         }
     };
-    let expires = clock.now.after(timeout(config, word.protocol(), moved.state()));
-    // An entry that is written on every packet would bounce between caches: see `Word::expired`.
-    let drift = expires.since(word.expires()).unsigned_abs();
-    if moved == word && drift <= clock.hz { word } else { moved.expiring(expires) }
+    match from {
+        From::Server => moved.without(flag::NO_OUTPUT),
+        From::Client => moved,
+    }
 }
 
 /// Lets a packet change the connection, and returns the word after it.
 ///
+/// A connection whose destination is not available is left as it is.
+///
 /// # Errors
 ///
-/// [`Gone`] when the connection ended meanwhile: the packet belongs to none.
+/// [`Gone`] when the packet does not belong to the connection, which has ended then.
 #[inline(always)]
 pub fn step<E: Entry>(
     tables: &impl Tables,
     config: &Config,
     found: &Found<'_, E>,
-    event: Event,
-    from_server: bool,
+    packet: (u8, From),
     clock: Clock,
 ) -> Result<Word, Gone> {
+    let (tcp_flags, from) = packet;
     let mut word = found.word;
     for _ in 0..STEP_ATTEMPTS {
-        let after = Word(tables.hide(next(config, word, event, from_server, clock).0));
-        if after == word {
+        let moved = next(word, tcp_flags, from);
+        let expires = expiry(config, moved, clock.now);
+        // An entry that is written on every packet would bounce between caches: see `Word::expired`. As an unsigned
+        // number: a connection that is over, or whose timeout has been lowered, is far from this.
+        let drift = expires.0.wrapping_sub(word.expires().0);
+        if moved == word && drift <= clock.hz {
             return Ok(word);
         }
+        if word.expired(clock.now, clock.hz) || from == From::Client && may_be_taken_over(config, word, tcp_flags) {
+            flow_table::release(tables, found.entry, word, found.dest);
+            return Err(Gone);
+        }
+        if tables.dest(found.dest).is_none_or(|dest| !dest.available()) && from == From::Client {
+            return Ok(word);
+        }
+        let after = Word(tables.hide(moved.expiring(expires).0));
         match found.entry.word().compare_exchange(word.0, after.0) {
             Ok(_) => {
-                let was = word.has(flag::INACTIVE);
-                let is = after.has(flag::INACTIVE);
-                if was != is
-                    && let Some(load) = tables.dest_load(found.dest)
-                {
-                    load.connections.fetch_add(if is { ONE_ACTIVE.wrapping_neg() } else { ONE_ACTIVE });
-                }
+                count(tables, found.dest, word, after);
                 return Ok(after);
             }
-            Err(current) if Word(current).same_life(word) => word = Word(current),
+            Err(current) if Word(current).same_life(word) => word = Word(tables.hide(current)),
             Err(_) => return Err(Gone),
         }
     }
     // Other CPUs keep changing the connection, each with a packet as fresh as this one.
     Ok(word)
+}
+
+/// Counts a connection that has become active, or is so no longer.
+#[inline(always)]
+fn count(tables: &impl Tables, dest: u32, before: Word, after: Word) {
+    let (was, is) = (before.has(flag::INACTIVE), after.has(flag::INACTIVE));
+    if was != is
+        && let Some(load) = tables.dest_load(dest)
+    {
+        load.connections.fetch_add(if is { ONE_ACTIVE.wrapping_neg() } else { ONE_ACTIVE });
+    }
+}
+
+/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8).
+#[inline(always)]
+fn may_be_taken_over(config: &Config, word: Word, tcp_flags: u8) -> bool {
+    const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
+    const CLOSE: u8 = tcp::State::Close as u8;
+    const FIN_WAIT: u8 = tcp::State::FinWait as u8;
+    let mode = config.conn_reuse_mode.load();
+    if word.protocol() != Protocol::Tcp || tcp_flags & (tcp::flag::SYN | tcp::flag::RST) != tcp::flag::SYN || mode == 0 {
+        return false;
+    }
+    match word.state() {
+        TIME_WAIT | CLOSE => true,
+        FIN_WAIT => mode & 2 != 0 && word.has(flag::NO_OUTPUT),
+        _ => false,
+    }
 }

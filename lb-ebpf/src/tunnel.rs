@@ -2,7 +2,7 @@
 
 use lb_common::{
     addr::Ip4,
-    checksum::{self, Delta},
+    checksum,
     reason::Reason,
 };
 use network_types::{
@@ -31,7 +31,7 @@ const ECN_ECT0: u8 = 0x02;
 /// [`Reason::HeadroomExhausted`] when there is no room before the packet.
 #[inline(always)]
 pub fn encapsulate(packet: &mut impl Packet, ip: &Ip4Packet, source: Ip4, destination: Ip4) -> Result<(), Reason> {
-    nat::age(packet, ip, 1, Delta::default()).ok_or(Reason::Impossible)?;
+    nat::lower_ttl(packet, ip).ok_or(Reason::Impossible)?;
     packet.grow_head(OVERHEAD as u16).ok_or(Reason::HeadroomExhausted)?;
     packet.write(core::mem::offset_of!(EthHdr, ether_type), EtherType::Ipv4 as u16).ok_or(Reason::Impossible)?;
     packet.write(EthHdr::LEN, outer_header(ip, source, destination)).ok_or(Reason::Impossible)

@@ -6,9 +6,10 @@ use bytemuck::Zeroable as _;
 use lb_common::{
     abi::{DestCpu, active_and_total},
     addr::Ip4,
+    hash::Seed,
     proto::{Method, Scheduler},
     reason::Reason,
-    tcp,
+    timeout,
 };
 use lb_ebpf::{
     ageing::{Sweep, What},
@@ -62,13 +63,12 @@ impl World {
     pub fn new(flow_buckets: u32) -> Self {
         let sizes =
             HostSizes { services: 64, dests: 256, slots: 1 << 16, endpoint_buckets: 256, flow_buckets };
-        let seed = [0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0];
+        let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
         let config = &world.tables.config[0];
-        for state in tcp::State::ALL {
-            config.tcp_timeouts[state as usize].store(state.default_timeout_s() * HZ);
+        for (shared, timeout) in config.timeouts.iter().zip(timeout::defaults(HZ)) {
+            shared.store(timeout);
         }
-        config.udp_timeout.store(300 * HZ);
         config.conn_reuse_mode.store(1);
         config.icmp_per_second.store(1000);
         for index in 0..16 {

@@ -84,7 +84,7 @@ impl Compiled {
         for edit in &self.endpoints {
             let bucket: Option<&EndpointBucket4> = shared.endpoints4.get(edit.bucket);
             let Some(endpoint) = bucket.and_then(|bucket| bucket.endpoints.get(edit.index)) else { continue };
-            match &edit.key {
+            match edit.key {
                 Some(key) => endpoint.claim(key, edit.target),
                 None => endpoint.set_target(edit.target),
             }
@@ -265,7 +265,7 @@ fn edits(shared: &Shared<'_>, wanted: &HashMap<EndpointKey4, Target>) -> Result<
         }
         taken.push(used);
     }
-    let seed = Seed::new(shared.instance.load().seed);
+    let seed = Seed::from_words(shared.instance.load().seed);
     for (key, target) in missing {
         let (bucket, index) = free_endpoint(&seed, &key, &mut taken).ok_or(Refusal::NoEndpoints)?;
         changed.push(EndpointEdit { bucket, index, key: Some(key), target });

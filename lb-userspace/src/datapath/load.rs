@@ -14,7 +14,8 @@ use aya::{
 use aya_obj::generated::bpf_func_id;
 use lb_common::{
     abi::{self, Config, Instance, InstanceRecord, Record as _},
-    tcp,
+    hash::Seed,
+    timeout,
 };
 
 use crate::{
@@ -114,7 +115,7 @@ fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
         max_flows: capacity.flows,
         journal: capacity.journal(),
         generation: 0,
-        seed: random_seed()?,
+        seed: random_seed()?.words(),
         next_order: 1,
         services_used: 0,
         dests_used: 0,
@@ -209,10 +210,7 @@ fn pin(programs: &mut Programs, directory: &Path) -> Result<(), Error> {
 /// The settings a new instance starts with: ip_vs's defaults.
 fn default_settings(config: &Config, hz: u32) {
     let mut settings = config.load();
-    for state in tcp::State::ALL {
-        settings.tcp_timeouts[state as usize] = state.default_timeout_s() * hz;
-    }
-    settings.udp_timeout = 300 * hz;
+    settings.timeouts = timeout::defaults(hz);
     settings.conn_reuse_mode = 1;
     settings.icmp_per_second = ICMP_PER_SECOND;
     config.store(&settings);
@@ -225,14 +223,14 @@ fn ticks_per_second() -> u32 {
     u32::try_from((1_000_000_000 + tick / 2) / tick).unwrap_or(250)
 }
 
-fn random_seed() -> Result<[u64; 3], Error> {
+fn random_seed() -> Result<Seed, Error> {
     use std::io::Read as _;
     let path = Path::new("/dev/urandom");
     let mut seed = [0u64; 3];
     fs::File::open(path)
         .and_then(|mut file| file.read_exact(bytemuck::bytes_of_mut(&mut seed)))
         .map_err(|source| Error::file("read", path, source))?;
-    Ok(seed)
+    Ok(Seed::new(seed))
 }
 
 /// The flags of `bpf_fib_lookup` that this kernel knows: from 6.7 on, that it names the source address.

@@ -125,7 +125,7 @@ macro_rules! getters {
 impl Tables for Maps {
     #[inline(always)]
     fn seed(&self) -> Seed {
-        Seed::new(SEED.load())
+        Seed::from_words(SEED.load())
     }
 
     #[inline(always)]

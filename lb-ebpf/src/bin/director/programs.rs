@@ -34,20 +34,48 @@ fn unpack<T>(result: u64, from_bits: impl Fn(u64) -> T) -> Result<T, Halt> {
     if result & FAILED == 0 { Ok(from_bits(result)) } else { Err(Halt::from_bits(result & !FAILED)) }
 }
 
+fn pack_option<T>(result: Option<Result<T, Halt>>, bits: impl Fn(T) -> u64) -> u64 {
+    result.map_or(NOTHING, |result| pack(result, bits))
+}
+
+fn unpack_option<T>(result: u64, from_bits: impl Fn(u64) -> T) -> Option<Result<T, Halt>> {
+    (result != NOTHING).then(|| unpack(result, from_bits))
+}
+
 impl Steps<XdpPacket, Maps> for Kernel {
     #[inline(always)]
-    fn open(&self, _: &mut XdpPacket, _: &Maps, target: Target) -> Result<Connection, Halt> {
-        unpack(step_open(self.ctx, target.0), Connection::from_bits)
+    fn schedule(&self, _: &XdpPacket, _: &Maps, target: Target) -> Result<u32, Halt> {
+        unpack(step_schedule(self.ctx, target.0), |bits| bits as u32)
     }
 
     #[inline(always)]
-    fn reply(&self, _: &mut XdpPacket, _: &Maps, from: Target) -> Result<Exit, Halt> {
-        unpack(step_reply(self.ctx, from.0), Exit::from_bits)
+    fn store(&self, _: &XdpPacket, _: &Maps, dest: u32) -> Option<Result<Connection, Halt>> {
+        unpack_option(step_store(self.ctx, dest), Connection::from_bits)
     }
 
     #[inline(always)]
-    fn relay(&self, _: &mut XdpPacket, _: &Maps) -> Result<Exit, Halt> {
-        unpack(step_relay(self.ctx), Exit::from_bits)
+    fn join(&self, _: &XdpPacket, _: &Maps) -> Result<Connection, Halt> {
+        unpack(step_join(self.ctx), Connection::from_bits)
+    }
+
+    #[inline(always)]
+    fn reply(&self, _: &mut XdpPacket, _: &Maps) -> Option<Result<Exit, Halt>> {
+        unpack_option(step_reply(self.ctx), Exit::from_bits)
+    }
+
+    #[inline(always)]
+    fn observe(&self, _: &XdpPacket, _: &Maps) -> Result<Exit, Halt> {
+        unpack(step_observe(self.ctx), Exit::from_bits)
+    }
+
+    #[inline(always)]
+    fn relay_to_server(&self, _: &mut XdpPacket, _: &Maps) -> Option<Result<Exit, Halt>> {
+        unpack_option(step_relay_to_server(self.ctx), Exit::from_bits)
+    }
+
+    #[inline(always)]
+    fn relay_to_client(&self, _: &mut XdpPacket, _: &Maps) -> Option<Result<Exit, Halt>> {
+        unpack_option(step_relay_to_client(self.ctx), Exit::from_bits)
     }
 
     #[inline(always)]
@@ -57,27 +85,36 @@ impl Steps<XdpPacket, Maps> for Kernel {
     }
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn step_open(ctx: *mut xdp_md, target: u64) -> u64 {
-    let packet = XdpPacket::new(ctx);
-    pack(pipeline::open(&packet, &Maps, &maps::kernel(ctx), Target(target)), Connection::bits)
+/// Defines a step as a global function, which the verifier looks at once, however it is reached.
+macro_rules! step {
+    ($name:ident($($argument:ident: $type:ty),*), $packet:ident, $kernel:ident => $body:expr) => {
+        #[unsafe(no_mangle)]
+        extern "C" fn $name(ctx: *mut xdp_md $(, $argument: $type)*) -> u64 {
+            #[allow(unused_mut, reason = "not every step writes to its packet")]
+            let mut $packet = XdpPacket::new(ctx);
+            let $kernel = maps::kernel(ctx);
+            $body
+        }
+    };
 }
 
-#[unsafe(no_mangle)]
-extern "C" fn step_reply(ctx: *mut xdp_md, from: u64) -> u64 {
-    let mut packet = XdpPacket::new(ctx);
-    pack(pipeline::reply(&mut packet, &Maps, &maps::kernel(ctx), Target(from)), Exit::bits)
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn step_relay(ctx: *mut xdp_md) -> u64 {
-    let mut packet = XdpPacket::new(ctx);
-    pack(icmp::relay(&mut packet, &Maps, &maps::kernel(ctx)), Exit::bits)
-}
-
-#[unsafe(no_mangle)]
-extern "C" fn step_answer(ctx: *mut xdp_md, complaint: u64) -> u64 {
-    let Some(complaint) = Complaint::from_bits(complaint) else { return NOTHING };
-    let mut packet = XdpPacket::new(ctx);
-    icmp::answer(&mut packet, &Maps, &maps::kernel(ctx), complaint).map_or(NOTHING, Exit::bits)
-}
+step!(step_schedule(target: u64), packet, kernel => {
+    pack(pipeline::schedule(&packet, &Maps, &kernel, Target(target)), u64::from)
+});
+step!(step_store(dest: u32), packet, kernel => {
+    pack_option(pipeline::store(&packet, &Maps, &kernel, dest), Connection::bits)
+});
+step!(step_join(), packet, kernel => pack(pipeline::join(&packet, &Maps, &kernel), Connection::bits));
+step!(step_reply(), packet, kernel => pack_option(pipeline::reply(&mut packet, &Maps, &kernel), Exit::bits));
+step!(step_observe(), packet, kernel => pack(pipeline::observe(&packet, &Maps, &kernel), Exit::bits));
+step!(step_relay_to_server(), packet, kernel => {
+    pack_option(icmp::relay_to_server(&mut packet, &Maps, &kernel), Exit::bits)
+});
+step!(step_relay_to_client(), packet, kernel => {
+    pack_option(icmp::relay_to_client(&mut packet, &Maps, &kernel), Exit::bits)
+});
+step!(step_answer(complaint: u64), packet, kernel => {
+    let complaint = Complaint::from_bits(complaint);
+    let exit = complaint.and_then(|complaint| icmp::answer(&mut packet, &Maps, &kernel, complaint));
+    exit.map_or(NOTHING, Exit::bits)
+});

@@ -180,23 +180,21 @@ impl Bench {
     }
 
     fn set_up(&self, case: &Case, frame: &[u8], order: u32) {
-        let mut head = [0u8; 56];
-        head.copy_from_slice(&frame[..56]);
-        let addr_offset = if case.reply { 30 } else { 26 };
         let mut header: [u8; 20] = frame[14..34].try_into().expect("twenty bytes");
+        let client = if case.reply { 16..20 } else { 12..16 };
         header[10..12].fill(0);
-        header[addr_offset - 14..addr_offset - 10].fill(0);
-        let old = self.setup[0].load();
+        header[client].fill(0);
+        let next_flow = self.setup[0].next_flow.load();
         self.setup[0].store(&SetupRecord {
             len: frame.len() as u32,
             order,
             mask: case.flows - 1,
-            next_flow: old.next_flow,
+            next_flow,
             first_addr: cast::CLIENT.into(),
-            addr_offset: addr_offset as u32,
-            port_offset: if case.reply { 36 } else { 34 },
+            reply: case.reply.into(),
             header_sum: u32::from(checksum::fold(checksum::sum(&header))),
-            head: bytemuck_cast(head),
+            head: head(frame),
+            frame_type: u32::from(u16::from_ne_bytes([frame[12], frame[13]])),
             reserved: 0,
         });
     }
@@ -273,8 +271,14 @@ fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
     Ok(ebpf.program_mut(name).with_context(|| format!("program {name}"))?.try_into()?)
 }
 
-fn bytemuck_cast(head: [u8; 56]) -> [u64; 7] {
-    std::array::from_fn(|i| u64::from_ne_bytes(head[8 * i..8 * i + 8].try_into().expect("eight bytes")))
+/// The first words of a frame, less its type.
+fn head(frame: &[u8]) -> [u32; 14] {
+    let mut head = [0; 14];
+    let words = frame[..12].chunks_exact(4).chain(frame[14..].chunks_exact(4));
+    for (head, word) in head.iter_mut().zip(words) {
+        *head = u32::from_ne_bytes(word.try_into().expect("four bytes"));
+    }
+    head
 }
 
 fn least_and_median(values: &mut [f64]) -> [f64; 2] {

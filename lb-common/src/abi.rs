@@ -405,6 +405,22 @@ pub struct Counters {
     pub bytes_out: Cell<u64>,
 }
 
+impl Counters {
+    /// Counts a packet of `len` bytes from a client.
+    #[inline(always)]
+    pub fn count_in(&self, len: u16) {
+        self.packets_in.update(|packets| packets + 1);
+        self.bytes_in.update(|bytes| bytes + u64::from(len));
+    }
+
+    /// Counts a packet of `len` bytes from the server.
+    #[inline(always)]
+    pub fn count_out(&self, len: u16) {
+        self.packets_out.update(|packets| packets + 1);
+        self.bytes_out.update(|bytes| bytes + u64::from(len));
+    }
+}
+
 /// What one CPU keeps about a destination: nobody else writes it, so nothing in it is ever half-written.
 #[derive(Zeroable)]
 #[repr(C)]
@@ -709,11 +725,11 @@ pub mod bench {
     use super::{Pod, Record, Word, Zeroable};
 
     /// Bytes of the frame that are restored before every run.
-    pub const HEAD: usize = 56;
+    pub const HEAD: usize = 58;
 
     record! {
         /// The frame that every run begins with, and how runs differ.
-        Setup, SetupRecord, 96 {
+        Setup, SetupRecord, 92 {
             /// Length of the frame in bytes.
             len: u32,
             /// One of [`pick`].
@@ -724,16 +740,16 @@ pub mod bench {
             next_flow: u32,
             /// Address of the first client, in host order. Sixty-four flows have the same.
             first_addr: u32,
-            /// Where the client's address stands in the frame.
-            addr_offset: u32,
-            /// Where the client's port stands in the frame.
-            port_offset: u32,
+            /// Whether the client is the destination of the frame: 0 or 1.
+            reply: u32,
             /// Folded sum of the IP header without checksum and client address.
             header_sum: u32,
-            /// The first bytes of the frame.
-            head: [u64; 7],
+            /// The first bytes of the frame, less the two of its type: the words that programs read.
+            head: [u32; 14],
+            /// The two bytes of the frame's type.
+            frame_type: u32,
             /// Zero.
-            reserved: u64,
+            reserved: u32,
         }
     }
 

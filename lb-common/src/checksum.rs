@@ -55,10 +55,15 @@ pub const fn fold(sum: u64) -> u16 {
     sum as u16
 }
 
-/// Whether data with this unfolded sum, its checksum included, is intact: the sum folds to all ones.
+/// Whether data with this unfolded sum, its checksum included, is intact: the sum, which is not 0, folds to all ones.
+///
+/// A sum folds to all ones when 65,535 divides it. A number is a multiple of an odd one when its product with the inverse
+/// of that modulo 2^64 is as small as a quotient (Granlund and Montgomery 1994, section 9).
 #[inline(always)]
 pub const fn holds(sum: u64) -> bool {
-    fold(sum) == 0xffff
+    const INVERSE: u64 = 0xfffe_fffe_fffe_ffff;
+    const _: () = assert!(INVERSE.wrapping_mul(0xffff) == 1);
+    sum.wrapping_mul(INVERSE) <= u64::MAX / 0xffff
 }
 
 /// The unfolded sum of an IPv4 header without options, given as its five 32-bit words as loaded.
@@ -147,6 +152,13 @@ mod tests {
             let updated = delta.apply(before);
             // All-zero data has two sums, +0 and -0; every other value is unique.
             prop_assert!(updated == after || (updated ^ after) == 0xffff && (after == 0 || updated == 0));
+        }
+
+        #[test]
+        fn a_sum_holds_when_it_folds_to_all_ones(sum in 1..u64::MAX, near in any::<u32>()) {
+            prop_assert_eq!(holds(sum), fold(sum) == 0xffff);
+            let multiple = u64::from(near) * 0xffff + 0xffff;
+            prop_assert!(holds(multiple) && !holds(multiple + 1) && !holds(multiple - 1));
         }
 
         #[test]

@@ -68,44 +68,50 @@ impl From<Reason> for Halt {
 
 /// How a packet leaves the pipeline, and under which reason it counts if it is not forwarded.
 ///
-/// One word, for the same reason as [`Halt`]: way in bits 0-7, reason number plus one in bits 8-15, interface in bits
-/// 32-63.
+/// One word, for the same reason as [`Halt`]: the XDP action in bits 0-7, reason number plus one in bits 8-15, interface
+/// in bits 32-62.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Exit(u64);
 
-/// The ways of an [`Exit`].
+/// The ways of an [`Exit`]; the values are those of XDP's actions.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
 pub enum Leave {
-    /// Out of the interface it came in by.
-    Transmit,
-    /// Out of the interface with this index.
-    Redirect(u32),
-    /// Up into the host's own stack, as it now stands.
-    Host,
     /// Nowhere.
-    Drop,
+    Drop = 1,
+    /// Up into the host's own stack, as it now stands.
+    Host = 2,
+    /// Out of the interface it came in by.
+    Transmit = 3,
+    /// Out of the interface with this index.
+    Redirect(u32) = 4,
 }
+
+const DROP: u64 = 1;
+const HOST: u64 = 2;
+const TRANSMIT: u64 = 3;
+const REDIRECT: u64 = 4;
 
 impl Exit {
     /// Out of the interface it came in by.
-    pub const TRANSMIT: Self = Self(0);
+    pub const TRANSMIT: Self = Self(TRANSMIT);
 
     /// Out of the interface with this index, below 2^31 as every index is.
     #[inline(always)]
     pub const fn redirect(ifindex: u32) -> Self {
-        Self(1 | (ifindex as u64 & 0x7fff_ffff) << 32)
+        Self(REDIRECT | (ifindex as u64 & 0x7fff_ffff) << 32)
     }
 
     /// Up into the host's own stack, for this reason.
     #[inline(always)]
     pub const fn host(reason: Reason) -> Self {
-        Self(2 | (reason as u64 + 1) << 8)
+        Self(HOST | (reason as u64 + 1) << 8)
     }
 
     /// Wherever the reason with this number sends a packet.
     #[inline(always)]
     pub const fn stop(reason: u8) -> Self {
-        let way = if Reason::passes(reason) { 2 } else { 3 };
+        let way = if Reason::passes(reason) { HOST } else { DROP };
         Self(way | (reason as u64 + 1) << 8)
     }
 
@@ -127,21 +133,32 @@ impl Exit {
         Self(bits)
     }
 
-    /// Where to.
+    /// The XDP action, but for the interface of a redirect.
     #[inline(always)]
+    pub const fn action(self) -> u32 {
+        self.0 as u32 & 0xff
+    }
+
+    /// The interface of a redirect.
+    #[inline(always)]
+    pub const fn interface(self) -> Option<u32> {
+        if self.action() == REDIRECT as u32 { Some((self.0 >> 32) as u32) } else { None }
+    }
+
+    /// Where to.
     pub const fn leave(self) -> Leave {
-        match self.0 as u8 {
-            0 => Leave::Transmit,
-            1 => Leave::Redirect((self.0 >> 32) as u32),
-            2 => Leave::Host,
-            _ => Leave::Drop,
+        match self.0 & 0xff {
+            DROP => Leave::Drop,
+            HOST => Leave::Host,
+            TRANSMIT => Leave::Transmit,
+            _ => Leave::Redirect((self.0 >> 32) as u32),
         }
     }
 
     /// The number of the reason under which the packet counts; `None` when it is forwarded.
     #[inline(always)]
-    pub fn reason(self) -> Option<u8> {
-        (self.0 >> 8 & 0xff).checked_sub(1).map(|number| number as u8)
+    pub const fn reason(self) -> Option<u8> {
+        if self.0 & 0xff00 == 0 { None } else { Some((self.0 >> 8) as u8 - 1) }
     }
 }
 
@@ -160,9 +177,34 @@ pub fn is_local(hop: &NextHop) -> bool {
 
 /// Whether what `hop` says is no more than a second old.
 #[inline(always)]
+fn is_recent(hop: &NextHop, clock: Clock) -> bool {
+    // As unsigned numbers: an instant in the future, which only a test's clock makes, is not recent.
+    clock.now.0.wrapping_sub(hop.asked.get()) <= clock.hz
+}
+
+/// Whether what `hop` says can be believed.
+#[inline(always)]
 fn is_fresh(hop: &NextHop, clock: Clock) -> bool {
-    // As unsigned numbers: an instant in the future, which only a test's clock makes, is not fresh.
-    clock.now.0.wrapping_sub(hop.asked.get()) <= clock.hz && matches!(hop.kind.get(), hop::VIA | hop::LOCAL)
+    is_recent(hop, clock) && matches!(hop.kind.get(), hop::VIA | hop::LOCAL)
+}
+
+/// A destination, and what this CPU keeps about it: where its packets go.
+pub struct Way<'t> {
+    /// The destination.
+    pub dest: &'t Dest,
+    /// What this CPU keeps.
+    pub cpu: &'t DestCpu,
+}
+
+/// The way to an available destination on another host whose next hop is known: nearly all packets need nothing else.
+/// The outer option is for a number out of range.
+#[inline(always)]
+pub fn known_way(tables: &impl Tables, number: u32, clock: Clock) -> Option<Option<Way<'_>>> {
+    let dest = tables.dest(number)?;
+    let cpu = tables.dest_cpu(number)?;
+    let hop = &cpu.next_hop;
+    let known = dest.available() && hop.kind.get() == hop::VIA && is_recent(hop, clock);
+    Some(known.then_some(Way { dest, cpu }))
 }
 
 /// The way to a destination.

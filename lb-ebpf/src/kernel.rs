@@ -5,7 +5,7 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_PROHIBIT, bpf_fib_lookup as FibLookup, xdp_action, xdp_md,
+        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_PROHIBIT, bpf_fib_lookup as FibLookup, xdp_md,
     },
     helpers::generated::{
         bpf_csum_diff, bpf_fib_lookup, bpf_jiffies64, bpf_loop, bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_meta,
@@ -23,7 +23,7 @@ use lb_common::{
 
 use crate::{
     env::{Env, HandOver, Scan},
-    forward::{Exit, Leave},
+    forward::Exit,
     packet::Packet,
     wire::Wire,
 };
@@ -385,11 +385,9 @@ fn macs(query: &FibLookup) -> [u32; 3] {
 /// The XDP action for a packet that leaves this way.
 #[inline(always)]
 pub fn action(exit: Exit) -> u32 {
-    match exit.leave() {
-        Leave::Transmit => xdp_action::XDP_TX,
+    match exit.interface() {
         // SAFETY: the helper has no preconditions.
-        Leave::Redirect(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
-        Leave::Host => xdp_action::XDP_PASS,
-        Leave::Drop => xdp_action::XDP_DROP,
+        Some(ifindex) => unsafe { bpf_redirect(ifindex, 0) as u32 },
+        None => exit.action(),
     }
 }

@@ -12,7 +12,7 @@ use crate::{
     endpoint,
     env::{Clock, Env, HandOver},
     flow_table::{self, Buckets, Found, Insert, Inserted},
-    forward::{self, Exit, Halt},
+    forward::{self, Exit, Halt, Way},
     icmp::{self, Complaint},
     nat::{self, End},
     packet::Packet,
@@ -46,6 +46,11 @@ where
     /// [`join`].
     fn join(&self, packet: &P, tables: &T) -> Result<Connection, Halt> {
         join(packet, tables, self)
+    }
+
+    /// [`forward`].
+    fn forward(&self, packet: &mut P, tables: &T, connection: Connection) -> Result<Exit, Halt> {
+        forward(packet, tables, self, connection)
     }
 
     /// [`reply`].
@@ -174,6 +179,10 @@ pub fn clock(config: &Config, env: &impl Env) -> Clock {
     Clock { now: env.jiffies().after(config.clock_skew.load()), hz: env.hz() }
 }
 
+const MASQ: u8 = Method::Masq as u8;
+const TUNNEL: u8 = Method::Tunnel as u8;
+const ROUTE: u8 = Method::Route as u8;
+
 /// What a packet needs to know of its connection in order to be forwarded: number of the destination in bits 0-31,
 /// number of the forwarding method in bits 32-39, and bit 40 if the destination is reached at the service's port.
 #[derive(Clone, Copy)]
@@ -239,27 +248,40 @@ where
     let clock = clock(config, env);
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    let known = flow_table::find(tables, &key, place).and_then(|found| {
-        let word = track::step(tables, config, &found, (segment.flags(), From::Client), clock).ok()?;
-        Some(Connection::of(word, found.dest))
-    });
-    let connection = match known {
-        Some(connection) => connection,
-        None => {
-            let dest = env.schedule(packet, tables, target)?;
-            match env.store(packet, tables, dest) {
-                Some(result) => result?,
-                None => env.join(packet, tables)?,
-            }
-        }
+    if let Some(found) = flow_table::find(tables, &key, place)
+        && let Ok(word) = track::step(tables, config, &found, (segment.flags(), From::Client), clock)
+    {
+        let connection = Connection::of(word, found.dest);
+        let way = forward::known_way(tables, connection.dest(), clock).ok_or(Reason::Impossible)?;
+        return match way {
+            Some(way) => send_to_server(packet, env, ip, Some(segment), connection, &way),
+            None => env.forward(packet, tables, connection),
+        };
+    }
+    let dest = env.schedule(packet, tables, target)?;
+    let connection = match env.store(packet, tables, dest) {
+        Some(result) => result?,
+        None => env.join(packet, tables)?,
     };
-    to_server(packet, tables, env, ip, Some(segment), hidden(tables, connection), clock)
+    env.forward(packet, tables, connection)
 }
 
-/// `connection` as one way of reaching it leaves it to the verifier.
+/// Sends the packet that has opened a connection to its destination.
+///
+/// # Errors
+///
+/// Why it does not get there.
 #[inline(always)]
-fn hidden(tables: &impl Tables, connection: Connection) -> Connection {
-    Connection::from_bits(tables.hide(connection.bits()))
+pub fn forward<P, T, E>(packet: &mut P, tables: &T, env: &E, connection: Connection) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Tables,
+    E: Env,
+{
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    let config = tables.config().ok_or(Reason::Impossible)?;
+    to_server(packet, tables, env, ip, Some(segment), connection, clock(config, env))
 }
 
 /// The connection that a client's packet belongs to.
@@ -372,27 +394,51 @@ where
         return Err(Reason::DestinationRemoved.into());
     }
     let cpu = tables.dest_cpu(connection.dest()).ok_or(Reason::Impossible)?;
-    cpu.counters.packets_in.update(|packets| packets + 1);
-    cpu.counters.bytes_in.update(|bytes| bytes + u64::from(ip.len()));
-    let hop = forward::to_dest(env, cpu, dest, clock)?;
-    let method = Method::try_from(connection.method()).map_err(|_| Reason::Impossible)?;
-    if forward::is_local(hop) {
-        return deliver(packet, ip, segment, method, connection, dest);
+    let hop = forward::to_dest(env, cpu, dest, clock);
+    if hop.as_ref().is_ok_and(|hop| !forward::is_local(hop)) {
+        return send_to_server(packet, env, ip, segment, connection, &Way { dest, cpu });
     }
-    match method {
-        Method::Route => {
+    cpu.counters.count_in(ip.len());
+    hop?;
+    deliver(packet, ip, segment, connection, dest)
+}
+
+/// Sends a packet of a client, or an ICMP error on its behalf (without `segment`), to a destination on another host.
+///
+/// # Errors
+///
+/// Why it does not get there.
+#[inline(always)]
+fn send_to_server<P, E>(
+    packet: &mut P,
+    env: &E,
+    ip: &Ip4Packet,
+    segment: Option<Segment>,
+    connection: Connection,
+    way: &Way<'_>,
+) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    E: Env,
+{
+    let Way { dest, cpu } = way;
+    let hop = &cpu.next_hop;
+    cpu.counters.count_in(ip.len());
+    match connection.method() {
+        ROUTE => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
             nat::lower_ttl(packet, ip).ok_or(Reason::Impossible)?;
         }
-        Method::Masq => {
+        MASQ => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
             let server = (dest.addr4(), server_port(connection, dest, segment));
             nat::translate(packet, ip, segment, End::Destination, server, 1).ok_or(Reason::Impossible)?;
         }
-        Method::Tunnel => {
+        TUNNEL => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get().saturating_sub(tunnel::OVERHEAD))?;
             tunnel::encapsulate(packet, ip, Ip4::from_raw(hop.source.get()), dest.addr4())?;
         }
+        _ => return Err(Reason::Impossible.into()),
     }
     forward::send(packet, env, hop)
 }
@@ -413,11 +459,10 @@ fn deliver(
     packet: &mut impl Packet,
     ip: &Ip4Packet,
     segment: Option<Segment>,
-    method: Method,
     connection: Connection,
     dest: &Dest,
 ) -> Result<Exit, Halt> {
-    if method == Method::Masq {
+    if connection.method() == MASQ {
         let server = dest.addr4();
         if !ip.source().is_loopback() {
             return Err(refuse_local(server).into());
@@ -520,7 +565,7 @@ pub fn find_masqueraded<'t, T: Buckets<Entry4>>(
     let port = segment.source();
     flow_table::find_reply(tables, &key, place, move |key: &Key4, word, dest| {
         let connection = Connection::of(word, dest);
-        connection.method() == Method::Masq as u8
+        connection.method() == MASQ
             && tables.dest(dest).is_some_and(|dest| {
                 dest.addr4() == server && connection.port(dest, key.vport()) == port
             })
@@ -546,7 +591,7 @@ where
     let key = Key4::new(segment.protocol(), client, (ip.source(), segment.source()));
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
     let found: Found<'_, Entry4> = flow_table::find(tables, &key, place).ok_or(Reason::NotService)?;
-    if found.word.method() == Method::Masq as u8 {
+    if found.word.method() == MASQ {
         return Err(Reason::NotService.into());
     }
     let step = (segment.flags(), From::Server);
@@ -562,7 +607,6 @@ pub fn count_out(tables: &impl Tables, dest: u32, len: u16) {
     if let Some(cpu) = tables.dest_cpu(dest)
         && available
     {
-        cpu.counters.packets_out.update(|packets| packets + 1);
-        cpu.counters.bytes_out.update(|bytes| bytes + u64::from(len));
+        cpu.counters.count_out(len);
     }
 }

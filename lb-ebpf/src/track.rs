@@ -57,7 +57,14 @@ fn next(word: Word, tcp_flags: u8, from: From) -> Word {
                 From::Client if word.has(flag::NO_OUTPUT) => Direction::InputOnly,
                 From::Client => Direction::Input,
             };
-            word.moved(Transition::of(word.state(), tcp_flags, direction))
+            const ESTABLISHED: u8 = tcp::State::Established as u8;
+            const MOVING: u8 = tcp::flag::SYN | tcp::flag::FIN | tcp::flag::RST | tcp::flag::ACK;
+            // What most segments are, and what the table says of them from every side: they change nothing.
+            if word.state() == ESTABLISHED && tcp_flags & MOVING == tcp::flag::ACK {
+                word
+            } else {
+                word.moved(Transition::of(word.state(), tcp_flags, direction))
+            }
         }
     };
     match from {

@@ -8,7 +8,7 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use lb_common::{
-    abi::bench::{HEAD, Setup, pick},
+    abi::bench::{Setup, pick},
     checksum,
 };
 use lb_ebpf::{
@@ -48,9 +48,6 @@ fn restore(ctx: &XdpContext) -> Option<()> {
             return None;
         }
     }
-    let head: [u64; HEAD / 8] = core::array::from_fn(|i| setup.head[i].load());
-    packet.write(0, head)?;
-
     let flow = setup.next_flow.load();
     let next = match setup.order.load() {
         pick::SAME => 0,
@@ -62,10 +59,31 @@ fn restore(ctx: &XdpContext) -> Option<()> {
     let flow = if setup.order.load() == pick::RANDOM { flow >> 8 } else { flow } & setup.mask.load();
     let addr = (setup.first_addr.load().wrapping_add(flow >> 6)).to_be();
     let port = (1024 + ((flow & 63) << 4) as u16).to_be();
-    packet.write(setup.addr_offset.load() as usize & 0x3f, addr)?;
-    packet.write(setup.port_offset.load() as usize & 0x3f, port)?;
-    let sum = u64::from(setup.header_sum.load()) + u64::from(addr);
-    packet.write(24, !checksum::fold(sum))
+    let check = !checksum::fold(u64::from(setup.header_sum.load()) + u64::from(addr));
+
+    // In the units that programs read: a load that spans two stores which have not reached the cache yet waits for both,
+    // and that wait would be counted as the program's.
+    let word = |index: usize| setup.head[index].load();
+    let reply = setup.reply.load() != 0;
+    let (source, destination) = if reply { (word(6), addr) } else { (addr, word(7)) };
+    let ports = word(8);
+    let port = u32::from(port);
+    let ports = if reply { ports & 0xffff | port << 16 } else { ports & 0xffff_0000 | port };
+    packet.write_words(0, [word(0), word(1), word(2)])?;
+    packet.write(12, setup.frame_type.load() as u16)?;
+    packet.write_words(14, [
+        word(3),
+        word(4),
+        word(5) & 0xffff | u32::from(check) << 16,
+        source,
+        destination,
+        ports,
+        word(9),
+        word(10),
+        word(11),
+        word(12),
+        word(13),
+    ])
 }
 
 /// The cheapest program that sends a frame back.

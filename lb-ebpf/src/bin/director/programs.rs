@@ -59,6 +59,11 @@ impl Steps<XdpPacket, Maps> for Kernel {
     }
 
     #[inline(always)]
+    fn forward(&self, _: &mut XdpPacket, _: &Maps, connection: Connection) -> Result<Exit, Halt> {
+        unpack(step_forward(self.ctx, connection.bits()), Exit::from_bits)
+    }
+
+    #[inline(always)]
     fn reply(&self, _: &mut XdpPacket, _: &Maps) -> Option<Result<Exit, Halt>> {
         unpack_option(step_reply(self.ctx), Exit::from_bits)
     }
@@ -105,6 +110,9 @@ step!(step_store(dest: u32), packet, kernel => {
     pack_option(pipeline::store(&packet, &Maps, &kernel, dest), Connection::bits)
 });
 step!(step_join(), packet, kernel => pack(pipeline::join(&packet, &Maps, &kernel), Connection::bits));
+step!(step_forward(connection: u64), packet, kernel => {
+    pack(pipeline::forward(&mut packet, &Maps, &kernel, Connection::from_bits(connection)), Exit::bits)
+});
 step!(step_reply(), packet, kernel => pack_option(pipeline::reply(&mut packet, &Maps, &kernel), Exit::bits));
 step!(step_observe(), packet, kernel => pack(pipeline::observe(&packet, &Maps, &kernel), Exit::bits));
 step!(step_relay_to_server(), packet, kernel => {

@@ -32,13 +32,16 @@ pub struct Site {
     pub wire: u32,
 }
 
-/// Real servers of the services that are measured with several.
-pub const SERVERS: u8 = 8;
+/// Real servers of most services.
+const SERVERS: u8 = 8;
 
-/// The port of a service.
+/// The port of the service with this method and scheduler, which has eight real servers.
 pub const fn port(method: Method, scheduler: Scheduler) -> u16 {
     1000 + 10 * method as u16 + scheduler as u16
 }
+
+/// The port of the masqueraded service that has one real server, `cast::server(0)`.
+pub const SINGLE: u16 = 1999;
 
 /// Why a change failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,7 +56,8 @@ pub enum Failure {
 }
 
 impl Site {
-    /// Makes a director with a flow table for `flows` connections, and one service for each method and scheduler.
+    /// Makes a director with a flow table for `flows` connections, a service for each method and scheduler, and
+    /// [`SINGLE`].
     ///
     /// # Errors
     ///
@@ -91,7 +95,10 @@ fn services(change: &mut Change<'_>) -> Result<(), Failure> {
             }
         }
     }
-    Ok(())
+    let single = service(Transport::Tcp, SINGLE);
+    change.add_service(single, scheduled(Scheduler::Rr))?;
+    change.add_dest(single, at(0, SINGLE), dest(Method::Masq, 1))
+        .map_err(Failure::from)
 }
 
 /// One interface for clients and servers alike, so that packets leave where they came in. Both ends of its cable are in

@@ -171,8 +171,11 @@ record! {
         conn_reuse_mode: u32,
         /// ICMP errors the director may send in a second.
         icmp_per_second: u32,
+        /// Changes with every change of the configuration, and is never 0: what a CPU has kept about a destination holds
+        /// as long as this stays the same.
+        epoch: u32,
         /// Zero.
-        reserved: [u32; 13],
+        reserved: [u32; 12],
     }
 }
 
@@ -427,8 +430,29 @@ impl Counters {
 pub struct DestCpu {
     /// Traffic.
     pub counters: Counters,
+    /// The [`Config::epoch`] in which all that follows was found out; 0 when it is not to be used again: the destination
+    /// is not available, or is this host, or is at a neighbour that has yet to be resolved.
+    pub epoch: Cell<u32>,
+    /// Address as loaded from a packet; IPv4 in the first word.
+    pub addr: [Cell<u32>; 4],
+    /// Port as loaded from a packet in the low half, 0 for that of the connection.
+    pub port: Cell<u32>,
     /// Where its packets go.
     pub next_hop: NextHop,
+}
+
+impl DestCpu {
+    /// The IPv4 address.
+    #[inline(always)]
+    pub fn addr4(&self) -> Ip4 {
+        Ip4::from_raw(self.addr[0].get())
+    }
+
+    /// The port, 0 for that of the connection.
+    #[inline(always)]
+    pub fn port(&self) -> Port {
+        Port::from_raw(self.port.get() as u16)
+    }
 }
 
 /// [`DestCpu`] as the loader reads it.
@@ -437,8 +461,8 @@ pub struct DestCpu {
 pub struct DestCpuRecord {
     /// The five [`Counters`].
     pub counters: [u64; 5],
-    /// The [`NextHop`].
-    pub next_hop: [u32; 14],
+    /// Everything else, which is for the data plane alone.
+    pub cache: [u64; 10],
 }
 
 const _: () = assert!(size_of::<DestCpu>() == size_of::<DestCpuRecord>());

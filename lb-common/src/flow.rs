@@ -30,10 +30,11 @@
 use bytemuck::Zeroable;
 
 use crate::{
+    abi::Dest,
     addr::{Ip4, Port},
     hash::{Seed, scale},
     jiffies::Jiffies,
-    proto::Protocol,
+    proto::{Method, Protocol},
     sync::{Shared32, Shared64},
     tcp::Transition,
 };
@@ -185,6 +186,12 @@ impl Word {
         self.0 & flags == flags
     }
 
+    /// The port a live entry's destination is reached at, of that of the destination and that of the service.
+    #[inline(always)]
+    pub const fn port(self, dest: Port, service: Port) -> Port {
+        if self.has(flag::SERVICE_PORT) { service } else { dest }
+    }
+
     /// This word in the state that `transition` leads to, counted accordingly.
     #[inline(always)]
     pub const fn moved(self, transition: Transition) -> Self {
@@ -234,10 +241,11 @@ impl core::fmt::Debug for Word {
 pub struct Key4 {
     /// Client address in bits 0-31, client port in bits 32-47, service port in bits 48-63, each as loaded from a packet.
     peer: u64,
-    /// Service address as loaded from a packet.
-    vaddr: u64,
-    /// What bits 0-3 of the word of such a connection are: its protocol, and that it is live.
-    live: u64,
+    /// Service address as loaded from a packet in bits 0-31; in bits 32-35 what bits 0-3 of the word of such a connection
+    /// are: its protocol, and that it is live.
+    ///
+    /// Verifier: two words are passed to a function in registers, three would need stack.
+    rest: u64,
 }
 
 impl Key4 {
@@ -257,9 +265,14 @@ impl Key4 {
     pub const fn from_raw(protocol: Protocol, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
         Self {
             peer: caddr.raw() as u64 | (ports as u64) << 32,
-            vaddr: vaddr.raw() as u64,
-            live: 3 | protocol_bits(protocol),
+            rest: vaddr.raw() as u64 | (3 | protocol_bits(protocol)) << 32,
         }
+    }
+
+    /// What bits 0-3 of the word of such a connection are.
+    #[inline(always)]
+    const fn live(&self) -> u64 {
+        self.rest >> 32
     }
 
     /// The client's address.
@@ -277,7 +290,7 @@ impl Key4 {
     /// The service's address.
     #[inline(always)]
     pub const fn vaddr(&self) -> Ip4 {
-        Ip4::from_raw(self.vaddr as u32)
+        Ip4::from_raw(self.rest as u32)
     }
 
     /// The service's port.
@@ -289,7 +302,7 @@ impl Key4 {
     /// The transport protocol.
     #[inline(always)]
     pub const fn protocol(&self) -> Protocol {
-        Word(self.live).protocol()
+        Word(self.live()).protocol()
     }
 }
 
@@ -326,6 +339,26 @@ pub struct Entry4 {
     reserved: Shared32,
 }
 
+impl Entry4 {
+    /// What [`Key4::rest`] is for this connection, with `word` as its word.
+    #[inline(always)]
+    fn rest(&self, word: Word) -> u64 {
+        u64::from(self.vaddr.load()) | (word.0 & 0xf) << 32
+    }
+}
+
+/// A real server's address and port, as a word: address in bits 0-31, port in bits 32-47, both as loaded from a packet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Server4(u64);
+
+impl Server4 {
+    /// The server at `port` of `addr`.
+    #[inline(always)]
+    pub const fn new(addr: Ip4, port: Port) -> Self {
+        Self(addr.raw() as u64 | (port.raw() as u64) << 32)
+    }
+}
+
 /// Entries in a bucket.
 pub const ENTRIES_PER_BUCKET: usize = 10;
 /// Places in a bucket where a search may begin: every second entry, which for IPv4 begins a cache line.
@@ -348,6 +381,8 @@ const _: () = assert!(size_of::<Entry4>() == 32 && size_of::<Bucket4>() == 320);
 pub trait Entry: Zeroable + 'static {
     /// What tells connections apart.
     type Key: Copy + PartialEq;
+    /// A real server's address and port.
+    type Server: Copy;
 
     /// The state word.
     fn word(&self) -> &Shared64;
@@ -359,6 +394,8 @@ pub trait Entry: Zeroable + 'static {
     fn is(&self, key: &Self::Key, word: Word) -> bool;
     /// Whether this is a connection with the protocol, client address and client port of `key`.
     fn is_of_client(&self, key: &Self::Key, word: Word) -> bool;
+    /// Whether the masqueraded connection `key`, with `word` as its word, to `dest` is to `server`.
+    fn is_served_by(key: &Self::Key, word: Word, dest: &Dest, server: Self::Server) -> bool;
     /// Writes addresses and ports. Only the CPU that has claimed the entry may call this.
     fn fill(&self, key: &Self::Key, dest: u32);
     /// Addresses and ports as they stand, with the protocol of `word`.
@@ -371,6 +408,7 @@ pub trait Entry: Zeroable + 'static {
 
 impl Entry for Entry4 {
     type Key = Key4;
+    type Server = Server4;
 
     #[inline(always)]
     fn word(&self) -> &Shared64 {
@@ -389,35 +427,40 @@ impl Entry for Entry4 {
 
     #[inline(always)]
     fn is(&self, key: &Key4, word: Word) -> bool {
-        self.peer.load() == key.peer && u64::from(self.vaddr.load()) == key.vaddr && word.0 & 0xf == key.live
+        self.peer.load() == key.peer && self.rest(word) == key.rest
     }
 
     #[inline(always)]
     fn is_of_client(&self, key: &Key4, word: Word) -> bool {
-        (self.peer.load() ^ key.peer) << 16 == 0 && word.0 & 0xf == key.live
+        (self.peer.load() ^ key.peer) << 16 == 0 && word.0 & 0xf == key.live()
+    }
+
+    #[inline(always)]
+    fn is_served_by(key: &Key4, word: Word, dest: &Dest, server: Server4) -> bool {
+        word.method() == Method::Masq as u8 && Server4::new(dest.addr4(), word.port(dest.port(), key.vport())) == server
     }
 
     #[inline(always)]
     fn fill(&self, key: &Key4, dest: u32) {
         self.peer.store(key.peer);
-        self.vaddr.store(key.vaddr as u32);
+        self.vaddr.store(key.rest as u32);
         self.dest.store(dest);
         self.hint.store(0);
     }
 
     #[inline(always)]
     fn key(&self, word: Word) -> Key4 {
-        Key4 { peer: self.peer.load(), vaddr: u64::from(self.vaddr.load()), live: word.0 & 0xf }
+        Key4 { peer: self.peer.load(), rest: self.rest(word) }
     }
 
     #[inline(always)]
     fn hash(key: &Key4, seed: &Seed) -> u64 {
-        seed.hash(key.peer & 0xffff_ffff_ffff | key.live << 48)
+        seed.hash(key.peer & 0xffff_ffff_ffff | key.live() << 48)
     }
 
     #[inline(always)]
     fn tag(key: &Key4, hash: u64) -> u32 {
-        (hash >> 16) as u32 ^ key.vaddr as u32 ^ (key.peer >> 48) as u32
+        (hash >> 16) as u32 ^ key.rest as u32 ^ (key.peer >> 48) as u32
     }
 }
 

@@ -98,28 +98,50 @@ fn entry_at<E: Entry>(tables: &impl Buckets<E>, place: u64) -> Option<&E> {
 
 /// [`search`] for a connection, apart: few connections are not where their search begins.
 #[inline(never)]
-fn search_all<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, place: Place) -> u64 {
-    search(tables, place, |entry, word| entry.is(key, word))
+fn search_all<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place) -> u64 {
+    search(tables, place, |entry, word| entry.is(&key, word))
 }
 
-/// The connection in `entry` if it is the one wanted, as `is_it` says.
+/// The connection in `entry` and its key if it is the one wanted: if `is_it` returns its key.
 ///
 /// The word is read before and after everything else, so that all of it is of one connection.
 #[inline(always)]
-fn believe<E: Entry>(entry: &E, is_it: impl FnOnce(&E, Word) -> bool) -> Option<Found<'_, E>> {
+fn believe<E: Entry>(entry: &E, is_it: impl FnOnce(&E, Word) -> Option<E::Key>) -> Option<(Found<'_, E>, E::Key)> {
     let word = Word(entry.word().load());
-    if !is_it(entry, word) {
-        return None;
-    }
+    let key = is_it(entry, word)?;
     let dest = entry.dest().load();
-    Word(entry.word().load()).same_life(word).then_some(Found { entry, word, dest })
+    Word(entry.word().load()).same_life(word).then_some((Found { entry, word, dest }, key))
 }
 
 /// The connection `key`, if there is one; it may be past its time.
 #[inline(always)]
 pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: Place) -> Option<Found<'t, E>> {
-    let is_it = |entry: &E, word| entry.is(key, word);
+    let is_it = |entry: &E, word| entry.is(key, word).then_some(*key);
     // Nearly always it is one of the two that the search begins with: one cache line.
+    let bucket = tables.bucket(place.first(tables.flow_buckets()))?;
+    for turn in 0..2 {
+        let entry = bucket.entries.get(opaque(u64::from(place.start() + turn)) as usize)?;
+        if let Some((found, _)) = believe(entry, is_it) {
+            return Some(found);
+        }
+    }
+    let (found, _) = believe(entry_at(tables, search_all(tables, *key, place))?, is_it)?;
+    Some(found)
+}
+
+/// The masqueraded connection between the client in `key` and `server`, and its whole key.
+#[inline(always)]
+pub fn find_reply<'t, E: Entry>(
+    tables: &'t impl Buckets<E>,
+    key: &E::Key,
+    place: Place,
+    server: E::Server,
+) -> Option<(Found<'t, E>, E::Key)> {
+    let is_it = |entry: &E, word| {
+        let whole = entry.key(word);
+        let is_it = entry.is_of_client(key, word) && is_served_by(tables, entry, word, server);
+        is_it.then_some(whole)
+    };
     let bucket = tables.bucket(place.first(tables.flow_buckets()))?;
     for turn in 0..2 {
         let entry = bucket.entries.get(opaque(u64::from(place.start() + turn)) as usize)?;
@@ -127,41 +149,24 @@ pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: Plac
             return Some(found);
         }
     }
-    believe(entry_at(tables, search_all(tables, key, place))?, is_it)
-}
-
-/// The connection of the client in `key`, and its whole key, whose server side `is_server` recognises by key, word and
-/// destination.
-#[inline(always)]
-pub fn find_reply<'t, E: Entry>(
-    tables: &'t impl Buckets<E>,
-    key: &E::Key,
-    place: Place,
-    is_server: impl Fn(&E::Key, Word, u32) -> bool + Copy,
-) -> Option<(Found<'t, E>, E::Key)> {
-    let found = search_replies(tables, key, place, is_server);
-    let entry = entry_at(tables, found)?;
-    let mut whole = *key;
-    let found = believe(entry, |entry, word| {
-        whole = entry.key(word);
-        entry.is_of_client(key, word) && is_server(&whole, word, entry.dest().load())
-    })?;
-    Some((found, whole))
+    believe(entry_at(tables, search_replies(tables, *key, place, server))?, is_it)
 }
 
 /// [`search`] for the connection of a reply.
 ///
 /// Verifier: a function of its own for the sake of the stack.
 #[inline(never)]
-fn search_replies<E: Entry>(
-    tables: &impl Buckets<E>,
-    key: &E::Key,
-    place: Place,
-    is_server: impl Fn(&E::Key, Word, u32) -> bool,
-) -> u64 {
+fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place, server: E::Server) -> u64 {
     search(tables, place, |entry, word| {
-        entry.is_of_client(key, word) && is_server(&entry.key(word), word, entry.dest().load())
+        entry.is_of_client(&key, word) && is_served_by(tables, entry, word, server)
     })
+}
+
+/// Whether the connection in `entry` is masqueraded and to `server`.
+#[inline(always)]
+fn is_served_by<E: Entry>(tables: &impl Tables, entry: &E, word: Word, server: E::Server) -> bool {
+    let dest = tables.dest(entry.dest().load());
+    dest.is_some_and(|dest| E::is_served_by(&entry.key(word), word, dest, server))
 }
 
 /// Ends a connection, unless another CPU changed it since `word` was read. Returns whether it did.

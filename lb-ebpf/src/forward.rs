@@ -1,14 +1,15 @@
 //! The way out: next hops and what is kept of them, link-layer addresses, and the verdict.
 
 use lb_common::{
-    abi::{ADJACENCIES, Adjacency, Dest, DestCpu, NextHop, hop},
+    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, NextHop, hop},
     addr::Ip4,
-    flow::{Entry, Hint, Word},
+    flow::{Entry, Hint},
     reason::Reason,
 };
 
 use crate::{
     env::{Clock, Env, HandOver},
+    flow_table::Found,
     icmp::Complaint,
     packet::Packet,
     tables::Tables,
@@ -182,46 +183,34 @@ fn is_recent(hop: &NextHop, clock: Clock) -> bool {
     clock.now.0.wrapping_sub(hop.asked.get()) <= clock.hz
 }
 
-/// Whether what `hop` says can be believed.
+/// Whether all that this CPU keeps about a destination still holds, its availability included. Nearly always it does.
 #[inline(always)]
-fn is_fresh(hop: &NextHop, clock: Clock) -> bool {
-    is_recent(hop, clock) && matches!(hop.kind.get(), hop::VIA | hop::LOCAL)
+pub fn is_known(config: &Config, cpu: &DestCpu, clock: Clock) -> bool {
+    cpu.epoch.get() == config.epoch.load() && is_recent(&cpu.next_hop, clock)
 }
 
-/// A destination, and what this CPU keeps about it: where its packets go.
-pub struct Way<'t> {
-    /// The destination.
-    pub dest: &'t Dest,
-    /// What this CPU keeps.
-    pub cpu: &'t DestCpu,
-}
-
-/// The way to an available destination on another host whose next hop is known: nearly all packets need nothing else.
-/// The outer option is for a number out of range.
-#[inline(always)]
-pub fn known_way(tables: &impl Tables, number: u32, clock: Clock) -> Option<Option<Way<'_>>> {
-    let dest = tables.dest(number)?;
-    let cpu = tables.dest_cpu(number)?;
-    let hop = &cpu.next_hop;
-    let known = dest.available() && hop.kind.get() == hop::VIA && is_recent(hop, clock);
-    Some(known.then_some(Way { dest, cpu }))
-}
-
-/// The way to a destination.
+/// Finds out what there is to know about an available destination.
 ///
 /// # Errors
 ///
-/// Why there is none.
+/// Why there is no way to it.
 #[inline(always)]
-pub fn to_dest<'t>(env: &impl Env, cpu: &'t DestCpu, dest: &Dest, clock: Clock) -> Result<&'t NextHop, Halt> {
-    let hop = &cpu.next_hop;
-    if is_fresh(hop, clock) {
-        return Ok(hop);
+pub fn find_out(env: &impl Env, config: &Config, dest: &Dest, cpu: &DestCpu, clock: Clock) -> Result<(), Halt> {
+    cpu.epoch.set(0);
+    // Before the destination is looked at: what changes meanwhile is then found out with the next packet.
+    let epoch = config.epoch.load();
+    for (kept, word) in cpu.addr.iter().zip(&dest.addr) {
+        kept.set(word.load());
     }
+    cpu.port.set(dest.port().raw().into());
+    let hop = &cpu.next_hop;
     match env.route4(dest.addr4(), Ip4::default(), hop) {
         Ok(()) => {
             hop.asked.set(clock.now.0);
-            Ok(hop)
+            if dest.available() && hop.kind.get() == hop::VIA {
+                cpu.epoch.set(epoch);
+            }
+            Ok(())
         }
         // The sender learns that the host is unreachable, as from ip_vs.
         Err(Reason::NoRoute) => Err(Halt::tell(Reason::NoRoute, Complaint::HOST_UNREACHABLE)),
@@ -229,43 +218,44 @@ pub fn to_dest<'t>(env: &impl Env, cpu: &'t DestCpu, dest: &Dest, clock: Clock) 
     }
 }
 
-/// The way to the client of a connection, for a packet from the service's address.
-///
-/// A connection remembers the number of its client's next hop and asks the routing table again whenever its entry is
-/// written anyway, which is once a second; that is when `ask` is set.
+/// The way to the client of a connection, of which the connection remembers the number, if this CPU knows it.
+#[inline(always)]
+pub fn known_way<'t, E: Entry>(tables: &'t impl Tables, found: &Found<'_, E>, clock: Clock) -> Option<&'t NextHop> {
+    let number = Hint::value(found.entry.hint().load(), found.word);
+    let hop = tables.adjacency_cpu(u32::from(number))?;
+    (number != 0 && hop.kind.get() == hop::VIA && is_recent(hop, clock)).then_some(hop)
+}
+
+/// Finds out the way to the client of a connection, for a packet from the service's address, and lets the connection
+/// remember its number.
 ///
 /// # Errors
 ///
 /// Why there is none.
 #[inline(always)]
-pub fn to_client<'t, E: Entry>(
+pub fn find_way<'t, E: Entry>(
     tables: &'t impl Tables,
     env: &impl Env,
-    connection: (&E, Word, bool),
+    found: &Found<'_, E>,
     addresses: (Ip4, Ip4),
     clock: Clock,
 ) -> Result<&'t NextHop, Halt> {
-    let (entry, word, ask) = connection;
     let (client, service) = addresses;
-    let number = Hint::value(entry.hint().load(), word);
-    if !ask
-        && number != 0
-        && let Some(hop) = tables.adjacency_cpu(u32::from(number))
-        && is_fresh(hop, clock)
-    {
-        return Ok(hop);
-    }
     let once = tables.adjacency_cpu(0).ok_or(Reason::Impossible)?;
     env.route4(client, service, once)?;
     if once.kind.get() != hop::VIA {
         return Ok(once);
     }
-    let found = adjacency_number(tables, once);
-    let hop = tables.adjacency_cpu(u32::from(found)).ok_or(Reason::Impossible)?;
+    let number = adjacency_number(tables, once);
+    if number == 0 {
+        return Ok(once);
+    }
+    let hop = tables.adjacency_cpu(number.into()).ok_or(Reason::Impossible)?;
     hop.copy_from(once);
     hop.asked.set(clock.now.0);
-    if found != number {
-        entry.hint().store(Hint::new(word, found).raw());
+    let hint = Hint::new(found.word, number).raw();
+    if found.entry.hint().load() != hint {
+        found.entry.hint().store(hint);
     }
     Ok(hop)
 }

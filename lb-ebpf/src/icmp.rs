@@ -22,7 +22,7 @@ use crate::{
     nat,
     packet::Packet,
     parse::{self, Ip4Packet, Segment},
-    pipeline::{self, Connection},
+    pipeline::{self, Connection, Now},
     tables::Tables,
     wire,
 };
@@ -241,13 +241,13 @@ where
     let connection = Connection::of(found.word, found.dest);
     if connection.method() == Method::Masq as u8 {
         let dest = tables.dest(found.dest)?;
-        let server = (dest.addr4(), connection.port(dest, vport));
+        let server = (dest.addr4(), connection.port(dest.port(), vport));
         if let Err(halt) = rewrite(packet, ip, &quoted, nat::End::Source, server) {
             return Some(Err(halt));
         }
     }
-    let clock = pipeline::clock(tables.config()?, env);
-    Some(pipeline::to_server(packet, tables, env, ip, None, connection, clock))
+    let now = &Now::of(tables.config()?, env);
+    Some(pipeline::to_server(packet, tables, env, ip, None, connection, now))
 }
 
 /// Relays an ICMP error about what a masqueraded server was sent to the client that sent it (`docs/ipvs.md`, section 5.3).
@@ -276,8 +276,8 @@ where
     if let Err(halt) = rewrite(packet, ip, &quoted, nat::End::Destination, service) {
         return Some(Err(halt));
     }
-    let clock = pipeline::clock(tables.config()?, env);
-    Some(send_to_client(packet, tables, env, ip, &found, service.0, clock))
+    let now = Now::of(tables.config()?, env);
+    Some(send_to_client(packet, tables, env, ip, &found, service.0, now.clock))
 }
 
 #[inline(always)]
@@ -295,8 +295,7 @@ where
     T: Tables,
     E: Env,
 {
-    let connection = (found.entry, found.word, true);
-    let hop = forward::to_client(tables, env, connection, (ip.destination(), service), clock)?;
+    let hop = forward::find_way(tables, env, found, (ip.destination(), service), clock)?;
     let hops = if forward::is_local(hop) { 0 } else { 1 };
     if ip.ttl() <= hops {
         return Err(Reason::TtlExpired.into());

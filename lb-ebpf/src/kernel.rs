@@ -33,42 +33,60 @@ pub const AF_INET: u32 = 2;
 /// Address family numbers of the kernel.
 pub const AF_INET6: u32 = 10;
 
+/// Reads a pointer from the context.
+///
+/// Verifier: in assembly, or the compiler knows that the field has 32 bits, and keeps no more of the pointer on the stack.
+macro_rules! load {
+    ($ctx:expr, $field:ident) => {{
+        let pointer: u64;
+        // SAFETY: the kernel keeps the context valid while the program runs.
+        unsafe {
+            core::arch::asm!(
+                "{pointer} = *(u32 *)({ctx} + {offset})",
+                pointer = out(reg) pointer,
+                ctx = in(reg) $ctx,
+                offset = const core::mem::offset_of!(xdp_md, $field),
+                options(nostack, readonly),
+            )
+        };
+        pointer as usize
+    }};
+}
+
 /// The loopback interface has this index in every network namespace.
 const LOOPBACK: u32 = 1;
 
 /// The frame of an XDP program.
+///
+/// A step of [`crate::pipeline::Steps`] may move the frame behind the back of its caller, who must not use its own packet
+/// after that.
 pub struct XdpPacket {
     ctx: *mut xdp_md,
+    start: usize,
+    end: usize,
 }
 
 impl XdpPacket {
     /// The frame of the program that was given `ctx`.
     #[inline(always)]
-    pub const fn new(ctx: *mut xdp_md) -> Self {
-        Self { ctx }
+    pub fn new(ctx: *mut xdp_md) -> Self {
+        Self { ctx, start: load!(ctx, data), end: load!(ctx, data_end) }
     }
 
+    /// Finds the frame again, after it has moved.
     #[inline(always)]
-    fn start(&self) -> usize {
-        // Verifier: volatile, or the compiler keeps the value across calls in 32 bits of stack, which makes it a number.
-        // SAFETY: the kernel keeps the context valid while the program runs.
-        unsafe { (&raw const (*self.ctx).data).read_volatile() as usize }
-    }
-
-    #[inline(always)]
-    fn end(&self) -> usize {
-        // SAFETY: as in `start`.
-        unsafe { (&raw const (*self.ctx).data_end).read_volatile() as usize }
+    fn moved(&mut self) {
+        *self = Self::new(self.ctx);
     }
 
     /// The address of `len` bytes at `offset`, if the frame has them.
     #[inline(always)]
     fn at(&self, offset: usize, len: usize) -> Option<usize> {
-        let address = self.start() + offset;
+        let address = self.start + offset;
         // Verifier: of one byte the compiler makes the comparison `address < end`, from which the verifier learns nothing
         // about a pointer without a constant offset.
         let beyond = if len == 1 { opaque(address as u64 + 1) as usize } else { address + len };
-        (beyond <= self.end()).then_some(address)
+        (beyond <= self.end).then_some(address)
     }
 }
 
@@ -76,7 +94,7 @@ impl Packet for XdpPacket {
     #[inline(always)]
     fn len(&self) -> usize {
         // Verifier: opaque, or the compiler subtracts 32-bit halves of pointers where it can.
-        opaque((self.end() - self.start()) as u64) as usize
+        opaque((self.end - self.start) as u64) as usize
     }
 
     #[inline(always)]
@@ -109,6 +127,7 @@ impl Packet for XdpPacket {
     fn grow_head(&mut self, by: u16) -> Option<()> {
         // SAFETY: a helper call with the program's own context.
         let result = unsafe { bpf_xdp_adjust_head(self.ctx, -i32::from(by)) };
+        self.moved();
         (result == 0).then_some(())
     }
 
@@ -120,6 +139,7 @@ impl Packet for XdpPacket {
         }
         // SAFETY: a helper call with the program's own context.
         let result = unsafe { bpf_xdp_adjust_tail(self.ctx, by) };
+        self.moved();
         (by < 0 && result == 0).then_some(())
     }
 
@@ -229,12 +249,10 @@ impl HandOver for XdpPacket {
     fn hand_over(&mut self, hop: &NextHop) -> Option<()> {
         const LEN: usize = size_of::<Errand>();
         // SAFETY: a helper call with the program's own context.
-        if unsafe { bpf_xdp_adjust_meta(self.ctx, -(LEN as i32)) } != 0 {
-            return None;
-        }
-        // SAFETY: as in `start`.
-        let address = unsafe { (&raw const (*self.ctx).data_meta).read_volatile() as usize };
-        if address + LEN > self.start() {
+        let result = unsafe { bpf_xdp_adjust_meta(self.ctx, -(LEN as i32)) };
+        self.moved();
+        let address = load!(self.ctx, data_meta);
+        if result != 0 || address + LEN > self.start {
             return None;
         }
         let errand = Errand {

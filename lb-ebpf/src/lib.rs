@@ -11,7 +11,7 @@
 //! Values that may stand on the stack are single 64-bit words or aligned to them. The eBPF target is told that memory
 //! may be accessed misaligned, which packets need; but the compiler then also copies structs on the stack in misaligned
 //! pieces, which the verifier refuses. For the same reason nothing returns an enum with a payload of bytes.
-#![cfg_attr(target_arch = "bpf", no_std)]
+#![cfg_attr(target_arch = "bpf", no_std, feature(asm_experimental_arch))]
 #![deny(unsafe_code)]
 
 pub mod ageing;

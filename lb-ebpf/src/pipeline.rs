@@ -1,9 +1,9 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, EndpointKey4, Target},
+    abi::{Config, Dest, DestCpu, EndpointKey4, NextHop, Target},
     addr::{Ip4, Port},
-    flow::{Entry, Entry4, Key4, Place, Word, flag},
+    flow::{Entry, Entry4, Key4, Place, Server4, Word, flag},
     proto::Method,
     reason::Reason,
 };
@@ -12,7 +12,7 @@ use crate::{
     endpoint,
     env::{Clock, Env, HandOver},
     flow_table::{self, Buckets, Found, Insert, Inserted},
-    forward::{self, Exit, Halt, Way},
+    forward::{self, Exit, Halt},
     icmp::{self, Complaint},
     nat::{self, End},
     packet::Packet,
@@ -53,9 +53,9 @@ where
         forward(packet, tables, self, connection)
     }
 
-    /// [`reply`].
-    fn reply(&self, packet: &mut P, tables: &T) -> Option<Result<Exit, Halt>> {
-        reply(packet, tables, self)
+    /// [`return_to_client`].
+    fn return_to_client(&self, packet: &mut P, tables: &T) -> Result<Exit, Halt> {
+        return_to_client(packet, tables, self)
     }
 
     /// [`observe`].
@@ -87,9 +87,10 @@ where
     T: Buckets<Entry4>,
     E: Steps<P, T>,
 {
-    let exit = match parse::frame(packet) {
-        Ok(Frame::Ipv4) => ipv4(packet, tables, env),
-        Err(reason) => Exit::stop(reason as u8),
+    let exit = match (parse::frame(packet), tables.config()) {
+        (Ok(Frame::Ipv4), Some(config)) => ipv4(packet, tables, env, &Now::of(config, env)),
+        (Ok(Frame::Ipv4), None) => Exit::stop(Reason::Impossible as u8),
+        (Err(reason), _) => Exit::stop(reason as u8),
     };
     if let Some(reason) = exit.reason() {
         tables.count(reason);
@@ -97,8 +98,24 @@ where
     exit
 }
 
+/// The settings and the time while a packet is handled.
+pub struct Now<'t> {
+    /// The settings.
+    pub config: &'t Config,
+    /// The time.
+    pub clock: Clock,
+}
+
+impl<'t> Now<'t> {
+    /// The settings, and the time.
+    #[inline(always)]
+    pub fn of(config: &'t Config, env: &impl Env) -> Self {
+        Self { config, clock: Clock { now: env.jiffies().after(config.clock_skew.load()), hz: env.hz() } }
+    }
+}
+
 #[inline(always)]
-fn ipv4<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Exit
+fn ipv4<P, T, E>(packet: &mut P, tables: &T, env: &E, now: &Now<'_>) -> Exit
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
@@ -108,7 +125,7 @@ where
         Ok(ip) => ip,
         Err(reason) => return Exit::stop(reason as u8),
     };
-    let halt = match route(packet, tables, env, &ip) {
+    let halt = match route(packet, tables, env, &ip, now) {
         Ok(exit) => return exit,
         Err(halt) => halt,
     };
@@ -124,7 +141,7 @@ where
 
 /// Tells by its two ends what an IPv4 packet is to the director, and takes it there.
 #[inline(always)]
-fn route<P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &Ip4Packet) -> Result<Exit, Halt>
+fn route<P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &Ip4Packet, now: &Now<'_>) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
@@ -149,13 +166,13 @@ where
     };
     let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
     if to.is_service() {
-        return request(packet, tables, env, (ip, segment), to);
+        return request(packet, tables, env, (ip, segment), to, now);
     }
     let from = endpoint::find4(tables, EndpointKey4::new(ip.source(), segment.source(), segment.protocol()));
     if from.has(Target::SERVER)
-        && let Some(result) = env.reply(packet, tables)
+        && let Some((found, key)) = find_masqueraded(tables, ip.source(), ip.destination(), segment)
     {
-        return result;
+        return reply(packet, tables, env, (ip, segment), (&found, &key), now);
     }
     if from.is_service() {
         return env.observe(packet, tables);
@@ -171,12 +188,6 @@ fn for_service_address(tables: &impl Tables, ip: &Ip4Packet, reason: Reason) -> 
     } else {
         Reason::NotService
     }
-}
-
-/// The clock of a packet that is being handled now.
-#[inline(always)]
-pub fn clock(config: &Config, env: &impl Env) -> Clock {
-    Clock { now: env.jiffies().after(config.clock_skew.load()), hz: env.hz() }
 }
 
 const MASQ: u8 = Method::Masq as u8;
@@ -221,8 +232,8 @@ impl Connection {
 
     /// The port the destination is reached at.
     #[inline(always)]
-    pub fn port(self, dest: &Dest, service: Port) -> Port {
-        if self.0 >> 40 & 1 != 0 { service } else { dest.port() }
+    pub fn port(self, dest: Port, service: Port) -> Port {
+        if self.0 >> 40 & 1 != 0 { service } else { dest }
     }
 }
 
@@ -234,6 +245,7 @@ fn request<P, T, E>(
     env: &E,
     parsed: (&Ip4Packet, Segment),
     target: Target,
+    now: &Now<'_>,
 ) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
@@ -244,19 +256,17 @@ where
     if !ip.checksum_holds(packet) {
         return Err(Reason::IpChecksum.into());
     }
-    let config = tables.config().ok_or(Reason::Impossible)?;
-    let clock = clock(config, env);
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
     if let Some(found) = flow_table::find(tables, &key, place)
-        && let Ok(word) = track::step(tables, config, &found, (segment.flags(), From::Client), clock)
+        && let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now)
     {
         let connection = Connection::of(word, found.dest);
-        let way = forward::known_way(tables, connection.dest(), clock).ok_or(Reason::Impossible)?;
-        return match way {
-            Some(way) => send_to_server(packet, env, ip, Some(segment), connection, &way),
-            None => env.forward(packet, tables, connection),
-        };
+        let cpu = tables.dest_cpu(found.dest).ok_or(Reason::Impossible)?;
+        if forward::is_known(now.config, cpu, now.clock) {
+            return send_to_server(packet, env, ip, Some(segment), connection, cpu);
+        }
+        return env.forward(packet, tables, connection);
     }
     let dest = env.schedule(packet, tables, target)?;
     let connection = match env.store(packet, tables, dest) {
@@ -280,8 +290,8 @@ where
 {
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
-    let config = tables.config().ok_or(Reason::Impossible)?;
-    to_server(packet, tables, env, ip, Some(segment), connection, clock(config, env))
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    to_server(packet, tables, env, ip, Some(segment), connection, now)
 }
 
 /// The connection that a client's packet belongs to.
@@ -328,14 +338,13 @@ where
 {
     let ip = &parse::ipv4(packet).ok()?;
     let segment = ip.segment(packet).ok()?;
-    let config = tables.config()?;
-    let clock = clock(config, env);
+    let now = Now::of(tables.config()?, env);
     let (method, port) = tables.dest(dest).map(|dest| (dest.method(), dest.port()))?;
     let service_port = if port == Port::default() { flag::SERVICE_PORT } else { 0 };
-    let birth = track::birth(config, segment.protocol(), segment.flags(), method, service_port, clock.now);
+    let birth = track::birth(&now, segment.protocol(), segment.flags(), method, service_port);
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    match flow_table::insert(tables, &Insert { key, place, dest, birth, clock }) {
+    match flow_table::insert(tables, &Insert { key, place, dest, birth, clock: now.clock }) {
         Inserted::New => {
             let cpu = tables.dest_cpu(dest)?;
             cpu.counters.connections.update(|connections| connections + 1);
@@ -360,12 +369,12 @@ where
 {
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
-    let config = tables.config().ok_or(Reason::Impossible)?;
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
     let found: Found<'_, Entry4> = flow_table::find(tables, &key, place).ok_or(Reason::FlowContended)?;
-    let packet = (segment.flags(), From::Client);
-    let word = track::step(tables, config, &found, packet, clock(config, env)).map_err(|track::Gone| Reason::FlowContended)?;
+    let step = (segment.flags(), From::Client);
+    let word = track::step(tables, &found, step, now).map_err(|track::Gone| Reason::FlowContended)?;
     Ok(Connection::of(word, found.dest))
 }
 
@@ -382,7 +391,7 @@ pub fn to_server<P, T, E>(
     ip: &Ip4Packet,
     segment: Option<Segment>,
     connection: Connection,
-    clock: Clock,
+    now: &Now<'_>,
 ) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
@@ -394,13 +403,17 @@ where
         return Err(Reason::DestinationRemoved.into());
     }
     let cpu = tables.dest_cpu(connection.dest()).ok_or(Reason::Impossible)?;
-    let hop = forward::to_dest(env, cpu, dest, clock);
-    if hop.as_ref().is_ok_and(|hop| !forward::is_local(hop)) {
-        return send_to_server(packet, env, ip, segment, connection, &Way { dest, cpu });
+    if !forward::is_known(now.config, cpu, now.clock) {
+        if let Err(halt) = forward::find_out(env, now.config, dest, cpu, now.clock) {
+            cpu.counters.count_in(ip.len());
+            return Err(halt);
+        }
+        if forward::is_local(&cpu.next_hop) {
+            cpu.counters.count_in(ip.len());
+            return deliver(packet, ip, segment, connection, cpu);
+        }
     }
-    cpu.counters.count_in(ip.len());
-    hop?;
-    deliver(packet, ip, segment, connection, dest)
+    send_to_server(packet, env, ip, segment, connection, cpu)
 }
 
 /// Sends a packet of a client, or an ICMP error on its behalf (without `segment`), to a destination on another host.
@@ -415,13 +428,12 @@ fn send_to_server<P, E>(
     ip: &Ip4Packet,
     segment: Option<Segment>,
     connection: Connection,
-    way: &Way<'_>,
+    cpu: &DestCpu,
 ) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     E: Env,
 {
-    let Way { dest, cpu } = way;
     let hop = &cpu.next_hop;
     cpu.counters.count_in(ip.len());
     match connection.method() {
@@ -431,12 +443,12 @@ where
         }
         MASQ => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
-            let server = (dest.addr4(), server_port(connection, dest, segment));
+            let server = (cpu.addr4(), server_port(connection, cpu, segment));
             nat::translate(packet, ip, segment, End::Destination, server, 1).ok_or(Reason::Impossible)?;
         }
         TUNNEL => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get().saturating_sub(tunnel::OVERHEAD))?;
-            tunnel::encapsulate(packet, ip, Ip4::from_raw(hop.source.get()), dest.addr4())?;
+            tunnel::encapsulate(packet, ip, Ip4::from_raw(hop.source.get()), cpu.addr4())?;
         }
         _ => return Err(Reason::Impossible.into()),
     }
@@ -445,8 +457,8 @@ where
 
 /// The port of the server that a packet goes to.
 #[inline(always)]
-fn server_port(connection: Connection, dest: &Dest, segment: Option<Segment>) -> Port {
-    segment.map_or(Port::default(), |segment| connection.port(dest, segment.destination()))
+fn server_port(connection: Connection, cpu: &DestCpu, segment: Option<Segment>) -> Port {
+    segment.map_or(Port::default(), |segment| connection.port(cpu.port(), segment.destination()))
 }
 
 /// Hands a packet of a client to a server on the director itself (`docs/ipvs.md`, section 5.6).
@@ -460,14 +472,14 @@ fn deliver(
     ip: &Ip4Packet,
     segment: Option<Segment>,
     connection: Connection,
-    dest: &Dest,
+    cpu: &DestCpu,
 ) -> Result<Exit, Halt> {
     if connection.method() == MASQ {
-        let server = dest.addr4();
+        let server = cpu.addr4();
         if !ip.source().is_loopback() {
             return Err(refuse_local(server).into());
         }
-        let port = server_port(connection, dest, segment);
+        let port = server_port(connection, cpu, segment);
         nat::translate(packet, ip, segment, End::Destination, (server, port), 0).ok_or(Reason::Impossible)?;
     }
     Ok(Exit::host(Reason::LocalDelivery))
@@ -498,34 +510,73 @@ fn may_be_forwarded(ip: &Ip4Packet, tell: bool, mtu: u32) -> Result<(), Halt> {
     Err(halt(Reason::TooBig, Complaint::too_big(mtu)))
 }
 
-/// A packet from a masqueraded server. `None` when it belongs to no masqueraded connection.
+/// A packet of the masqueraded server of a connection.
 ///
 /// # Errors
 ///
 /// Why it is not forwarded.
 #[inline(always)]
-pub fn reply<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Option<Result<Exit, Halt>>
+fn reply<P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    parsed: (&Ip4Packet, Segment),
+    connection: (&Found<'_, Entry4>, &Key4),
+    now: &Now<'_>,
+) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Steps<P, T>,
+{
+    let (ip, segment) = parsed;
+    let (found, key) = connection;
+    if !ip.checksum_holds(packet) {
+        return Err(Reason::IpChecksum.into());
+    }
+    let step = (segment.flags(), From::Server);
+    let word = track::step(tables, found, step, now).map_err(|track::Gone| Reason::NotService)?;
+    // A connection's word is written once a second: often enough to ask for the way to its client again.
+    if word == found.word
+        && let Some(hop) = forward::known_way(tables, found, now.clock)
+    {
+        return to_client(packet, tables, env, parsed, found.dest, (key.vaddr(), key.vport()), hop);
+    }
+    env.return_to_client(packet, tables)
+}
+
+/// Sends a packet of a masqueraded server to its client by a way that has to be found out.
+///
+/// # Errors
+///
+/// Why it does not get there.
+#[inline(always)]
+pub fn return_to_client<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet).ok()?;
-    let segment = ip.segment(packet).ok()?;
-    let (found, key) = find_masqueraded(tables, ip.source(), ip.destination(), segment)?;
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    let (found, key) =
+        find_masqueraded(tables, ip.source(), ip.destination(), segment).ok_or(Reason::NotService)?;
     let service = (key.vaddr(), key.vport());
-    Some(to_client(packet, tables, env, (ip, segment), &found, service))
+    let now = Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let hop = forward::find_way(tables, env, &found, (ip.destination(), service.0), now.clock)?;
+    to_client(packet, tables, env, (ip, segment), found.dest, service, hop)
 }
 
-/// Sends a packet of the server of `found` to its client, as from the service.
+/// Sends a packet of destination number `dest` to its client, as from the service.
 #[inline(always)]
 fn to_client<P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
     parsed: (&Ip4Packet, Segment),
-    found: &Found<'_, Entry4>,
+    dest: u32,
     service: (Ip4, Port),
+    hop: &NextHop,
 ) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
@@ -533,20 +584,11 @@ where
     E: Env,
 {
     let (ip, segment) = parsed;
-    if !ip.checksum_holds(packet) {
-        return Err(Reason::IpChecksum.into());
-    }
-    let config = tables.config().ok_or(Reason::Impossible)?;
-    let clock = clock(config, env);
-    let step = (segment.flags(), From::Server);
-    let word = track::step(tables, config, found, step, clock).map_err(|track::Gone| Reason::NotService)?;
-    let ask = word != found.word;
-    let hop = forward::to_client(tables, env, (found.entry, word, ask), (ip.destination(), service.0), clock)?;
     let local = forward::is_local(hop);
     if !local && (ip.ttl() <= 1 || u32::from(ip.len()) > hop.mtu.get()) {
         return Err(Reason::ReplyRefused.into());
     }
-    count_out(tables, found.dest, ip.len());
+    count_out(tables, dest, ip.len());
     let hops = if local { 0 } else { 1 };
     nat::translate(packet, ip, Some(segment), End::Source, service, hops).ok_or(Reason::Impossible)?;
     forward::send(packet, env, hop)
@@ -562,14 +604,7 @@ pub fn find_masqueraded<'t, T: Buckets<Entry4>>(
 ) -> Option<(Found<'t, Entry4>, Key4)> {
     let key = Key4::new(segment.protocol(), (client, segment.destination()), (Ip4::default(), Port::default()));
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    let port = segment.source();
-    flow_table::find_reply(tables, &key, place, move |key: &Key4, word, dest| {
-        let connection = Connection::of(word, dest);
-        connection.method() == MASQ
-            && tables.dest(dest).is_some_and(|dest| {
-                dest.addr4() == server && connection.port(dest, key.vport()) == port
-            })
-    })
+    flow_table::find_reply(tables, &key, place, Server4::new(server, segment.source()))
 }
 
 /// A reply of a DR or tunnel server that happens to pass the director: it moves its connection and is left alone.
@@ -586,7 +621,7 @@ where
 {
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
-    let config = tables.config().ok_or(Reason::Impossible)?;
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let client = (ip.destination(), segment.destination());
     let key = Key4::new(segment.protocol(), client, (ip.source(), segment.source()));
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
@@ -595,7 +630,7 @@ where
         return Err(Reason::NotService.into());
     }
     let step = (segment.flags(), From::Server);
-    track::step(tables, config, &found, step, clock(config, env)).map_err(|track::Gone| Reason::NotService)?;
+    track::step(tables, &found, step, now).map_err(|track::Gone| Reason::NotService)?;
     count_out(tables, found.dest, ip.len());
     Ok(Exit::host(Reason::ReplyObserved))
 }

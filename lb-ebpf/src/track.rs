@@ -9,8 +9,8 @@ use lb_common::{
 };
 
 use crate::{
-    env::Clock,
     flow_table::{self, Found},
+    pipeline::Now,
     tables::Tables,
 };
 
@@ -32,18 +32,18 @@ pub enum From {
 
 /// When a connection with this word expires if no packet follows the one of now.
 #[inline(always)]
-fn expiry(config: &Config, word: Word, now: Jiffies) -> Jiffies {
-    now.after(config.timeouts.get(word.timeout_index()).map_or(0, |timeout| timeout.load()))
+fn expiry(now: &Now<'_>, word: Word) -> Jiffies {
+    now.clock.now.after(now.config.timeouts.get(word.timeout_index()).map_or(0, |timeout| timeout.load()))
 }
 
 /// The word of a connection after its first packet, which came from the client, but for the version.
 #[inline(always)]
-pub fn birth(config: &Config, protocol: Protocol, tcp_flags: u8, method: u8, flags: u64, now: Jiffies) -> Word {
+pub fn birth(now: &Now<'_>, protocol: Protocol, tcp_flags: u8, method: u8, flags: u64) -> Word {
     let masquerade = method == Method::Masq as u8;
     let no_output = if masquerade { 0 } else { flag::NO_OUTPUT };
-    let word = Word::born(protocol, 0, method, flags | no_output | flag::INACTIVE, now);
+    let word = Word::born(protocol, 0, method, flags | no_output | flag::INACTIVE, now.clock.now);
     let word = next(word, tcp_flags, From::Client);
-    word.expiring(expiry(config, word, now))
+    word.expiring(expiry(now, word))
 }
 
 /// The word after a packet, but for the time it expires.
@@ -83,16 +83,16 @@ fn next(word: Word, tcp_flags: u8, from: From) -> Word {
 #[inline(always)]
 pub fn step<E: Entry>(
     tables: &impl Tables,
-    config: &Config,
     found: &Found<'_, E>,
     packet: (u8, From),
-    clock: Clock,
+    now: &Now<'_>,
 ) -> Result<Word, Gone> {
     let (tcp_flags, from) = packet;
+    let Now { config, clock } = now;
     let mut word = found.word;
     for _ in 0..STEP_ATTEMPTS {
         let moved = next(word, tcp_flags, from);
-        let expires = expiry(config, moved, clock.now);
+        let expires = expiry(now, moved);
         // An entry that is written on every packet would bounce between caches: see `Word::expired`. As an unsigned
         // number: a connection that is over, or whose timeout has been lowered, is far from this.
         let drift = expires.0.wrapping_sub(word.expires().0);

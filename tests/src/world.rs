@@ -2,7 +2,6 @@
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 
-use bytemuck::Zeroable as _;
 use lb_common::{
     abi::{DestCpu, active_and_total},
     addr::Ip4,
@@ -16,7 +15,7 @@ use lb_ebpf::{
     env::Scan as _,
     forward::{Exit, Leave},
     host::{HostEnv, HostPacket, HostRoute, HostSizes, HostTables},
-    pipeline,
+    pipeline::{self, Now},
 };
 use lb_userspace::{
     control::{
@@ -138,7 +137,7 @@ impl World {
 
     /// Ends the connections whose time is over, as the timer does. Returns how many.
     pub fn age(&self) -> u64 {
-        let clock = pipeline::clock(&self.tables.config[0], &self.env);
+        let clock = Now::of(&self.tables.config[0], &self.env).clock;
         let mut sweep = Sweep { tables: &self.tables, first: 0, what: What::Over(clock), ended: 0 };
         for index in 0..self.tables.flows4.len() as u32 {
             sweep.visit(index);
@@ -181,7 +180,6 @@ impl Counters for HostCounters<'_> {
 
     fn clear(&mut self, dest: u32) -> Result<(), Error> {
         let cpu = &self.0[dest as usize];
-        cpu.next_hop.copy_from(&lb_common::abi::NextHop::zeroed());
         for counter in [
             &cpu.counters.connections,
             &cpu.counters.packets_in,

@@ -135,8 +135,9 @@ fn begin(shared: &Shared<'_>) {
     shared.instance.generation.store(generation | 1);
 }
 
-/// The change is done: nothing is left to be finished, and readers find a whole again.
+/// The change is done: nothing is left to be finished, CPUs look at destinations anew, and readers find a whole again.
 fn end(shared: &Shared<'_>) {
+    shared.config.epoch.store(shared.config.epoch.load().wrapping_add(1).max(1));
     if let Some(head) = shared.journal.first() {
         head.kind.store(0);
     }

@@ -40,14 +40,14 @@ pub(crate) fn reset(ctx: XdpContext) -> u32 {
 #[inline(always)]
 fn restore(ctx: &XdpContext) -> Option<()> {
     let setup = SETUP.get(0)?;
-    let mut packet = XdpPacket::new(ctx.ctx);
-    let grown = packet.len() as i32 - setup.len.load() as i32;
+    let grown = XdpPacket::new(ctx.ctx).len() as i32 - setup.len.load() as i32;
     if grown != 0 {
         // SAFETY: a helper call with the program's own context.
         if unsafe { bpf_xdp_adjust_head(ctx.ctx, grown) } != 0 {
             return None;
         }
     }
+    let mut packet = XdpPacket::new(ctx.ctx);
     let flow = setup.next_flow.load();
     let next = match setup.order.load() {
         pick::SAME => 0,

@@ -64,8 +64,8 @@ impl Steps<XdpPacket, Maps> for Kernel {
     }
 
     #[inline(always)]
-    fn reply(&self, _: &mut XdpPacket, _: &Maps) -> Option<Result<Exit, Halt>> {
-        unpack_option(step_reply(self.ctx), Exit::from_bits)
+    fn return_to_client(&self, _: &mut XdpPacket, _: &Maps) -> Result<Exit, Halt> {
+        unpack(step_return_to_client(self.ctx), Exit::from_bits)
     }
 
     #[inline(always)]
@@ -113,7 +113,9 @@ step!(step_join(), packet, kernel => pack(pipeline::join(&packet, &Maps, &kernel
 step!(step_forward(connection: u64), packet, kernel => {
     pack(pipeline::forward(&mut packet, &Maps, &kernel, Connection::from_bits(connection)), Exit::bits)
 });
-step!(step_reply(), packet, kernel => pack_option(pipeline::reply(&mut packet, &Maps, &kernel), Exit::bits));
+step!(step_return_to_client(), packet, kernel => {
+    pack(pipeline::return_to_client(&mut packet, &Maps, &kernel), Exit::bits)
+});
 step!(step_observe(), packet, kernel => pack(pipeline::observe(&packet, &Maps, &kernel), Exit::bits));
 step!(step_relay_to_server(), packet, kernel => {
     pack_option(icmp::relay_to_server(&mut packet, &Maps, &kernel), Exit::bits)

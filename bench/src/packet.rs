@@ -202,7 +202,7 @@ impl Bench {
         let aya::maps::Map::Array(setup) = setup else { anyhow::bail!("SETUP is no array") };
         let setup = Mapped::new(&setup, "SETUP", Access::Write)?;
         let measured = ProgramArray::try_from(ebpf.take_map("MEASURED").context("map MEASURED")?)?;
-        let pinned = aya::programs::ProgramInfo::from_pin(site.place.directory().join("programs/xdpvs"))?;
+        let pinned = aya::programs::ProgramInfo::from_pin(site.place.programs()?.join("xdpvs"))?;
         let director = loaded_programs().flatten().find(|program| program.id() == pinned.id()).context("the director")?;
         Ok(Self { ebpf, setup, measured, director: director.fd()?, wire: site.wire })
     }

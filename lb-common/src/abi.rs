@@ -655,6 +655,39 @@ impl Endpoint4 {
     }
 }
 
+/// A part of a packet's path that most packets do not take.
+///
+/// In the kernel each is a program of its own, with a stack of its own, which the program of the first part goes on to by a
+/// tail call; so the path that most packets take makes hardly any calls. The number is the program's index in the map of
+/// stages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Stage {
+    /// A client's packet that opens a connection, or that needs to know more than is at hand.
+    Request,
+    /// A masqueraded server's packet, of which the way to its client has to be found out.
+    Reply,
+    /// A packet from an endpoint of a service whose servers answer clients directly.
+    Observe,
+    /// An ICMP message.
+    Icmp,
+}
+
+impl Stage {
+    /// Every stage, in the order of their numbers.
+    pub const ALL: [Self; 4] = [Self::Request, Self::Reply, Self::Observe, Self::Icmp];
+
+    /// The name of its program.
+    pub const fn program(self) -> &'static str {
+        match self {
+            Self::Request => "request",
+            Self::Reply => "reply",
+            Self::Observe => "observe",
+            Self::Icmp => "icmp",
+        }
+    }
+}
+
 /// Where ageing stands: what follows the timer in the one value of its map.
 #[derive(Clone, Copy, Debug, Default, Pod, Zeroable)]
 #[repr(C)]

@@ -23,7 +23,7 @@
 //!
 //! A connection is hashed by protocol, client address and client port: what a packet of the client and a reply of a
 //! masqueraded server have in common, so that one entry is found from both sides. The hash names two buckets of ten
-//! entries and the cache line in each where its search begins. With two buckets of ten, fewer than one insert in
+//! entries and the pair of entries in each where its search begins. With two buckets of ten, fewer than one insert in
 //! 10,000 finds both full when three quarters of the table are in use (see `ARCHITECTURE.md`, "Measurements").
 //! At most twenty connections with the same client address and port, to different services, can be held at a time.
 
@@ -35,7 +35,7 @@ use crate::{
     hash::{Seed, scale},
     jiffies::Jiffies,
     proto::{Method, Protocol},
-    sync::{Shared32, Shared64},
+    sync::{Shared32, Shared64, opaque},
     tcp::Transition,
 };
 
@@ -339,6 +339,12 @@ pub struct Entry4 {
     reserved: Shared32,
 }
 
+/// 1 when `value` is not 0.
+#[inline(always)]
+fn nonzero(value: u64) -> usize {
+    (opaque(value | value.wrapping_neg()) >> 63) as usize
+}
+
 impl Entry4 {
     /// What [`Key4::rest`] is for this connection, with `word` as its word.
     #[inline(always)]
@@ -361,15 +367,29 @@ impl Server4 {
 
 /// Entries in a bucket.
 pub const ENTRIES_PER_BUCKET: usize = 10;
-/// Places in a bucket where a search may begin: every second entry, which for IPv4 begins a cache line.
-pub const LINES: usize = ENTRIES_PER_BUCKET / 2;
+/// Pairs of entries in a bucket. An IPv4 pair is a cache line.
+pub const PAIRS: usize = ENTRIES_PER_BUCKET / 2;
 
 /// A bucket of a flow table. An IPv4 bucket is five cache lines.
 #[derive(Zeroable)]
 #[repr(C)]
 pub struct Bucket<E: Zeroable> {
-    /// The entries, searched from the one that the hash names.
-    pub entries: [E; ENTRIES_PER_BUCKET],
+    /// The entries in pairs, searched from the pair that the hash names.
+    pub pairs: [[E; 2]; PAIRS],
+}
+
+impl<E: Zeroable> Bucket<E> {
+    /// The entry with this index, below [`ENTRIES_PER_BUCKET`].
+    #[inline(always)]
+    pub fn entry(&self, index: u64) -> Option<&E> {
+        self.pairs.as_flattened().get(opaque(index) as usize)
+    }
+
+    /// Every entry.
+    #[inline(always)]
+    pub fn entries(&self) -> &[E] {
+        self.pairs.as_flattened()
+    }
 }
 
 /// A bucket of the IPv4 flow table.
@@ -392,6 +412,13 @@ pub trait Entry: Zeroable + 'static {
     fn hint(&self) -> &Shared32;
     /// Whether this is the connection `key`, with `word` as its word.
     fn is(&self, key: &Self::Key, word: Word) -> bool;
+    /// 0 when this may well be the connection `key`, 1 when it is another.
+    ///
+    /// Found out without a branch, which the processor would guess wrong half the time: which of two entries a
+    /// connection has is as good as random.
+    fn is_other(&self, key: &Self::Key) -> usize;
+    /// 0 when this may well be a connection with the client address and client port of `key`, 1 when it is another.
+    fn is_of_other_client(&self, key: &Self::Key) -> usize;
     /// Whether this is a connection with the protocol, client address and client port of `key`.
     fn is_of_client(&self, key: &Self::Key, word: Word) -> bool;
     /// Whether the masqueraded connection `key`, with `word` as its word, to `dest` is to `server`.
@@ -428,6 +455,16 @@ impl Entry for Entry4 {
     #[inline(always)]
     fn is(&self, key: &Key4, word: Word) -> bool {
         self.peer.load() == key.peer && self.rest(word) == key.rest
+    }
+
+    #[inline(always)]
+    fn is_other(&self, key: &Key4) -> usize {
+        nonzero(self.peer.load() ^ key.peer)
+    }
+
+    #[inline(always)]
+    fn is_of_other_client(&self, key: &Key4) -> usize {
+        nonzero((self.peer.load() ^ key.peer) << 16)
     }
 
     #[inline(always)]
@@ -497,11 +534,11 @@ impl Place {
         if second == first { first ^ 1 } else { second }
     }
 
-    /// The index of the entry at which the search of a bucket begins: even, so that a cache line begins there.
+    /// The index of the pair at which the search of a bucket begins.
     #[inline(always)]
-    pub const fn start(self) -> u32 {
-        // Sixteen bits of the hash, scaled to the number of lines.
-        2 * (((self.hash >> 8 & 0xffff) * LINES as u64) >> 16) as u32
+    pub const fn start(self) -> u64 {
+        // Sixteen bits of the hash, scaled to the number of pairs.
+        ((self.hash >> 8 & 0xffff) * PAIRS as u64) >> 16
     }
 }
 
@@ -628,7 +665,7 @@ mod tests {
                 let place = Place::of(i.wrapping_mul(0x9e37_79b9_7f4a_7c15));
                 let (first, second) = (place.first(buckets), place.second(buckets));
                 assert!(first < buckets && second < buckets && first != second);
-                assert!(place.start().is_multiple_of(2) && (place.start() as usize) < ENTRIES_PER_BUCKET);
+                assert!((place.start() as usize) < PAIRS);
             }
         }
     }

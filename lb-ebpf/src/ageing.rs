@@ -39,7 +39,7 @@ impl<T> Sweep<'_, T> {
         T: Buckets<E>,
     {
         let Some(bucket) = self.tables.bucket(self.first + index) else { return };
-        for entry in &bucket.entries {
+        for entry in bucket.entries() {
             let word = Word(entry.word().load());
             let dest = entry.dest().load();
             if word.is_live() && self.ends(word, dest) && flow_table::release(self.tables, entry, word, dest) {

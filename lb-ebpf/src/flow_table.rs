@@ -14,7 +14,7 @@
 
 use lb_common::{
     abi::{ONE_ACTIVE, ONE_CONNECTION},
-    flow::{Bucket, ENTRIES_PER_BUCKET, Entry, Place, Status, Word, flag},
+    flow::{Bucket, ENTRIES_PER_BUCKET, Entry, PAIRS, Place, Status, Word, flag},
     sync::opaque,
 };
 
@@ -24,15 +24,15 @@ use crate::{env::Clock, tables::Tables};
 ///
 /// Most connections then stand in the bucket that is searched first, and the two buckets still balance each other
 /// before either is full.
-const FIRST_BUCKET_FILL: u32 = 4;
+const FIRST_BUCKET_FILL: u64 = 4;
 /// How often an insert looks for another entry after losing one to another CPU.
 const CLAIM_ATTEMPTS: usize = 2;
 
-/// [`ENTRIES_PER_BUCKET`], as a number of turns that no compiler unrolls: unrolled, a search keeps an address for every
-/// entry, on a stack that has room for few.
+/// `count`, as a number of turns that no compiler unrolls: unrolled, a search keeps an address for every entry, on a stack
+/// that has room for few.
 #[inline(always)]
-fn entries_per_bucket() -> u32 {
-    opaque(ENTRIES_PER_BUCKET as u64) as u32
+fn turns(count: usize) -> u64 {
+    opaque(count as u64)
 }
 
 /// A connection, as it was when it was found.
@@ -51,57 +51,6 @@ pub trait Buckets<E: Entry>: Tables {
     fn bucket(&self, index: u32) -> Option<&Bucket<E>>;
 }
 
-/// The index of the entry of a bucket that a search beginning at `start` looks at in turn number `turn`, from 0.
-///
-/// Verifier: where the search begins is hidden anew each time, or it would remember what each turn says about it.
-#[inline(always)]
-fn nth(tables: &impl Tables, start: u32, turn: u32) -> usize {
-    let index = tables.hide(u64::from(start)) + u64::from(turn);
-    opaque(if index < ENTRIES_PER_BUCKET as u64 { index } else { index - ENTRIES_PER_BUCKET as u64 }) as usize
-}
-
-/// The result of a search that found nothing.
-const NOTHING: u64 = u64::MAX;
-
-/// The place of the first entry that `is_it`: its bucket in the high half, its index in the low half; or [`NOTHING`].
-///
-/// Verifier: the result is hidden from it, or it would follow the rest of the program once for every entry.
-#[inline(always)]
-fn search<'t, E: Entry>(
-    tables: &'t impl Buckets<E>,
-    place: Place,
-    mut is_it: impl FnMut(&'t E, Word) -> bool,
-) -> u64 {
-    let buckets = tables.flow_buckets();
-    for number in [place.first(buckets), place.second(buckets)] {
-        let Some(bucket) = tables.bucket(number) else { break };
-        for turn in 0..entries_per_bucket() {
-            let index = nth(tables, place.start(), turn);
-            if let Some(entry) = bucket.entries.get(index)
-                && is_it(entry, Word(entry.word().load()))
-            {
-                return tables.hide(u64::from(number) << 32 | index as u64);
-            }
-        }
-    }
-    NOTHING
-}
-
-/// The entry at a place that [`search`] has found.
-#[inline(always)]
-fn entry_at<E: Entry>(tables: &impl Buckets<E>, place: u64) -> Option<&E> {
-    if place == NOTHING {
-        return None;
-    }
-    tables.bucket((place >> 32) as u32)?.entries.get(place as u32 as usize)
-}
-
-/// [`search`] for a connection, apart: few connections are not where their search begins.
-#[inline(never)]
-fn search_all<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place) -> u64 {
-    search(tables, place, |entry, word| entry.is(&key, word))
-}
-
 /// The connection in `entry` and its key if it is the one wanted: if `is_it` returns its key.
 ///
 /// The word is read before and after everything else, so that all of it is of one connection.
@@ -113,20 +62,71 @@ fn believe<E: Entry>(entry: &E, is_it: impl FnOnce(&E, Word) -> Option<E::Key>) 
     Word(entry.word().load()).same_life(word).then_some((Found { entry, word, dest }, key))
 }
 
+/// The result of [`search`] when it has found nothing.
+const NOTHING: u64 = u64::MAX;
+
+/// The first pair in which `look` finds something, of those where a connection may stand: its bucket in the high half, its
+/// index in the low half; or [`NOTHING`].
+///
+/// Verifier: where a bucket's search begins is hidden from it anew each time, or it would remember what each turn says about
+/// it; and so is the result, or it would follow the rest of the program once for every pair.
+#[inline(always)]
+fn search<'t, E: Entry>(tables: &'t impl Buckets<E>, place: Place, look: impl Fn(&'t [E; 2]) -> bool) -> u64 {
+    let buckets = tables.flow_buckets();
+    for number in [place.first(buckets), place.second(buckets)] {
+        let Some(bucket) = tables.bucket(number) else { break };
+        for turn in 0..turns(PAIRS) {
+            let index = pair_index(tables.hide(place.start()), turn);
+            if bucket.pairs.get(opaque(index) as usize).is_some_and(&look) {
+                return tables.hide(u64::from(number) << 32 | index);
+            }
+        }
+    }
+    NOTHING
+}
+
+/// The pair of a bucket that a search beginning at `start` looks at in turn number `turn`, from 0.
+#[inline(always)]
+fn pair_index(start: u64, turn: u64) -> u64 {
+    let index = start + turn;
+    if index < PAIRS as u64 { index } else { index - PAIRS as u64 }
+}
+
+/// The pair that [`search`] has found.
+#[inline(always)]
+fn pair_at<E: Entry>(tables: &impl Buckets<E>, found: u64) -> Option<&[E; 2]> {
+    if found == NOTHING {
+        return None;
+    }
+    tables.bucket((found >> 32) as u32)?.pairs.get(opaque(found & 0xffff_ffff) as usize)
+}
+
+/// The pair that a search begins with. Nearly always the connection is in it: one cache line.
+#[inline(always)]
+fn first_pair<E: Entry>(tables: &impl Buckets<E>, place: Place) -> Option<&[E; 2]> {
+    tables.bucket(place.first(tables.flow_buckets()))?.pairs.get(opaque(place.start()) as usize)
+}
+
 /// The connection `key`, if there is one; it may be past its time.
 #[inline(always)]
 pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: Place) -> Option<Found<'t, E>> {
-    let is_it = |entry: &E, word| entry.is(key, word).then_some(*key);
-    // Nearly always it is one of the two that the search begins with: one cache line.
-    let bucket = tables.bucket(place.first(tables.flow_buckets()))?;
-    for turn in 0..2 {
-        let entry = bucket.entries.get(opaque(u64::from(place.start() + turn)) as usize)?;
-        if let Some((found, _)) = believe(entry, is_it) {
-            return Some(found);
-        }
+    match in_pair(first_pair(tables, place)?, key) {
+        None => in_pair(pair_at(tables, search_requests(tables, *key, place))?, key),
+        found => found,
     }
-    let (found, _) = believe(entry_at(tables, search_all(tables, *key, place))?, is_it)?;
+}
+
+#[inline(always)]
+fn in_pair<'t, E: Entry>(pair: &'t [E; 2], key: &E::Key) -> Option<Found<'t, E>> {
+    let entry = &pair[pair[0].is_other(key) & 1];
+    let (found, _) = believe(entry, |entry, word| entry.is(key, word).then_some(*key))?;
     Some(found)
+}
+
+/// [`search`] for [`find`]. A function of its own: inlined, it would cost every packet stack.
+#[inline(never)]
+fn search_requests<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place) -> u64 {
+    search(tables, place, |pair| in_pair(pair, &key).is_some())
 }
 
 /// The masqueraded connection between the client in `key` and `server`, and its whole key.
@@ -137,29 +137,35 @@ pub fn find_reply<'t, E: Entry>(
     place: Place,
     server: E::Server,
 ) -> Option<(Found<'t, E>, E::Key)> {
-    let is_it = |entry: &E, word| {
-        let whole = entry.key(word);
-        let is_it = entry.is_of_client(key, word) && is_served_by(tables, entry, word, server);
-        is_it.then_some(whole)
-    };
-    let bucket = tables.bucket(place.first(tables.flow_buckets()))?;
-    for turn in 0..2 {
-        let entry = bucket.entries.get(opaque(u64::from(place.start() + turn)) as usize)?;
-        if let Some(found) = believe(entry, is_it) {
-            return Some(found);
-        }
+    match reply_in_pair(tables, first_pair(tables, place)?, key, server) {
+        None => reply_in_pair(tables, pair_at(tables, search_replies(tables, *key, place, server))?, key, server),
+        found => found,
     }
-    believe(entry_at(tables, search_replies(tables, *key, place, server))?, is_it)
 }
 
-/// [`search`] for the connection of a reply.
-///
-/// Verifier: a function of its own for the sake of the stack.
+#[inline(always)]
+fn reply_in_pair<'t, E: Entry>(
+    tables: &impl Tables,
+    pair: &'t [E; 2],
+    key: &E::Key,
+    server: E::Server,
+) -> Option<(Found<'t, E>, E::Key)> {
+    let is_it = |entry: &E, word| {
+        let is_it = entry.is_of_client(key, word) && is_served_by(tables, entry, word, server);
+        is_it.then(|| entry.key(word))
+    };
+    let likely = pair[0].is_of_other_client(key) & 1;
+    match believe(&pair[likely], is_it) {
+        // The client may have two connections, to different services.
+        None if likely == 0 => believe(&pair[1], is_it),
+        found => found,
+    }
+}
+
+/// [`search`] for [`find_reply`]. A function of its own, like [`search_requests`].
 #[inline(never)]
 fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place, server: E::Server) -> u64 {
-    search(tables, place, |entry, word| {
-        entry.is_of_client(&key, word) && is_served_by(tables, entry, word, server)
-    })
+    search(tables, place, |pair| reply_in_pair(tables, pair, &key, server).is_some())
 }
 
 /// Whether the connection in `entry` is masqueraded and to `server`.
@@ -220,16 +226,15 @@ pub struct Insert<E: Entry> {
 }
 
 /// Creates the connection, which [`find`] did not find.
-///
-/// Verifier: this and its two longest steps are functions of their own for the sake of the stack.
-#[inline(never)]
+#[inline(always)]
 pub fn insert<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Inserted {
-    let claim = claim(tables, insert);
-    if claim == FULL {
-        return Inserted::Full;
-    }
-    let Some((entry, busy)) = claimed(tables, insert, claim) else { return Inserted::Contended };
-    if rivalled(tables, insert, claim) {
+    let claim = match claim(tables, insert) {
+        Ok(claim) => claim,
+        Err(result) => return result,
+    };
+    let Some(entry) = claim.entry(tables, insert.place) else { return Inserted::Contended };
+    let busy = Word(entry.word().load());
+    if busy.status() != Status::Busy || rivalled(tables, insert, claim) {
         give_up(entry, busy);
         return Inserted::Contended;
     }
@@ -253,131 +258,151 @@ fn give_up<E: Entry>(entry: &E, busy: Word) {
 
 /// 1 when the entry with this word cannot be claimed, 0 when it is free or its connection is over.
 ///
-/// Verifier: arithmetic, not branches, or it would follow every combination of used and free entries.
+/// Arithmetic, not branches: neither the processor can guess which entries of a bucket are used, nor need the verifier
+/// follow every combination.
 #[inline(always)]
-fn is_used(word: Word, clock: Clock) -> u32 {
-    let status = (word.0 & 0b11) as u32;
-    let some = (status | status >> 1) & 1;
-    let live = status & status >> 1 & 1;
+fn is_used(word: Word, clock: Clock) -> u64 {
+    // Opaque, or the compiler makes branches of it.
+    let (low, high) = (word.0, opaque(word.0 >> 1));
     let past = clock.now.since(word.expires().after(clock.hz));
-    let over = (!past).cast_unsigned() >> 31;
-    some & !(live & over)
+    let over = u64::from((!past).cast_unsigned() >> 31);
+    (low | high) & !(low & high & opaque(over)) & 1
 }
 
-/// Number of entries of a bucket that cannot be claimed.
+/// What a bucket has room for.
+struct Room {
+    /// Entries that cannot be claimed.
+    used: u64,
+    /// The first that can be, in the order of search; anything when none can.
+    usable: u64,
+}
+
 #[inline(always)]
-fn used<E: Entry>(bucket: &Bucket<E>, clock: Clock) -> u32 {
-    let mut used = 0;
-    for index in 0..entries_per_bucket() {
-        if let Some(entry) = bucket.entries.get(index as usize) {
-            used += is_used(Word(entry.word().load()), clock);
-        }
+fn room<E: Entry>(tables: &impl Buckets<E>, number: u32, start: u64, clock: Clock) -> Option<Room> {
+    let bucket = tables.bucket(number)?;
+    let mut room = Room { used: 0, usable: 0 };
+    // Backwards, so that the first comes last.
+    let mut index = 2 * start;
+    for _ in 0..turns(ENTRIES_PER_BUCKET) {
+        index = if index == 0 { ENTRIES_PER_BUCKET as u64 - 1 } else { index - 1 };
+        let used = is_used(Word(bucket.entry(index)?.word().load()), clock);
+        room.used += used;
+        // All ones when it is usable.
+        let usable = opaque(used.wrapping_sub(1));
+        room.usable = index & usable | room.usable & !usable;
+        index = tables.hide(index);
     }
-    used
+    Some(room)
 }
 
-/// The result of [`claim`] when both buckets are full.
-const FULL: u32 = u32::MAX;
-/// The result of [`claim`] when other CPUs were quicker each time.
-const LOST: u32 = u32::MAX - 1;
+/// A claimed entry: which bucket of its [`Place`] it is in, and its index there; in the order of claims.
+///
+/// Verifier: one word.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Claim(u64);
 
-/// Whether the connection goes to its first bucket.
-#[inline(never)]
-fn goes_first<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: &Clock) -> bool {
-    let buckets = tables.flow_buckets();
-    let Some(first) = tables.bucket(place.first(buckets)) else { return true };
-    let in_first = used(first, *clock);
-    if in_first <= FIRST_BUCKET_FILL {
-        return true;
+impl Claim {
+    const fn new(second: bool, index: u64) -> Self {
+        Self(if second { ENTRIES_PER_BUCKET as u64 + index } else { index })
     }
-    let Some(second) = tables.bucket(place.second(buckets)) else { return true };
-    in_first <= used(second, *clock)
-}
 
-/// Claims an entry for the connection: one that is free or whose connection is over. Returns its place in the order of
-/// claims, by bucket and then by index; or [`FULL`] or [`LOST`].
-#[inline(never)]
-fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> u32 {
-    let clock = insert.clock;
-    let buckets = tables.flow_buckets();
-    for _ in 0..CLAIM_ATTEMPTS {
-        let (number, order) = if goes_first(tables, insert.place, &clock) {
-            (insert.place.first(buckets), 0)
+    const fn is_second(self) -> bool {
+        self.0 >= ENTRIES_PER_BUCKET as u64
+    }
+
+    #[inline(always)]
+    fn entry<E: Entry>(self, tables: &impl Buckets<E>, place: Place) -> Option<&E> {
+        let buckets = tables.flow_buckets();
+        let (number, index) = if self.is_second() {
+            (place.second(buckets), self.0 - ENTRIES_PER_BUCKET as u64)
         } else {
-            (insert.place.second(buckets), ENTRIES_PER_BUCKET as u32)
+            (place.first(buckets), self.0)
         };
-        let Some(bucket) = tables.bucket(number) else { return FULL };
-        let mut usable = None;
-        for turn in 0..entries_per_bucket() {
-            let index = nth(tables, insert.place.start(), turn);
-            if let Some(entry) = bucket.entries.get(index)
-                && is_used(Word(entry.word().load()), clock) == 0
-            {
-                usable = Some(index as u64);
-                break;
+        tables.bucket(number)?.entry(index)
+    }
+}
+
+/// Claims an entry for the connection: one that is free or whose connection is over.
+///
+/// # Errors
+///
+/// [`Inserted::Full`], or [`Inserted::Contended`] when other CPUs were quicker each time.
+#[inline(always)]
+fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Result<Claim, Inserted> {
+    let clock = insert.clock;
+    let place = insert.place;
+    let buckets = tables.flow_buckets();
+    let tag = E::tag(&insert.key, place.hash());
+    for _ in 0..CLAIM_ATTEMPTS {
+        let first = room(tables, place.first(buckets), place.start(), clock).ok_or(Inserted::Full)?;
+        let mut claim = Claim::new(false, first.usable);
+        let mut used = first.used;
+        if first.used > FIRST_BUCKET_FILL {
+            let second = room(tables, place.second(buckets), place.start(), clock).ok_or(Inserted::Full)?;
+            if second.used < first.used {
+                claim = Claim::new(true, second.usable);
+                used = second.used;
             }
         }
-        let Some(index) = usable else { return FULL };
-        let index = tables.hide(index) as u32;
-        let Some(entry) = bucket.entries.get(opaque(u64::from(index)) as usize) else { return FULL };
+        if used >= ENTRIES_PER_BUCKET as u64 {
+            return Err(Inserted::Full);
+        }
+        let claim = Claim(tables.hide(claim.0));
+        let entry = claim.entry(tables, place).ok_or(Inserted::Full)?;
         let word = Word(entry.word().load());
         let dest = entry.dest().load();
-        let busy = word.claimed(E::tag(&insert.key, insert.place.hash()));
-        if is_used(word, clock) == 0 && entry.word().compare_exchange(word.0, busy.0).is_ok() {
+        if is_used(word, clock) == 0 && entry.word().compare_exchange(word.0, word.claimed(tag).0).is_ok() {
             if word.is_live() {
                 settle(tables, word, dest);
             }
-            return order + index;
+            return Ok(claim);
         }
     }
-    LOST
-}
-
-/// The entry that was claimed, and its word. `None` when there was no claim, or when it has been killed already.
-#[inline(always)]
-fn claimed<'t, E: Entry>(tables: &'t impl Buckets<E>, insert: &Insert<E>, claim: u32) -> Option<(&'t E, Word)> {
-    let in_first = claim < ENTRIES_PER_BUCKET as u32;
-    let buckets = tables.flow_buckets();
-    let number = if in_first { insert.place.first(buckets) } else { insert.place.second(buckets) };
-    let index = if in_first { claim } else { claim - ENTRIES_PER_BUCKET as u32 };
-    let entry = tables.bucket(number)?.entries.get(opaque(u64::from(index)) as usize)?;
-    let word = Word(entry.word().load());
-    match word.status() {
-        Status::Busy => Some((entry, word)),
-        _ => {
-            give_up(entry, word);
-            None
-        }
-    }
+    Err(Inserted::Contended)
 }
 
 /// Whether another entry has the connection that is being inserted: an earlier claim, or a published connection. Kills
 /// later claims.
-#[inline(never)]
-fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, own: u32) -> bool {
+#[inline(always)]
+fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, own: Claim) -> bool {
     let tag = E::tag(&insert.key, insert.place.hash());
     let buckets = tables.flow_buckets();
-    let mut order = 0;
-    for number in [insert.place.first(buckets), insert.place.second(buckets)] {
+    for second in [false, true] {
+        let number = if second { insert.place.second(buckets) } else { insert.place.first(buckets) };
         let Some(bucket) = tables.bucket(number) else { return true };
-        for index in 0..entries_per_bucket() {
-            let Some(entry) = bucket.entries.get(index as usize) else { break };
+        for index in 0..turns(ENTRIES_PER_BUCKET) {
+            let Some(entry) = bucket.entry(index) else { break };
             // Verifier: hidden anew each time, or it would remember what each comparison says about it.
-            let own = tables.hide(u64::from(own)) as u32;
-            if order != own && has_it(tables, insert, entry, (tag, order < own)) {
+            let own = Claim(tables.hide(own.0));
+            let claim = Claim::new(second, index);
+            let word = Word(entry.word().load());
+            if concerns(entry, word, &insert.key) && claim != own && has_it(tables, insert, entry, word, (tag, claim < own)) {
                 return true;
             }
-            order += 1;
         }
     }
     false
 }
 
+/// Whether `entry` may have the connection `key`, or be about to: one branch that is nearly never taken, where a look at
+/// the status first would be as good as random.
+#[inline(always)]
+fn concerns<E: Entry>(entry: &E, word: Word, key: &E::Key) -> bool {
+    let busy = word.0 & !opaque(word.0 >> 1) & 1;
+    let same = entry.is_other(key) as u64 ^ 1;
+    busy | same != 0
+}
+
 /// Whether `entry` stands in the way of the connection that is being inserted.
 #[inline(always)]
-fn has_it<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, entry: &E, claim: (u32, bool)) -> bool {
+fn has_it<E: Entry>(
+    tables: &impl Buckets<E>,
+    insert: &Insert<E>,
+    entry: &E,
+    word: Word,
+    claim: (u32, bool),
+) -> bool {
     let (tag, earlier) = claim;
-    let word = Word(entry.word().load());
     match word.status() {
         Status::Busy if word.tag() == tag => {
             // A later claim that was published instead of being killed stands in the way like an earlier one.

@@ -1,7 +1,7 @@
 //! The way out: next hops and what is kept of them, link-layer addresses, and the verdict.
 
 use lb_common::{
-    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, NextHop, hop},
+    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, NextHop, Stage, hop},
     addr::Ip4,
     flow::{Entry, Hint},
     reason::Reason,
@@ -15,10 +15,12 @@ use crate::{
     tables::Tables,
 };
 
-/// Why a packet is not forwarded, and what its sender is told: an ICMP error or nothing.
+/// Why a packet is not forwarded, and what its sender is told: an ICMP error or nothing. Or that its path goes on in
+/// another stage.
 ///
 /// Verifier: one word, for the compiler may copy the unset part of an enum, which the verifier takes for a read of
-/// uninitialised memory. `Result<Exit, Halt>` has none.
+/// uninitialised memory. `Result<Exit, Halt>` has none. Reason number in bits 0-7, complaint in bits 8-39, stage number
+/// plus one in bits 40-47.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Halt(u64);
 
@@ -35,16 +37,22 @@ impl Halt {
         Self(reason as u64 | complaint.bits() << 8)
     }
 
-    /// The halt as a word, with bit 63 clear.
+    /// The path goes on.
     #[inline(always)]
-    pub const fn bits(self) -> u64 {
-        self.0
+    pub const fn go_on(stage: Stage) -> Self {
+        Self((stage as u64 + 1) << 40)
     }
 
-    /// The halt with these bits.
+    /// Where the path goes on, if it does.
     #[inline(always)]
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
+    pub const fn stage(self) -> Option<Stage> {
+        match (self.0 >> 40) as u8 {
+            1 => Some(Stage::Request),
+            2 => Some(Stage::Reply),
+            3 => Some(Stage::Observe),
+            4 => Some(Stage::Icmp),
+            _ => None,
+        }
     }
 
     /// The number of the reason.
@@ -56,7 +64,7 @@ impl Halt {
     /// What the sender is to be told, if anything.
     #[inline(always)]
     pub const fn complaint(self) -> Option<Complaint> {
-        Complaint::from_bits(self.0 >> 8)
+        Complaint::from_bits(self.0 >> 8 & 0xffff_ffff)
     }
 }
 

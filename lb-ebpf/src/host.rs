@@ -23,7 +23,7 @@ use crate::{
     env::{Env, HandOver, Scan},
     flow_table::Buckets,
     packet::Packet,
-    pipeline::Steps,
+    pipeline::Stages,
     tables::Tables,
     wire::Wire,
 };
@@ -377,4 +377,4 @@ impl Env for HostEnv {
     }
 }
 
-impl Steps<HostPacket, HostTables> for HostEnv {}
+impl Stages<HostPacket, HostTables> for HostEnv {}

@@ -216,21 +216,41 @@ fn quoted(packet: &impl Packet, ip: &Ip4Packet) -> Option<Quoted> {
     })
 }
 
-/// Relays an ICMP error about what a service has sent to the server that sent it (`docs/ipvs.md`, section 5.3). `None` when
-/// the message is no error, or is not about that.
+/// An ICMP message: relays an error about a connection to the end that it is for.
 ///
 /// # Errors
 ///
-/// Why it is not relayed.
+/// Why it is not relayed: [`Reason::Icmp`] when it is none of the director's business.
 #[inline(always)]
-pub fn relay_to_server<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Option<Result<Exit, Halt>>
+pub fn relay<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet).ok()?;
-    let quoted = quoted(packet, ip)?;
+    let ip = &parse::ipv4(packet)?;
+    let quoted = &quoted(packet, ip).ok_or(Reason::Icmp)?;
+    match relay_to_server(packet, tables, env, ip, quoted) {
+        Some(result) => result,
+        None => relay_to_client(packet, tables, env, ip, quoted).unwrap_or(Err(Reason::Icmp.into())),
+    }
+}
+
+/// Relays an error about what a service has sent to the server that sent it (`docs/ipvs.md`, section 5.3). `None` when it is
+/// not about that.
+#[inline(always)]
+fn relay_to_server<P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    ip: &Ip4Packet,
+    quoted: &Quoted,
+) -> Option<Result<Exit, Halt>>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
     let (vaddr, vport) = quoted.source;
     if !endpoint::find4(tables, EndpointKey4::new(vaddr, vport, quoted.protocol)).is_service() {
         return None;
@@ -242,7 +262,7 @@ where
     if connection.method() == Method::Masq as u8 {
         let dest = tables.dest(found.dest)?;
         let server = (dest.addr4(), connection.port(dest.port(), vport));
-        if let Err(halt) = rewrite(packet, ip, &quoted, nat::End::Source, server) {
+        if let Err(halt) = rewrite(packet, ip, quoted, nat::End::Source, server) {
             return Some(Err(halt));
         }
     }
@@ -250,21 +270,21 @@ where
     Some(pipeline::to_server(packet, tables, env, ip, None, connection, now))
 }
 
-/// Relays an ICMP error about what a masqueraded server was sent to the client that sent it (`docs/ipvs.md`, section 5.3).
-/// `None` when the message is no error, or is not about that.
-///
-/// # Errors
-///
-/// Why it is not relayed.
+/// Relays an error about what a masqueraded server was sent to the client that sent it (`docs/ipvs.md`, section 5.3). `None`
+/// when it is not about that.
 #[inline(always)]
-pub fn relay_to_client<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Option<Result<Exit, Halt>>
+fn relay_to_client<P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    ip: &Ip4Packet,
+    quoted: &Quoted,
+) -> Option<Result<Exit, Halt>>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet).ok()?;
-    let quoted = quoted(packet, ip)?;
     let (server, port) = quoted.destination;
     if !endpoint::find4(tables, EndpointKey4::new(server, port, quoted.protocol)).has(Target::SERVER) {
         return None;
@@ -273,7 +293,7 @@ where
     let answer = Segment::new(quoted.protocol, port, quoted.source.1);
     let (found, key) = pipeline::find_masqueraded(tables, server, quoted.source.0, answer)?;
     let service = (key.vaddr(), key.vport());
-    if let Err(halt) = rewrite(packet, ip, &quoted, nat::End::Destination, service) {
+    if let Err(halt) = rewrite(packet, ip, quoted, nat::End::Destination, service) {
         return Some(Err(halt));
     }
     let now = Now::of(tables.config()?, env);

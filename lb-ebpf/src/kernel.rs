@@ -58,7 +58,7 @@ const LOOPBACK: u32 = 1;
 
 /// The frame of an XDP program.
 ///
-/// A step of [`crate::pipeline::Steps`] may move the frame behind the back of its caller, who must not use its own packet
+/// An answer of [`crate::pipeline::Stages`] moves the frame behind the back of its caller, who must not use its own packet
 /// after that.
 pub struct XdpPacket {
     ctx: *mut xdp_md,

@@ -1,7 +1,7 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, DestCpu, EndpointKey4, NextHop, Target},
+    abi::{Config, Dest, DestCpu, EndpointKey4, NextHop, Stage, Target},
     addr::{Ip4, Port},
     flow::{Entry, Entry4, Key4, Place, Server4, Word, flag},
     proto::Method,
@@ -23,54 +23,15 @@ use crate::{
     tunnel,
 };
 
-/// The steps of the path that most packets do not take.
-///
-/// Verifier: the kernel's verifier follows a program once for every way of reaching each of its parts, and a program of
-/// this size would exceed its patience. What is a function of its own to it, it follows once. So the steps go through
-/// this trait: the programs implement it with such functions, and everybody else leaves it as it is.
-pub trait Steps<P, T>: Env + Sized
+/// What the path does not do itself.
+pub trait Stages<P, T>: Env + Sized
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
 {
-    /// [`schedule`].
-    fn schedule(&self, packet: &P, tables: &T, target: Target) -> Result<u32, Halt> {
-        schedule(packet, tables, self, target)
-    }
-
-    /// [`store`].
-    fn store(&self, packet: &P, tables: &T, dest: u32) -> Option<Result<Connection, Halt>> {
-        store(packet, tables, self, dest)
-    }
-
-    /// [`join`].
-    fn join(&self, packet: &P, tables: &T) -> Result<Connection, Halt> {
-        join(packet, tables, self)
-    }
-
-    /// [`forward`].
-    fn forward(&self, packet: &mut P, tables: &T, connection: Connection) -> Result<Exit, Halt> {
-        forward(packet, tables, self, connection)
-    }
-
-    /// [`return_to_client`].
-    fn return_to_client(&self, packet: &mut P, tables: &T) -> Result<Exit, Halt> {
-        return_to_client(packet, tables, self)
-    }
-
-    /// [`observe`].
-    fn observe(&self, packet: &P, tables: &T) -> Result<Exit, Halt> {
-        observe(packet, tables, self)
-    }
-
-    /// [`icmp::relay_to_server`].
-    fn relay_to_server(&self, packet: &mut P, tables: &T) -> Option<Result<Exit, Halt>> {
-        icmp::relay_to_server(packet, tables, self)
-    }
-
-    /// [`icmp::relay_to_client`].
-    fn relay_to_client(&self, packet: &mut P, tables: &T) -> Option<Result<Exit, Halt>> {
-        icmp::relay_to_client(packet, tables, self)
+    /// Goes on with [`process_stage`].
+    fn enter(&self, packet: &mut P, tables: &T, stage: Stage) -> Exit {
+        process_stage(packet, tables, self, stage)
     }
 
     /// [`icmp::answer`].
@@ -85,17 +46,93 @@ pub fn process<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Exit
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
-    E: Steps<P, T>,
+    E: Stages<P, T>,
 {
-    let exit = match (parse::frame(packet), tables.config()) {
-        (Ok(Frame::Ipv4), Some(config)) => ipv4(packet, tables, env, &Now::of(config, env)),
-        (Ok(Frame::Ipv4), None) => Exit::stop(Reason::Impossible as u8),
-        (Err(reason), _) => Exit::stop(reason as u8),
+    let result = arrive(packet, tables, env);
+    finish(packet, tables, env, result)
+}
+
+/// Handles a frame whose path has come to `stage`.
+#[inline(always)]
+pub fn process_stage<P, T, E>(packet: &mut P, tables: &T, env: &E, stage: Stage) -> Exit
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Stages<P, T>,
+{
+    let result = match stage {
+        Stage::Request => request(packet, tables, env),
+        Stage::Reply => reply(packet, tables, env),
+        Stage::Observe => observe(packet, tables, env),
+        Stage::Icmp => icmp::relay(packet, tables, env),
+    };
+    finish(packet, tables, env, result)
+}
+
+/// Goes on to the next stage, or ends the path: tells the sender, counts.
+#[inline(always)]
+fn finish<P, T, E>(packet: &mut P, tables: &T, env: &E, result: Result<Exit, Halt>) -> Exit
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Stages<P, T>,
+{
+    let exit = match result {
+        Ok(exit) => exit,
+        Err(halt) => {
+            if let Some(stage) = halt.stage() {
+                return env.enter(packet, tables, stage);
+            }
+            let reason = halt.reason();
+            let answer = halt.complaint().and_then(|complaint| env.answer(packet, tables, complaint));
+            answer.map_or(Exit::stop(reason), |answer| answer.instead_of(reason))
+        }
     };
     if let Some(reason) = exit.reason() {
         tables.count(reason);
     }
     exit
+}
+
+/// Tells by its two ends what a frame is to the director. Packets of established connections go all their way from here.
+#[inline(always)]
+fn arrive<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    match parse::frame(packet)? {
+        Frame::Ipv4 => {}
+    }
+    let ip = &parse::ipv4(packet)?;
+    if ip.is_fragment() {
+        return Err(for_service_address(tables, ip, Reason::Fragment).into());
+    }
+    if ip.protocol() == icmp::IPPROTO_ICMP {
+        return Err(Halt::go_on(Stage::Icmp));
+    }
+    let segment = match ip.segment(packet) {
+        Ok(segment) => segment,
+        Err(Reason::TransportTruncated) => {
+            return Err(for_service_address(tables, ip, Reason::TransportTruncated).into());
+        }
+        Err(reason) => return Err(reason.into()),
+    };
+    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    if to.is_service() {
+        return established_request(packet, tables, env, ip, segment);
+    }
+    let from = endpoint::find4(tables, EndpointKey4::new(ip.source(), segment.source(), segment.protocol()));
+    if from.has(Target::SERVER)
+        && let Some((found, key)) = find_masqueraded(tables, ip.source(), ip.destination(), segment)
+    {
+        return established_reply(packet, tables, env, (ip, segment), (&found, &key));
+    }
+    if from.is_service() {
+        return Err(Halt::go_on(Stage::Observe));
+    }
+    Err(Reason::NotService.into())
 }
 
 /// The settings and the time while a packet is handled.
@@ -112,72 +149,6 @@ impl<'t> Now<'t> {
     pub fn of(config: &'t Config, env: &impl Env) -> Self {
         Self { config, clock: Clock { now: env.jiffies().after(config.clock_skew.load()), hz: env.hz() } }
     }
-}
-
-#[inline(always)]
-fn ipv4<P, T, E>(packet: &mut P, tables: &T, env: &E, now: &Now<'_>) -> Exit
-where
-    P: Packet + HandOver,
-    T: Buckets<Entry4>,
-    E: Steps<P, T>,
-{
-    let ip = match parse::ipv4(packet) {
-        Ok(ip) => ip,
-        Err(reason) => return Exit::stop(reason as u8),
-    };
-    let halt = match route(packet, tables, env, &ip, now) {
-        Ok(exit) => return exit,
-        Err(halt) => halt,
-    };
-    let reason = halt.reason();
-    match halt.complaint() {
-        Some(complaint) => match env.answer(packet, tables, complaint) {
-            Some(exit) => exit.instead_of(reason),
-            None => Exit::stop(reason),
-        },
-        None => Exit::stop(reason),
-    }
-}
-
-/// Tells by its two ends what an IPv4 packet is to the director, and takes it there.
-#[inline(always)]
-fn route<P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &Ip4Packet, now: &Now<'_>) -> Result<Exit, Halt>
-where
-    P: Packet + HandOver,
-    T: Buckets<Entry4>,
-    E: Steps<P, T>,
-{
-    if ip.is_fragment() {
-        return Err(for_service_address(tables, ip, Reason::Fragment).into());
-    }
-    if ip.protocol() == icmp::IPPROTO_ICMP {
-        // About what a service has sent, or about what it was sent; or no error of ours at all.
-        return match env.relay_to_server(packet, tables).or_else(|| env.relay_to_client(packet, tables)) {
-            Some(result) => result,
-            None => Err(Reason::Icmp.into()),
-        };
-    }
-    let segment = match ip.segment(packet) {
-        Ok(segment) => segment,
-        Err(Reason::TransportTruncated) => {
-            return Err(for_service_address(tables, ip, Reason::TransportTruncated).into());
-        }
-        Err(reason) => return Err(reason.into()),
-    };
-    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
-    if to.is_service() {
-        return request(packet, tables, env, (ip, segment), to, now);
-    }
-    let from = endpoint::find4(tables, EndpointKey4::new(ip.source(), segment.source(), segment.protocol()));
-    if from.has(Target::SERVER)
-        && let Some((found, key)) = find_masqueraded(tables, ip.source(), ip.destination(), segment)
-    {
-        return reply(packet, tables, env, (ip, segment), (&found, &key), now);
-    }
-    if from.is_service() {
-        return env.observe(packet, tables);
-    }
-    Err(Reason::NotService.into())
 }
 
 /// `reason` when the packet is for the address of a service, else that it is not for us.
@@ -237,61 +208,75 @@ impl Connection {
     }
 }
 
-/// A packet of a client for a service.
+/// A packet of a client for a service, as far as its connection is known and the way to its destination too.
 #[inline(always)]
-fn request<P, T, E>(
+fn established_request<P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
-    parsed: (&Ip4Packet, Segment),
-    target: Target,
-    now: &Now<'_>,
+    ip: &Ip4Packet,
+    segment: Segment,
 ) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
-    E: Steps<P, T>,
+    E: Env,
 {
-    let (ip, segment) = parsed;
     if !ip.checksum_holds(packet) {
         return Err(Reason::IpChecksum.into());
     }
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    if let Some(found) = flow_table::find(tables, &key, place)
-        && let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now)
-    {
-        let connection = Connection::of(word, found.dest);
+    if let Some(found) = flow_table::find(tables, &key, place) {
         let cpu = tables.dest_cpu(found.dest).ok_or(Reason::Impossible)?;
-        if forward::is_known(now.config, cpu, now.clock) {
+        if forward::is_known(now.config, cpu, now.clock)
+            && let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now)
+        {
+            let connection = Connection::of(word, found.dest);
             return send_to_server(packet, env, ip, Some(segment), connection, cpu);
         }
-        return env.forward(packet, tables, connection);
     }
-    let dest = env.schedule(packet, tables, target)?;
-    let connection = match env.store(packet, tables, dest) {
-        Some(result) => result?,
-        None => env.join(packet, tables)?,
-    };
-    env.forward(packet, tables, connection)
+    Err(Halt::go_on(Stage::Request))
 }
 
-/// Sends the packet that has opened a connection to its destination.
+/// A packet of a client for a service, whatever is known of it. Its header checksum has been looked at.
 ///
 /// # Errors
 ///
-/// Why it does not get there.
+/// Why it does not get to a destination.
 #[inline(always)]
-pub fn forward<P, T, E>(packet: &mut P, tables: &T, env: &E, connection: Connection) -> Result<Exit, Halt>
+pub fn request<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
-    T: Tables,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let connection = join_or_open(packet, tables, env, now)?;
+    let connection = Connection::from_bits(tables.hide(connection.bits()));
+    // Verifier: parsed again, so that nothing of it takes up stack while the connection is opened.
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    to_server(packet, tables, env, ip, Some(segment), connection, now)
+}
+
+/// The connection that a client's packet belongs to, which it may have to open first.
+#[inline(always)]
+fn join_or_open<P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
+where
+    P: Packet,
+    T: Buckets<Entry4>,
     E: Env,
 {
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
-    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    to_server(packet, tables, env, ip, Some(segment), connection, now)
+    let key = request_key(ip, segment);
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    match join(tables, segment, &key, place, now) {
+        Some(connection) => Ok(connection),
+        None => open(tables, env, (ip, segment), &key, place, now),
+    }
 }
 
 /// The connection that a client's packet belongs to.
@@ -300,82 +285,62 @@ fn request_key(ip: &Ip4Packet, segment: Segment) -> Key4 {
     Key4::from_raw(segment.protocol(), ip.source(), segment.ports(), ip.destination())
 }
 
-/// Chooses the destination of the connection that a packet opens, by its number.
-///
-/// Parses the packet again: a step of [`Steps`] takes nothing that stands on the stack of its caller.
-///
-/// # Errors
-///
-/// Why the packet opens none.
+/// The connection that a client's packet belongs to, moved by it.
 #[inline(always)]
-pub fn schedule<T: Tables>(packet: &impl Packet, tables: &T, env: &impl Env, target: Target) -> Result<u32, Halt> {
-    let ip = &parse::ipv4(packet)?;
-    let segment = ip.segment(packet)?;
-    if !segment.opens() {
-        return Err(Reason::NoConnection.into());
-    }
-    let view = target.view().ok_or(Reason::NotService)?;
-    if segment.source() == Port::new(20) {
-        return Err(Reason::FtpDataSource.into());
-    }
-    match schedule::pick(tables, env, view, ip.source()) {
-        Ok(number) => Ok(number),
-        Err(Reason::NoDestination) => Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
-        Err(reason) => Err(reason.into()),
-    }
+fn join<T: Buckets<Entry4>>(
+    tables: &T,
+    segment: Segment,
+    key: &Key4,
+    place: Place,
+    now: &Now<'_>,
+) -> Option<Connection> {
+    let found = flow_table::find(tables, key, place)?;
+    let word = track::step(tables, &found, (segment.flags(), From::Client), now).ok()?;
+    Some(Connection::of(word, found.dest))
 }
 
-/// Puts the connection that a packet opens into the table, with the destination number `dest`. `None` when another CPU has
-/// just done so, or is about to.
-///
-/// # Errors
-///
-/// [`Reason::TableFull`].
+/// Opens a connection: chooses its destination and puts it into the table.
 #[inline(always)]
-pub fn store<T>(packet: &impl Packet, tables: &T, env: &impl Env, dest: u32) -> Option<Result<Connection, Halt>>
+fn open<T, E>(
+    tables: &T,
+    env: &E,
+    parsed: (&Ip4Packet, Segment),
+    key: &Key4,
+    place: Place,
+    now: &Now<'_>,
+) -> Result<Connection, Halt>
 where
-    T: Buckets<Entry4>,
-{
-    let ip = &parse::ipv4(packet).ok()?;
-    let segment = ip.segment(packet).ok()?;
-    let now = Now::of(tables.config()?, env);
-    let (method, port) = tables.dest(dest).map(|dest| (dest.method(), dest.port()))?;
-    let service_port = if port == Port::default() { flag::SERVICE_PORT } else { 0 };
-    let birth = track::birth(&now, segment.protocol(), segment.flags(), method, service_port);
-    let key = request_key(ip, segment);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    match flow_table::insert(tables, &Insert { key, place, dest, birth, clock: now.clock }) {
-        Inserted::New => {
-            let cpu = tables.dest_cpu(dest)?;
-            cpu.counters.connections.update(|connections| connections + 1);
-            Some(Ok(Connection::of(birth, dest)))
-        }
-        Inserted::Full => Some(Err(Reason::TableFull.into())),
-        Inserted::Contended => None,
-    }
-}
-
-/// Lets a packet join the connection that another CPU has just opened with a packet of the same client.
-///
-/// # Errors
-///
-/// [`Reason::FlowContended`] when the other CPU is not ready yet.
-#[inline(always)]
-pub fn join<P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Connection, Halt>
-where
-    P: Packet,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
-    let segment = ip.segment(packet)?;
-    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let key = request_key(ip, segment);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    let found: Found<'_, Entry4> = flow_table::find(tables, &key, place).ok_or(Reason::FlowContended)?;
-    let step = (segment.flags(), From::Client);
-    let word = track::step(tables, &found, step, now).map_err(|track::Gone| Reason::FlowContended)?;
-    Ok(Connection::of(word, found.dest))
+    let (ip, segment) = parsed;
+    if !segment.opens() {
+        return Err(Reason::NoConnection.into());
+    }
+    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    let view = to.view().ok_or(Reason::NotService)?;
+    if segment.source() == Port::new(20) {
+        return Err(Reason::FtpDataSource.into());
+    }
+    let number = match schedule::pick(tables, env, view, ip.source()) {
+        Ok(number) => number,
+        Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
+        Err(reason) => return Err(reason.into()),
+    };
+    let number = tables.hide(number.into()) as u32;
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
+    let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
+    match flow_table::insert(tables, &Insert { key: *key, place, dest: number, birth, clock: now.clock }) {
+        Inserted::New => {
+            let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
+            cpu.counters.connections.update(|connections| connections + 1);
+            Ok(Connection::of(birth, number))
+        }
+        Inserted::Full => Err(Reason::TableFull.into()),
+        // Another CPU has just opened it with a packet of the same client, or is about to.
+        Inserted::Contended => join(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
+    }
 }
 
 /// Sends a packet of a client, or an ICMP error on its behalf (without `segment`), to its destination.
@@ -510,30 +475,26 @@ fn may_be_forwarded(ip: &Ip4Packet, tell: bool, mtu: u32) -> Result<(), Halt> {
     Err(halt(Reason::TooBig, Complaint::too_big(mtu)))
 }
 
-/// A packet of the masqueraded server of a connection.
-///
-/// # Errors
-///
-/// Why it is not forwarded.
+/// A packet of the masqueraded server of a connection, as far as the way to its client is known.
 #[inline(always)]
-fn reply<P, T, E>(
+fn established_reply<P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
     parsed: (&Ip4Packet, Segment),
     connection: (&Found<'_, Entry4>, &Key4),
-    now: &Now<'_>,
 ) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
-    E: Steps<P, T>,
+    T: Tables,
+    E: Env,
 {
     let (ip, segment) = parsed;
     let (found, key) = connection;
     if !ip.checksum_holds(packet) {
         return Err(Reason::IpChecksum.into());
     }
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let step = (segment.flags(), From::Server);
     let word = track::step(tables, found, step, now).map_err(|track::Gone| Reason::NotService)?;
     // A connection's word is written once a second: often enough to ask for the way to its client again.
@@ -542,16 +503,17 @@ where
     {
         return to_client(packet, tables, env, parsed, found.dest, (key.vaddr(), key.vport()), hop);
     }
-    env.return_to_client(packet, tables)
+    Err(Halt::go_on(Stage::Reply))
 }
 
-/// Sends a packet of a masqueraded server to its client by a way that has to be found out.
+/// A packet of a masqueraded server, which has moved its connection, and of which the way to its client has to be found
+/// out.
 ///
 /// # Errors
 ///
 /// Why it does not get there.
 #[inline(always)]
-pub fn return_to_client<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+pub fn reply<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
@@ -559,8 +521,9 @@ where
 {
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
-    let (found, key) =
-        find_masqueraded(tables, ip.source(), ip.destination(), segment).ok_or(Reason::NotService)?;
+    let Some((found, key)) = find_masqueraded(tables, ip.source(), ip.destination(), segment) else {
+        return Err(Reason::NotService.into());
+    };
     let service = (key.vaddr(), key.vport());
     let now = Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let hop = forward::find_way(tables, env, &found, (ip.destination(), service.0), now.clock)?;

@@ -7,13 +7,14 @@ use std::{fs, path::Path};
 
 use aya::{
     Ebpf, EbpfLoader, GlobalData,
+    maps::{MapData, ProgramArray},
     programs::{ProgramType, SchedClassifier, Xdp},
     sys::is_helper_supported,
     util::KernelVersion,
 };
 use aya_obj::generated::bpf_func_id;
 use lb_common::{
-    abi::{self, Config, Instance, InstanceRecord, Record as _},
+    abi::{self, Config, Instance, InstanceRecord, Record as _, Stage},
     hash::Seed,
     timeout,
 };
@@ -21,19 +22,14 @@ use lb_common::{
 use crate::{
     datapath::{
         memory::{Access, Mapped},
-        object::{self, map, program},
+        object::{self, STAGES, map, program},
         open::{self, MAPS, Maps},
-        place::{Lock, Place, remove_tree},
+        place::{self, GENERATIONS, Lock, Place, remove_tree},
         run::Control,
         sizes::Capacity,
     },
     error::Error,
 };
-
-/// Directory of an instance's program pins.
-pub(super) const PROGRAMS: &str = "programs";
-/// Where new programs are pinned until all of them are.
-const PROGRAMS_NURSERY: &str = "programs~";
 
 /// A tick of the ageing timer.
 const AGEING_INTERVAL_NS: u32 = 10_000_000;
@@ -100,8 +96,9 @@ pub fn create(place: &Place, _: &Lock, capacity: &Capacity) -> Result<Programs, 
 }
 
 fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
-    for directory in [MAPS, PROGRAMS].map(|name| nursery.join(name)) {
-        fs::create_dir_all(&directory).map_err(|source| Error::file("create", &directory, source))?;
+    let programs_directory = nursery.join(GENERATIONS).join("1");
+    for directory in [&nursery.join(MAPS), &programs_directory] {
+        fs::create_dir_all(directory).map_err(|source| Error::file("create", directory, source))?;
     }
     let record = InstanceRecord {
         abi: abi::VERSION,
@@ -120,8 +117,7 @@ fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
         services_used: 0,
         dests_used: 0,
     };
-    let mut programs = load(nursery, &record)?;
-    pin(&mut programs, &nursery.join(PROGRAMS))?;
+    let programs = load(nursery, &record, &programs_directory)?;
     let instance: Mapped<Instance> = open::mapped(nursery, map::INSTANCE, Access::Write)?;
     instance[0].store(&record);
     let maps = Maps::in_directory(nursery, instance, Access::Write)?;
@@ -129,25 +125,35 @@ fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
     Ok(programs)
 }
 
-/// Loads new programs for the instance at `place` and pins them in place of its old ones. Links still run the old ones.
+/// Loads new programs for the instance at `place` and pins them beside its old ones, which links still run. When no link
+/// runs them any longer, [`retire`] removes the old ones.
 ///
 /// # Errors
 ///
-/// When the instance is of another version, or the kernel refuses the programs; the old ones stay then.
+/// When the kernel refuses the programs; the old ones stay then.
 pub fn replace(place: &Place, _: &Lock, maps: &Maps) -> Result<Programs, Error> {
-    let directory = place.directory();
-    let nursery = directory.join(PROGRAMS_NURSERY);
+    let generations = place.generations();
+    let nursery = generations.join("next~");
     remove_tree(&nursery)?;
-    let mut programs = load(&directory, &maps.instance())?;
     fs::create_dir(&nursery).map_err(|source| Error::file("create", &nursery, source))?;
-    pin(&mut programs, &nursery)?;
-    let pins = directory.join(PROGRAMS);
-    for name in [program::XDPVS, program::CONTROL, program::NEIGHBOUR] {
-        let pin = pins.join(name);
-        fs::rename(nursery.join(name), &pin).map_err(|source| Error::file("replace", &pin, source))?;
-    }
-    remove_tree(&nursery)?;
+    let programs = load(&place.directory(), &maps.instance(), &nursery)?;
+    let newest = place::generations(&generations)?.into_iter().max().unwrap_or(0);
+    let pins = generations.join((newest + 1).to_string());
+    fs::rename(&nursery, &pins).map_err(|source| Error::file("create", &pins, source))?;
     Ok(programs)
+}
+
+/// Removes all programs of the instance at `place` but the newest.
+///
+/// # Errors
+///
+/// When a pin cannot be removed.
+pub fn retire(place: &Place, _: &Lock) -> Result<(), Error> {
+    let directory = place.generations();
+    let numbers = place::generations(&directory)?;
+    let newest = numbers.iter().max();
+    let old = numbers.iter().filter(|number| Some(*number) != newest);
+    old.map(|number| directory.join(number.to_string())).try_for_each(|directory| remove_tree(&directory))
 }
 
 /// Lets the ageing timer of the instance run, under the programs that are pinned now.
@@ -160,8 +166,8 @@ pub fn start_ageing(place: &Place, maps: &Maps) -> Result<(), Error> {
     Control::open(place)?.start_ageing(slice, AGEING_INTERVAL_NS)
 }
 
-/// Loads the programs, with maps that are pinned below `directory` or are pinned there now.
-fn load(directory: &Path, record: &InstanceRecord) -> Result<Programs, Error> {
+/// Loads the programs, with maps that are pinned below `directory` or are pinned there now, and pins them in `pins`.
+fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Programs, Error> {
     let mut loader = EbpfLoader::new();
     for (name, entries) in [
         (map::JOURNAL, record.journal),
@@ -190,21 +196,35 @@ fn load(directory: &Path, record: &InstanceRecord) -> Result<Programs, Error> {
     ] {
         loader.override_global(name, value, true);
     }
-    let mut programs = Programs { ebpf: loader.load(object::DIRECTOR)? };
+    let mut ebpf = loader.load(object::DIRECTOR)?;
+    let stages = ebpf.take_map(STAGES).ok_or(Error::NoProgram { program: STAGES })?;
+    let mut stages = ProgramArray::try_from(stages).map_err(|source| Error::map("open", STAGES, source))?;
+    let mut programs = Programs { ebpf };
     for name in [program::XDPVS, program::CONTROL] {
         programs.get::<Xdp>(name)?.load().map_err(|source| Error::program("load", name, source))?;
     }
+    for stage in Stage::ALL {
+        let name = stage.program();
+        let xdp: &mut Xdp = programs.get(name)?;
+        xdp.load().map_err(|source| Error::program("load", name, source))?;
+        let fd = xdp.fd().and_then(|fd| fd.try_clone().map_err(Into::into));
+        let fd = fd.map_err(|source| Error::program("keep", name, source))?;
+        stages.set(stage as u32, &fd, 0).map_err(|source| Error::map("write", STAGES, source))?;
+    }
     programs.neighbour()?.load().map_err(|source| Error::program("load", program::NEIGHBOUR, source))?;
+    pin(&mut programs, stages, pins)?;
     Ok(programs)
 }
 
-fn pin(programs: &mut Programs, directory: &Path) -> Result<(), Error> {
+fn pin(programs: &mut Programs, stages: ProgramArray<MapData>, directory: &Path) -> Result<(), Error> {
     for name in [program::XDPVS, program::CONTROL, program::NEIGHBOUR] {
         let path = directory.join(name);
         let found = programs.ebpf.program_mut(name).ok_or(Error::NoProgram { program: name })?;
         found.pin(&path).map_err(|source| Error::Pin { path, source })?;
     }
-    Ok(())
+    // Pinned, the map keeps the programs of the stages; unpinned, it would lose them with this process.
+    let path = directory.join(STAGES);
+    stages.pin(&path).map_err(|source| Error::Pin { path, source })
 }
 
 /// The settings a new instance starts with: ip_vs's defaults.

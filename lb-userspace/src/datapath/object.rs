@@ -5,7 +5,7 @@ use aya::include_bytes_aligned;
 /// The director's programs and maps.
 pub static DIRECTOR: &[u8] = include_bytes_aligned!(env!("XDPVS_DIRECTOR_OBJECT"));
 
-/// Names of programs in [`DIRECTOR`].
+/// Names of programs in [`DIRECTOR`], beside those of its stages ([`lb_common::abi::Stage`]).
 pub mod program {
     /// XDP: every frame that arrives.
     pub const XDPVS: &str = "xdpvs";
@@ -15,7 +15,10 @@ pub mod program {
     pub const NEIGHBOUR: &str = "neighbour";
 }
 
-/// Names of maps in [`DIRECTOR`], and of their pins.
+/// Name of the map of stages, and of its pin, which stands beside those of the programs in it.
+pub const STAGES: &str = "STAGES";
+
+/// Names of maps in [`DIRECTOR`] that an instance has once, and of their pins.
 #[expect(missing_docs, reason = "the values of each are described in lb_common::abi and lb_common::flow")]
 pub mod map {
     pub const INSTANCE: &str = "INSTANCE";

@@ -26,6 +26,9 @@ const CANDIDATES: [&str; 3] = ["/sys/fs/bpf", "/run/xdpvs/bpf", "/proc/1/root/sy
 /// The directory in the file system that holds all instances.
 const DIRECTORY: &str = "xdpvs";
 
+/// The directory of an instance that holds the generations of its programs.
+pub(super) const GENERATIONS: &str = "programs";
+
 /// Where one instance's pins are.
 #[derive(Clone, Debug)]
 pub struct Place {
@@ -63,6 +66,27 @@ impl Place {
         self.root.join(format!("{}~", self.name))
     }
 
+    /// The directory of the generations of the instance's programs.
+    ///
+    /// Each generation is a directory with a number for a name, the newest the greatest. Older ones are left only by a
+    /// process that was killed before it had exchanged all links.
+    pub fn generations(&self) -> PathBuf {
+        self.directory().join(GENERATIONS)
+    }
+
+    /// The directory of the instance's newest programs.
+    ///
+    /// # Errors
+    ///
+    /// When there is none.
+    pub fn programs(&self) -> Result<PathBuf, Error> {
+        let directory = self.generations();
+        let newest = generations(&directory)?.into_iter().max();
+        newest.map(|number| directory.join(number.to_string())).ok_or_else(|| {
+            Error::file("find programs in", &directory, ErrorKind::NotFound.into())
+        })
+    }
+
     /// Whether the instance exists.
     pub fn exists(&self) -> bool {
         self.directory().is_dir()
@@ -90,6 +114,12 @@ impl Place {
             .map(Lock)
             .map_err(|(_, errno)| Error::file("lock", &self.root, errno.into()))
     }
+}
+
+/// The numbers of the generations in `directory`.
+pub(super) fn generations(directory: &Path) -> Result<Vec<u32>, Error> {
+    let entries = fs::read_dir(directory).map_err(|source| Error::file("list", directory, source))?;
+    Ok(entries.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect())
 }
 
 /// The right to change instances.

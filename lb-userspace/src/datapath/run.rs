@@ -12,7 +12,7 @@ use lb_common::{
 };
 
 use crate::{
-    datapath::{load::PROGRAMS, object::program, place::Place},
+    datapath::{object::program, place::Place},
     error::Error,
 };
 
@@ -34,7 +34,7 @@ impl Control {
     ///
     /// When it is not pinned there.
     pub fn open(place: &Place) -> Result<Self, Error> {
-        let path = place.directory().join(PROGRAMS).join(program::CONTROL);
+        let path = place.programs()?.join(program::CONTROL);
         let program = Xdp::from_pin(path, XdpAttachType::Interface)
             .map_err(|source| Error::program("open", program::CONTROL, source))?;
         Ok(Self { program })

@@ -8,13 +8,13 @@ use core::cell::Cell;
 use aya_ebpf::{
     Global,
     bindings::{bpf_timer, xdp_md},
-    btf_maps::{Array, PerCpuArray},
+    btf_maps::{Array, PerCpuArray, ProgramArray},
     macros::btf_map,
 };
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Instance, JournalSlot,
-        Limiter, NextHop, Service, Slot, View,
+        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4,
+        Instance, JournalSlot, Limiter, NextHop, Service, Slot, Stage, View,
     },
     flow::{Bucket, Bucket4, Entry4},
     hash::Seed,
@@ -65,6 +65,9 @@ static LIMITER: Array<Limiter, 1> = Array::new();
 static REASONS: PerCpuArray<Cell<u64>, { REASON_SLOTS as usize }> = PerCpuArray::new();
 #[btf_map]
 pub(crate) static AGEING: Array<Ageing, 1> = Array::new();
+/// The program of each [`Stage`].
+#[btf_map]
+pub(crate) static STAGES: ProgramArray<{ Stage::ALL.len() }> = ProgramArray::new();
 
 /// Entries of the `REASONS` map.
 const REASON_SLOTS: u32 = 64;

@@ -4,8 +4,12 @@
 //! and port of one of many clients, and tail-calls the program that is measured; what the wrapper costs with a program
 //! that does nothing behind it is the floor. Floor and case are measured in turn, and a case is quoted above its floor.
 //!
-//! The flow table is made for as many connections as the case has. In a larger one they lie further apart, which costs
-//! more misses of the processor's address translation.
+//! How much of a figure is the memory's is shown by a program that only looks at one cache line, picked by the client, of
+//! a table as large as the flow table.
+//!
+//! The flow table is made for twice as many connections as the case has, and for no fewer than a small director would.
+//! In a fuller one more connections stand beside their first place, and more cache lines are looked at; in a larger one
+//! they lie further apart, which costs more misses of the processor's address translation.
 
 use std::{fmt::Write as _, io::Write as _};
 
@@ -21,6 +25,7 @@ use lb_common::{
         bench::{Setup, SetupRecord, pick},
     },
     checksum,
+    flow::Bucket4,
     proto::{Method, Scheduler},
 };
 use lb_userspace::{
@@ -42,14 +47,19 @@ const RUNS: u32 = 1_000_000;
 /// Connections that are opened by one measurement of new ones, before the table is emptied again.
 const NEW: u32 = 1 << 16;
 /// Fewest connections a table is made for here.
-const TABLE_MIN: u32 = 1 << 10;
+const TABLE_MIN: u32 = 1 << 14;
+
+/// The program that only looks at one cache line.
+const TOUCH: &str = "touch";
+/// Bytes of a cache line.
+const CACHE_LINE: usize = 64;
 
 const XDP_PASS: u32 = 2;
 const XDP_TX: u32 = 3;
 
 /// What to measure.
 #[derive(clap::Args)]
-pub struct Options {
+pub(crate) struct Options {
     /// Measurements of each case; the least and the median are quoted
     #[arg(long, default_value_t = 15)]
     rounds: usize,
@@ -105,6 +115,8 @@ enum Kind {
     New,
     /// Nobody's.
     Foreign,
+    /// Of clients in no order, for the program that only looks at one cache line of a table as large as the flow table.
+    Line,
 }
 
 impl Case {
@@ -138,6 +150,8 @@ struct Bench {
     measured: ProgramArray<aya::maps::MapData>,
     director: ProgramFd,
     wire: u32,
+    /// Cache lines of the flow table.
+    lines: u32,
 }
 
 /// Measures and prints.
@@ -145,7 +159,7 @@ struct Bench {
 /// # Errors
 ///
 /// When the kernel refuses, or when a program does not do what it is measured for.
-pub fn run(options: &Options) -> Result<()> {
+pub(crate) fn run(options: &Options) -> Result<()> {
     if !options.json {
         println!(
             "{:<28} {:>8} {:>9} {:>9} {:>9} {:>12} {:>12}",
@@ -153,12 +167,11 @@ pub fn run(options: &Options) -> Result<()> {
         );
     }
     for flows in [1, 1 << 10, NEW, 1 << 19] {
-        let wanted = |case: &Case| {
-            case.name.contains(&options.only) && options.flows.is_none_or(|flows| case.flows == flows)
-        };
+        let wanted =
+            |case: &Case| case.name.contains(&options.only) && options.flows.is_none_or(|flows| case.flows == flows);
         let cases: Vec<Case> = cases(flows).into_iter().filter(wanted).collect();
         if !cases.is_empty() {
-            let site = Site::new(flows.max(TABLE_MIN))?;
+            let site = Site::new((2 * flows).max(TABLE_MIN))?;
             site.namespace.enter(|| measure(&site, &cases, options))??;
         }
     }
@@ -166,10 +179,10 @@ pub fn run(options: &Options) -> Result<()> {
 }
 
 fn measure(site: &Site, cases: &[Case], options: &Options) -> Result<()> {
-    let mut bench = Bench::new(site)?;
     let control = Control::open(&site.place)?;
     let session = Session::open(&site.place)?;
     let buckets = session.maps().instance().flow_buckets;
+    let mut bench = Bench::new(site, buckets)?;
     let mut stdout = std::io::stdout().lock();
     for case in cases {
         control.flush(buckets, None)?;
@@ -193,9 +206,10 @@ fn row(figure: &Figure) -> String {
 }
 
 impl Bench {
-    fn new(site: &Site) -> Result<Self> {
-        let mut ebpf = EbpfLoader::new().load(OBJECT)?;
-        for program in ["reset", "floor_transmit", "floor_push", "floor_pass"] {
+    fn new(site: &Site, buckets: u32) -> Result<Self> {
+        let lines = buckets * (size_of::<Bucket4>() / CACHE_LINE) as u32;
+        let mut ebpf = EbpfLoader::new().map_max_entries("LINES", lines).load(OBJECT)?;
+        for program in ["reset", "floor_transmit", "floor_push", "floor_pass", TOUCH] {
             xdp(&mut ebpf, program)?.load()?;
         }
         let setup = ebpf.take_map("SETUP").context("map SETUP")?;
@@ -203,8 +217,9 @@ impl Bench {
         let setup = Mapped::new(&setup, "SETUP", Access::Write)?;
         let measured = ProgramArray::try_from(ebpf.take_map("MEASURED").context("map MEASURED")?)?;
         let pinned = aya::programs::ProgramInfo::from_pin(site.place.programs()?.join("xdpvs"))?;
-        let director = loaded_programs().flatten().find(|program| program.id() == pinned.id()).context("the director")?;
-        Ok(Self { ebpf, setup, measured, director: director.fd()?, wire: site.wire })
+        let director =
+            loaded_programs().flatten().find(|program| program.id() == pinned.id()).context("the director")?;
+        Ok(Self { ebpf, setup, measured, director: director.fd()?, wire: site.wire, lines })
     }
 
     fn put(&mut self, program: Option<&'static str>) -> Result<()> {
@@ -233,7 +248,7 @@ impl Bench {
             header_sum: u32::from(checksum::fold(checksum::sum(&header))),
             head: head(frame),
             frame_type: u32::from(u16::from_ne_bytes([frame[12], frame[13]])),
-            reserved: 0,
+            lines: self.lines,
         });
     }
 
@@ -266,7 +281,7 @@ impl Bench {
             if case.kind == Kind::New {
                 control.flush(buckets, None)?;
             }
-            self.put(None)?;
+            self.put((case.kind == Kind::Line).then_some(TOUCH))?;
             let (figure, result, frame) = self.repeat(&case.frame, case.runs())?;
             check(case, result, &frame)?;
             figures.push(figure);
@@ -326,7 +341,7 @@ fn least_and_median(values: &mut [f64]) -> [f64; 2] {
 fn check(case: &Case, result: u32, frame: &[u8]) -> Result<()> {
     ensure!(result == case.result, "returned {result} instead of {}", case.result);
     ensure!(frame.len() == case.len, "left {} bytes instead of {}", frame.len(), case.len);
-    if case.result == XDP_TX {
+    if case.result == XDP_TX && case.kind != Kind::Line {
         ensure!(checksum::fold(checksum::sum(&frame[14..34])) == 0xffff, "has a wrong IP checksum");
         ensure!(frame[22] == 63, "has TTL {} instead of 63", frame[22]);
     }
@@ -369,6 +384,8 @@ fn cases(flows: u32) -> Vec<Case> {
             cases.push(case(&format!("dr/v4/tcp/new/{scheduler}"), Kind::New, frame));
         }
     }
+    let line = request_frame(port(Method::Route, Scheduler::Sh), "A");
+    cases.push(case("one-cache-line", Kind::Line, line));
     if flows == 1 {
         let frame = request_frame(9, "A");
         cases.push(Case { floor: Floor::Pass, result: XDP_PASS, ..case("not-service/v4/tcp", Kind::Foreign, frame) });

@@ -23,30 +23,30 @@ use xdpvs_tests::{
 };
 
 /// A director to measure.
-pub struct Site {
+pub(crate) struct Site {
     /// Where it lives.
-    pub place: Place,
+    pub(crate) place: Place,
     /// The namespace it routes in.
-    pub namespace: NetNs,
+    pub(crate) namespace: NetNs,
     /// Index of its one interface.
-    pub wire: u32,
+    pub(crate) wire: u32,
 }
 
 /// Real servers of most services.
 const SERVERS: u8 = 8;
 
 /// The port of the service with this method and scheduler, which has eight real servers.
-pub const fn port(method: Method, scheduler: Scheduler) -> u16 {
+pub(crate) const fn port(method: Method, scheduler: Scheduler) -> u16 {
     1000 + 10 * method as u16 + scheduler as u16
 }
 
 /// The port of the masqueraded service that has one real server, `cast::server(0)`.
-pub const SINGLE: u16 = 1999;
+pub(crate) const SINGLE: u16 = 1999;
 
 /// Why a change failed.
 #[derive(Debug, thiserror::Error)]
 #[error(transparent)]
-pub enum Failure {
+pub(crate) enum Failure {
     /// It cannot be.
     Refused(#[from] Refusal),
     /// It could not be put in force.
@@ -62,7 +62,7 @@ impl Site {
     /// # Errors
     ///
     /// When the kernel refuses.
-    pub fn new(flows: u32) -> Result<Self> {
+    pub(crate) fn new(flows: u32) -> Result<Self> {
         let namespace = NetNs::new("bench")?;
         lay_cable(&namespace)?;
         let place = Place::find(&format!("bench-{}", std::process::id()))?;
@@ -97,8 +97,7 @@ fn services(change: &mut Change<'_>) -> Result<(), Failure> {
     }
     let single = service(Transport::Tcp, SINGLE);
     change.add_service(single, scheduled(Scheduler::Rr))?;
-    change.add_dest(single, at(0, SINGLE), dest(Method::Masq, 1))
-        .map_err(Failure::from)
+    change.add_dest(single, at(0, SINGLE), dest(Method::Masq, 1)).map_err(Failure::from)
 }
 
 /// One interface for clients and servers alike, so that packets leave where they came in. Both ends of its cable are in

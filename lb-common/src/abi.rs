@@ -20,6 +20,7 @@ use bytemuck::{Pod, Zeroable};
 use crate::{
     addr::{Ip4, Port},
     hash::{Seed, scale},
+    jiffies::Jiffies,
     proto::Protocol,
     sync::{Shared32, Shared64},
 };
@@ -378,7 +379,43 @@ pub struct DestLoad {
     /// Active connections in the high half, all connections in the low half: added to by one instruction, read
     /// together.
     pub connections: Shared64,
-    reserved: [u64; 7],
+    /// What was last said of the way to the destination: see [`PathMtu`].
+    pub path_mtu: Shared64,
+    reserved: [u64; 6],
+}
+
+/// The largest packet that gets to a destination, as an ICMP error about the tunnel to it has said: in bytes in bits 0-15,
+/// 0 when none has; whom it was said of in bits 16-31, as far as sixteen bits tell; until when it holds, in ticks, in bits
+/// 32-63.
+#[derive(Clone, Copy)]
+pub struct PathMtu(pub u64);
+
+impl PathMtu {
+    /// How long what was said holds, in seconds: the kernel's default, `net.ipv4.route.mtu_expires`.
+    pub const HOLDS_S: u32 = 600;
+    /// The least that is believed: the kernel's default, `net.ipv4.route.min_pmtu`.
+    pub const MIN: u16 = 552;
+
+    /// What says that packets to `addr` may have `mtu` bytes, but no less than is believed, until `until`.
+    #[inline(always)]
+    pub const fn new(mtu: u16, addr: Ip4, until: Jiffies) -> Self {
+        let mtu = if mtu > Self::MIN { mtu } else { Self::MIN };
+        Self(mtu as u64 | (Self::mark(addr) as u64) << 16 | (until.0 as u64) << 32)
+    }
+
+    /// The least of `mtu` and what was said of the way to `addr`, if that holds at `now`.
+    #[inline(always)]
+    pub const fn limit(self, mtu: u32, addr: Ip4, now: Jiffies) -> u32 {
+        let said = self.0 as u16 as u32;
+        let holds =
+            said != 0 && (self.0 >> 16) as u16 == Self::mark(addr) && !now.reached(Jiffies((self.0 >> 32) as u32));
+        if holds && said < mtu { said } else { mtu }
+    }
+
+    /// Slots are used again for other destinations.
+    const fn mark(addr: Ip4) -> u16 {
+        (addr.raw() ^ addr.raw() >> 16) as u16
+    }
 }
 
 /// What to add to [`DestLoad::connections`] for one more connection.
@@ -663,7 +700,7 @@ impl Endpoint4 {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Stage {
-    /// A client's packet that opens a connection, or that needs to know more than is at hand.
+    /// A client's packet whose connection, or the way to its destination, has to be looked up again.
     Request,
     /// A masqueraded server's packet, of which the way to its client has to be found out.
     Reply,
@@ -671,11 +708,15 @@ pub enum Stage {
     Observe,
     /// An ICMP message.
     Icmp,
+    /// A frame that is very short, not IPv4 for this host, or whose IPv4 header has options or cannot be believed.
+    Unusual,
+    /// A client's packet of which no connection is known.
+    Open,
 }
 
 impl Stage {
     /// Every stage, in the order of their numbers.
-    pub const ALL: [Self; 4] = [Self::Request, Self::Reply, Self::Observe, Self::Icmp];
+    pub const ALL: [Self; 6] = [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open];
 
     /// The name of its program.
     pub const fn program(self) -> &'static str {
@@ -684,6 +725,8 @@ impl Stage {
             Self::Reply => "reply",
             Self::Observe => "observe",
             Self::Icmp => "icmp",
+            Self::Unusual => "unusual",
+            Self::Open => "open",
         }
     }
 }
@@ -805,8 +848,8 @@ pub mod bench {
             head: [u32; 14],
             /// The two bytes of the frame's type.
             frame_type: u32,
-            /// Zero.
-            reserved: u32,
+            /// Cache lines in the table of the program that looks at one.
+            lines: u32,
         }
     }
 
@@ -902,6 +945,20 @@ mod tests {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             assert_ne!(EndpointKey4::address(addr), EndpointKey4::new(addr, Port::new(0), protocol));
         }
+    }
+
+    #[test]
+    fn a_path_mtu_is_of_one_destination_and_for_a_while() {
+        let (server, other) = (Ip4::new([10, 2, 0, 11]), Ip4::new([10, 2, 0, 12]));
+        let until = Jiffies(5);
+        let path = PathMtu::new(1300, server, until);
+        let before = Jiffies(u32::MAX);
+        assert_eq!(path.limit(1500, server, before), 1300);
+        assert_eq!(path.limit(1200, server, before), 1200);
+        assert_eq!(path.limit(1500, other, before), 1500);
+        assert_eq!(path.limit(1500, server, until), 1500);
+        assert_eq!(PathMtu::new(0, server, until).limit(1500, server, before), u32::from(PathMtu::MIN));
+        assert_eq!(PathMtu(0).limit(1500, server, before), 1500);
     }
 
     #[test]

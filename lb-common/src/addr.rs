@@ -73,6 +73,13 @@ impl Ip4 {
     pub const fn is_loopback(self) -> bool {
         self.octets()[0] == 127
     }
+
+    /// Whether the address may be that of one host: not in 0.0.0.0/8, of no group, and not the limited broadcast (RFC 1122
+    /// section 3.2.1.3). As for the kernel, 240.0.0.0/4 is as good as any.
+    pub const fn is_host(self) -> bool {
+        let first = self.octets()[0];
+        first != 0 && first & 0xf0 != 0xe0 && self.raw() != u32::MAX
+    }
 }
 
 impl core::fmt::Debug for Ip4 {

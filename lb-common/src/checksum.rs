@@ -21,7 +21,7 @@ pub const fn lower_ttl(ttl_protocol_checksum: u32) -> u32 {
     let checksum = (ttl_protocol_checksum >> 16) + ONE;
     // 0xffff is the other way to write 0, which the carry makes of it.
     let checksum = if checksum >= 0xffff { checksum + 1 } else { checksum };
-    (ttl_protocol_checksum - ONE & 0xffff) | checksum << 16
+    ((ttl_protocol_checksum - ONE) & 0xffff) | checksum << 16
 }
 
 impl Delta {

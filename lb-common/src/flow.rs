@@ -252,12 +252,7 @@ impl Key4 {
     /// The connections of `protocol` between a client and a service.
     #[inline(always)]
     pub const fn new(protocol: Protocol, client: (Ip4, Port), service: (Ip4, Port)) -> Self {
-        Self::from_raw(
-            protocol,
-            client.0,
-            client.1.raw() as u32 | (service.1.raw() as u32) << 16,
-            service.0,
-        )
+        Self::from_raw(protocol, client.0, client.1.raw() as u32 | (service.1.raw() as u32) << 16, service.0)
     }
 
     /// The connections of `protocol` from `caddr` to `vaddr`, with both ports as loaded from the client's packet at once.
@@ -339,10 +334,10 @@ pub struct Entry4 {
     reserved: Shared32,
 }
 
-/// 1 when `value` is not 0.
+/// 1 when `value` is not 0, found out without a branch.
 #[inline(always)]
-fn nonzero(value: u64) -> usize {
-    (opaque(value | value.wrapping_neg()) >> 63) as usize
+pub fn nonzero(value: u64) -> u64 {
+    opaque(value | value.wrapping_neg()) >> 63
 }
 
 impl Entry4 {
@@ -373,7 +368,7 @@ pub const PAIRS: usize = ENTRIES_PER_BUCKET / 2;
 /// A bucket of a flow table. An IPv4 bucket is five cache lines.
 #[derive(Zeroable)]
 #[repr(C)]
-pub struct Bucket<E: Zeroable> {
+pub struct Bucket<E> {
     /// The entries in pairs, searched from the pair that the hash names.
     pub pairs: [[E; 2]; PAIRS],
 }
@@ -410,8 +405,13 @@ pub trait Entry: Zeroable + 'static {
     fn dest(&self) -> &Shared32;
     /// The client's next-hop hint.
     fn hint(&self) -> &Shared32;
+    /// 0 when this is the connection `key`, with `word` as its word, and anything else when it is not.
+    fn difference(&self, key: &Self::Key, word: Word) -> u64;
     /// Whether this is the connection `key`, with `word` as its word.
-    fn is(&self, key: &Self::Key, word: Word) -> bool;
+    #[inline(always)]
+    fn is(&self, key: &Self::Key, word: Word) -> bool {
+        self.difference(key, word) == 0
+    }
     /// 0 when this may well be the connection `key`, 1 when it is another.
     ///
     /// Found out without a branch, which the processor would guess wrong half the time: which of two entries a
@@ -453,18 +453,18 @@ impl Entry for Entry4 {
     }
 
     #[inline(always)]
-    fn is(&self, key: &Key4, word: Word) -> bool {
-        self.peer.load() == key.peer && self.rest(word) == key.rest
+    fn difference(&self, key: &Key4, word: Word) -> u64 {
+        (self.peer.load() ^ key.peer) | (self.rest(word) ^ key.rest)
     }
 
     #[inline(always)]
     fn is_other(&self, key: &Key4) -> usize {
-        nonzero(self.peer.load() ^ key.peer)
+        nonzero(self.peer.load() ^ key.peer) as usize
     }
 
     #[inline(always)]
     fn is_of_other_client(&self, key: &Key4) -> usize {
-        nonzero((self.peer.load() ^ key.peer) << 16)
+        nonzero((self.peer.load() ^ key.peer) << 16) as usize
     }
 
     #[inline(always)]
@@ -537,8 +537,9 @@ impl Place {
     /// The index of the pair at which the search of a bucket begins.
     #[inline(always)]
     pub const fn start(self) -> u64 {
-        // Sixteen bits of the hash, scaled to the number of pairs.
-        ((self.hash >> 8 & 0xffff) * PAIRS as u64) >> 16
+        // The lowest ten bits of the hash, scaled to the number of pairs. What tells the buckets of a table apart are the
+        // highest bits of either half, so the two are independent up to four million buckets.
+        ((self.hash & 0x3ff) * PAIRS as u64) >> 10
     }
 }
 
@@ -668,6 +669,23 @@ mod tests {
                 assert!((place.start() as usize) < PAIRS);
             }
         }
+    }
+
+    /// A bucket's connections begin at all its pairs alike, or most would stand beside the first pair that is searched.
+    #[test]
+    fn the_connections_of_a_bucket_begin_at_all_its_pairs() {
+        const BUCKETS: u32 = 21_846;
+        let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
+        let mut in_pair = vec![[0u32; PAIRS]; BUCKETS as usize];
+        for number in 0..3 * BUCKETS {
+            let client =
+                (Ip4::new((0x0a01_0001 + (number >> 6)).to_be_bytes()), Port::new(1024 + ((number & 63) << 4) as u16));
+            let place = Place::of(Entry4::hash(&Key4::new(Protocol::Tcp, client, SERVICE), &seed));
+            in_pair[place.first(BUCKETS) as usize][place.start() as usize] += 1;
+        }
+        // With three connections to a bucket and 0.6 to a pair, one in twenty-two finds its pair full by chance.
+        let crowded: u32 = in_pair.as_flattened().iter().map(|connections| connections.saturating_sub(2)).sum();
+        assert!(crowded < 3 * BUCKETS / 20, "{crowded} of {} find their pair full", 3 * BUCKETS);
     }
 
     #[test]

@@ -5,12 +5,18 @@
 //! `bpfel-unknown-none`; it allocates only under the `std` feature.
 #![cfg_attr(not(any(feature = "std", test)), no_std)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch, core_intrinsics))]
-#![cfg_attr(target_arch = "bpf", expect(internal_features, reason = "the target has no stable atomic read-modify-write"))]
+#![cfg_attr(
+    target_arch = "bpf",
+    expect(internal_features, reason = "the target has no stable atomic read-modify-write")
+)]
 #![deny(unsafe_code)]
 
 pub mod abi;
 pub mod addr;
 pub mod checksum;
+#[cfg(all(feature = "crash", not(target_arch = "bpf")))]
+pub mod crash;
+pub mod decapsulation;
 pub mod flow;
 pub mod hash;
 pub mod jiffies;

@@ -56,7 +56,7 @@ numbered! {
         /// NAT: the destination address and port are rewritten, and the replies translated back.
         Masq = 0, "nat";
         /// IP-in-IP encapsulation.
-        Tunnel = 2, "tunnel";
+        Tunnel = 2, "ipip";
         /// Direct routing: only the link-layer addresses change.
         Route = 3, "dr";
     }

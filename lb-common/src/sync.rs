@@ -23,6 +23,7 @@ macro_rules! shared {
         impl $name {
             /// A word that holds 0.
             #[cfg(target_arch = "bpf")]
+            #[expect(clippy::declare_interior_mutable_const, reason = "every use makes a new word")]
             pub const ZERO: Self = Self { cell: core::cell::UnsafeCell::new(0) };
             /// A word that holds 0.
             #[cfg(not(target_arch = "bpf"))]
@@ -85,6 +86,8 @@ macro_rules! shared {
             /// Writes the word after all earlier writes.
             #[inline(always)]
             pub fn store(&self, value: $int) {
+                #[cfg(feature = "crash")]
+                crate::crash::step();
                 self.cell.store(value, core::sync::atomic::Ordering::Release);
             }
 

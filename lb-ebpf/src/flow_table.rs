@@ -14,7 +14,7 @@
 
 use lb_common::{
     abi::{ONE_ACTIVE, ONE_CONNECTION},
-    flow::{Bucket, ENTRIES_PER_BUCKET, Entry, PAIRS, Place, Status, Word, flag},
+    flow::{Bucket, ENTRIES_PER_BUCKET, Entry, PAIRS, Place, Status, Word, flag, nonzero},
     sync::opaque,
 };
 
@@ -24,7 +24,7 @@ use crate::{env::Clock, tables::Tables};
 ///
 /// Most connections then stand in the bucket that is searched first, and the two buckets still balance each other
 /// before either is full.
-const FIRST_BUCKET_FILL: u64 = 4;
+const FIRST_BUCKET_FILL: u64 = 5;
 /// How often an insert looks for another entry after losing one to another CPU.
 const CLAIM_ATTEMPTS: usize = 2;
 
@@ -110,23 +110,49 @@ fn first_pair<E: Entry>(tables: &impl Buckets<E>, place: Place) -> Option<&[E; 2
 /// The connection `key`, if there is one; it may be past its time.
 #[inline(always)]
 pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: Place) -> Option<Found<'t, E>> {
-    match in_pair(first_pair(tables, place)?, key) {
-        None => in_pair(pair_at(tables, search_requests(tables, *key, place))?, key),
+    let pair = first_pair(tables, place)?;
+    match believe_it(&pair[pair[0].is_other(key) & 1], key) {
+        None => {
+            let found = search_requests(tables, *key, place);
+            if found == NOTHING {
+                return None;
+            }
+            believe_it(tables.bucket((found >> 32) as u32)?.entry(found & 0xffff_ffff)?, key)
+        }
         found => found,
     }
 }
 
 #[inline(always)]
-fn in_pair<'t, E: Entry>(pair: &'t [E; 2], key: &E::Key) -> Option<Found<'t, E>> {
-    let entry = &pair[pair[0].is_other(key) & 1];
+fn believe_it<'t, E: Entry>(entry: &'t E, key: &E::Key) -> Option<Found<'t, E>> {
     let (found, _) = believe(entry, |entry, word| entry.is(key, word).then_some(*key))?;
     Some(found)
 }
 
-/// [`search`] for [`find`]. A function of its own: inlined, it would cost every packet stack.
+/// The entry that has the connection `key`: its bucket in the high half, its index in the low half; or [`NOTHING`].
+///
+/// The entries of a bucket are compared without a branch, because the processor would guess wrong where the connection
+/// is, which costs more than looking at all of them.
+///
+/// A function of its own: inlined, it would cost every packet stack.
 #[inline(never)]
 fn search_requests<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place) -> u64 {
-    search(tables, place, |pair| in_pair(pair, &key).is_some())
+    let buckets = tables.flow_buckets();
+    for number in [place.first(buckets), place.second(buckets)] {
+        let Some(bucket) = tables.bucket(number) else { break };
+        // The index, plus one.
+        let mut found = 0;
+        for index in 0..turns(ENTRIES_PER_BUCKET) {
+            let Some(entry) = bucket.entry(index) else { break };
+            // All ones when it is the connection.
+            let same = nonzero(entry.difference(&key, Word(entry.word().load()))).wrapping_sub(1);
+            found = tables.hide(found | (index + 1) & same);
+        }
+        if found != 0 {
+            return tables.hide(u64::from(number) << 32 | (found - 1));
+        }
+    }
+    NOTHING
 }
 
 /// The masqueraded connection between the client in `key` and `server`, and its whole key.
@@ -162,7 +188,7 @@ fn reply_in_pair<'t, E: Entry>(
     }
 }
 
-/// [`search`] for [`find_reply`]. A function of its own, like [`search_requests`].
+/// The pair that has the connection of [`find_reply`]. A function of its own, like [`search_requests`].
 #[inline(never)]
 fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place, server: E::Server) -> u64 {
     search(tables, place, |pair| reply_in_pair(tables, pair, &key, server).is_some())
@@ -376,7 +402,10 @@ fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, own: Claim) 
             let own = Claim(tables.hide(own.0));
             let claim = Claim::new(second, index);
             let word = Word(entry.word().load());
-            if concerns(entry, word, &insert.key) && claim != own && has_it(tables, insert, entry, word, (tag, claim < own)) {
+            if concerns(entry, word, &insert.key)
+                && claim != own
+                && has_it(tables, insert, entry, word, (tag, claim < own))
+            {
                 return true;
             }
         }
@@ -395,13 +424,7 @@ fn concerns<E: Entry>(entry: &E, word: Word, key: &E::Key) -> bool {
 
 /// Whether `entry` stands in the way of the connection that is being inserted.
 #[inline(always)]
-fn has_it<E: Entry>(
-    tables: &impl Buckets<E>,
-    insert: &Insert<E>,
-    entry: &E,
-    word: Word,
-    claim: (u32, bool),
-) -> bool {
+fn has_it<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, entry: &E, word: Word, claim: (u32, bool)) -> bool {
     let (tag, earlier) = claim;
     match word.status() {
         Status::Busy if word.tag() == tag => {

@@ -1,7 +1,9 @@
 //! The way out: next hops and what is kept of them, link-layer addresses, and the verdict.
 
+use core::hint::cold_path;
+
 use lb_common::{
-    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, NextHop, Stage, hop},
+    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, DestLoad, NextHop, PathMtu, Stage, hop},
     addr::Ip4,
     flow::{Entry, Hint},
     reason::Reason,
@@ -28,6 +30,7 @@ impl Halt {
     /// Nobody is told.
     #[inline(always)]
     pub const fn silent(reason: Reason) -> Self {
+        cold_path();
         Self(reason as u64)
     }
 
@@ -40,6 +43,7 @@ impl Halt {
     /// The path goes on.
     #[inline(always)]
     pub const fn go_on(stage: Stage) -> Self {
+        cold_path();
         Self((stage as u64 + 1) << 40)
     }
 
@@ -51,6 +55,8 @@ impl Halt {
             2 => Some(Stage::Reply),
             3 => Some(Stage::Observe),
             4 => Some(Stage::Icmp),
+            5 => Some(Stage::Unusual),
+            6 => Some(Stage::Open),
             _ => None,
         }
     }
@@ -203,7 +209,14 @@ pub fn is_known(config: &Config, cpu: &DestCpu, clock: Clock) -> bool {
 ///
 /// Why there is no way to it.
 #[inline(always)]
-pub fn find_out(env: &impl Env, config: &Config, dest: &Dest, cpu: &DestCpu, clock: Clock) -> Result<(), Halt> {
+pub fn find_out(
+    env: &impl Env,
+    config: &Config,
+    dest: &Dest,
+    load: &DestLoad,
+    cpu: &DestCpu,
+    clock: Clock,
+) -> Result<(), Halt> {
     cpu.epoch.set(0);
     // Before the destination is looked at: what changes meanwhile is then found out with the next packet.
     let epoch = config.epoch.load();
@@ -215,6 +228,7 @@ pub fn find_out(env: &impl Env, config: &Config, dest: &Dest, cpu: &DestCpu, clo
     match env.route4(dest.addr4(), Ip4::default(), hop) {
         Ok(()) => {
             hop.asked.set(clock.now.0);
+            hop.mtu.set(PathMtu(load.path_mtu.load()).limit(hop.mtu.get(), dest.addr4(), clock.now));
             if dest.available() && hop.kind.get() == hop::VIA {
                 cpu.epoch.set(epoch);
             }
@@ -294,6 +308,19 @@ fn adjacency_number(tables: &impl Tables, hop: &NextHop) -> u16 {
     0
 }
 
+/// Sends a packet, whose network layer is as it shall be, to a neighbour whose link-layer address is known.
+///
+/// # Errors
+///
+/// [`Reason::Impossible`] when the frame is shorter than it was.
+#[inline(always)]
+pub fn transmit(packet: &mut impl Packet, env: &impl Env, hop: &NextHop) -> Result<Exit, Halt> {
+    let [a, b, c] = &hop.macs;
+    packet.write_words(0, [a.get(), b.get(), c.get()]).ok_or(Reason::Impossible)?;
+    let ifindex = hop.ifindex.get();
+    Ok(if ifindex == env.ingress() { Exit::TRANSMIT } else { Exit::redirect(ifindex) })
+}
+
 /// Sends a packet, whose network layer is as it shall be, on its way out.
 ///
 /// # Errors
@@ -302,12 +329,7 @@ fn adjacency_number(tables: &impl Tables, hop: &NextHop) -> u16 {
 #[inline(always)]
 pub fn send<P: Packet + HandOver>(packet: &mut P, env: &impl Env, hop: &NextHop) -> Result<Exit, Halt> {
     match hop.kind.get() {
-        hop::VIA => {
-            let [a, b, c] = &hop.macs;
-            packet.write_words(0, [a.get(), b.get(), c.get()]).ok_or(Reason::Impossible)?;
-            let ifindex = hop.ifindex.get();
-            Ok(if ifindex == env.ingress() { Exit::TRANSMIT } else { Exit::redirect(ifindex) })
-        }
+        hop::VIA => transmit(packet, env, hop),
         hop::UNRESOLVED => {
             packet.hand_over(hop).ok_or(Reason::MetadataUnsupported)?;
             Ok(Exit::host(Reason::NeighbourUnknown))

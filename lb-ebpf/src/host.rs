@@ -8,8 +8,8 @@ use std::{
 use bytemuck::{Zeroable, zeroed_slice_box};
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Instance, JournalSlot, Limiter,
-        NextHop, Record as _, Service, Slot, View, hop,
+        ADJACENCIES, Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Instance, JournalSlot,
+        Limiter, NextHop, Record as _, Service, Slot, View, hop,
     },
     addr::Ip4,
     checksum,
@@ -18,6 +18,7 @@ use lb_common::{
     jiffies::Jiffies,
     reason::Reason,
 };
+use network_types::eth::EthHdr;
 
 use crate::{
     env::{Env, HandOver, Scan},
@@ -29,7 +30,7 @@ use crate::{
 };
 
 /// Room before a frame, as much as XDP gives.
-const HEADROOM: usize = 256;
+pub const HEADROOM: usize = 256;
 
 /// A frame in a vector.
 #[derive(Clone, Debug)]
@@ -43,11 +44,16 @@ pub struct HostPacket {
 }
 
 impl HostPacket {
-    /// A frame with these bytes.
+    /// A frame with these bytes, and as much room before it as XDP gives.
     pub fn new(bytes: &[u8]) -> Self {
-        let mut memory = vec![0; HEADROOM];
+        Self::with_headroom(bytes, HEADROOM)
+    }
+
+    /// A frame with these bytes, and this much room before it.
+    pub fn with_headroom(bytes: &[u8], headroom: usize) -> Self {
+        let mut memory = vec![0; headroom];
         memory.extend_from_slice(bytes);
-        Self { memory, start: HEADROOM, handed_over: None, metadata: true }
+        Self { memory, start: headroom, handed_over: None, metadata: true }
     }
 
     /// The frame as it stands.
@@ -84,6 +90,14 @@ impl Packet for HostPacket {
 
     fn grow_head(&mut self, by: u16) -> Option<()> {
         self.start = self.start.checked_sub(by.into())?;
+        Some(())
+    }
+
+    fn shrink_head(&mut self, by: u16) -> Option<()> {
+        if usize::from(by) + EthHdr::LEN > self.len() {
+            return None;
+        }
+        self.start += usize::from(by);
         Some(())
     }
 

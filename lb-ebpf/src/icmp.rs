@@ -1,7 +1,7 @@
 //! ICMP errors (RFC 792): those the director sends, and those it relays.
 
 use lb_common::{
-    abi::{Config, EndpointKey4, Target},
+    abi::{Config, EndpointKey4, PathMtu, Target},
     addr::{Ip4, Port},
     checksum::{self, Delta},
     flow::{Entry, Entry4, Key4, Place},
@@ -24,7 +24,7 @@ use crate::{
     parse::{self, Ip4Packet, Segment},
     pipeline::{self, Connection, Now},
     tables::Tables,
-    wire,
+    tunnel, wire,
 };
 
 /// IP protocol number of ICMP.
@@ -41,6 +41,8 @@ const ERROR_TOS: u8 = 0xc0;
 const ERROR_TTL: u8 = 64;
 
 const DESTINATION_UNREACHABLE: u8 = 3;
+/// Code of [`DESTINATION_UNREACHABLE`].
+const FRAGMENTATION_NEEDED: u8 = 4;
 const SOURCE_QUENCH: u8 = 4;
 const TIME_EXCEEDED: u8 = 11;
 
@@ -83,11 +85,11 @@ impl Complaint {
     /// The packet is larger than `mtu` bytes and must not be fragmented.
     pub const fn too_big(mtu: u32) -> Self {
         // No IPv4 packet is larger than 65,535 bytes, so no larger MTU is ever exceeded.
-        Self { kind: DESTINATION_UNREACHABLE, code: 4, mtu: mtu as u16 }
+        Self { kind: DESTINATION_UNREACHABLE, code: FRAGMENTATION_NEEDED, mtu: mtu as u16 }
     }
 
     const fn is_too_big(self) -> bool {
-        self.kind == DESTINATION_UNREACHABLE && self.code == 4
+        self.kind == DESTINATION_UNREACHABLE && self.code == FRAGMENTATION_NEEDED
     }
 }
 
@@ -103,7 +105,7 @@ pub fn answer<P: Packet + HandOver>(
 ) -> Option<Exit> {
     let ip = &parse::ipv4(packet).ok()?;
     let config = tables.config()?;
-    if !may_be_told(ip.source()) || !within_limit(tables, config, env) {
+    if !ip.source().is_host() || !within_limit(tables, config, env) {
         return None;
     }
     let hop = tables.adjacency_cpu(0)?;
@@ -115,20 +117,35 @@ pub fn answer<P: Packet + HandOver>(
     let quote = usize::from(ip.len()).min(ERROR_MAX - BEFORE_QUOTE);
     packet.truncate(EthHdr::LEN + quote)?;
     packet.grow_head(BEFORE_QUOTE as u16)?;
-    packet.write(core::mem::offset_of!(EthHdr, ether_type), EtherType::Ipv4 as u16)?;
-    packet.write(EthHdr::LEN, error_header(ip, quote, env.jiffies()))?;
-
-    let icmp = EthHdr::LEN + Ipv4Hdr::LEN;
-    packet.write(icmp, [complaint.kind, complaint.code, 0, 0])?;
-    packet.write(icmp + 4, [0u16, complaint.mtu.to_be()])?;
-    let sum = packet.sum(icmp, HEADER + quote)?;
-    packet.write(icmp + 2, !checksum::fold(sum))?;
+    let kind = [complaint.kind, complaint.code, 0, 0];
+    let rest = u32::from(complaint.mtu).to_be();
+    write_error(packet, env.jiffies(), (ip.destination(), ip.source()), (u32::from_ne_bytes(kind), rest), quote)?;
     tables.count_icmp();
     forward::send(packet, env, hop).ok()
 }
 
+/// Writes everything before the `quote` bytes that an error quotes, with these two words as its ICMP header.
 #[inline(always)]
-fn error_header(ip: &Ip4Packet, quote: usize, now: Jiffies) -> Ipv4Hdr {
+fn write_error(
+    packet: &mut impl Packet,
+    now: Jiffies,
+    ends: (Ip4, Ip4),
+    header: (u32, u32),
+    quote: usize,
+) -> Option<()> {
+    packet.write(core::mem::offset_of!(EthHdr, ether_type), EtherType::Ipv4 as u16)?;
+    packet.write(EthHdr::LEN, error_header(ends, quote, now))?;
+    let icmp = EthHdr::LEN + Ipv4Hdr::LEN;
+    packet.write(icmp, header.0)?;
+    packet.write(icmp + 4, header.1)?;
+    let sum = packet.sum(icmp, HEADER + quote)?;
+    packet.write(icmp + 2, !checksum::fold(sum))
+}
+
+/// The IP header of an error from the first to the second of `ends`.
+#[inline(always)]
+fn error_header(ends: (Ip4, Ip4), quote: usize, now: Jiffies) -> Ipv4Hdr {
+    let (from, to) = ends;
     let mut header = Ipv4Hdr {
         vihl: 0x45,
         tos: ERROR_TOS,
@@ -138,18 +155,11 @@ fn error_header(ip: &Ip4Packet, quote: usize, now: Jiffies) -> Ipv4Hdr {
         ttl: ERROR_TTL,
         proto: IPPROTO_ICMP,
         check: [0, 0],
-        src_addr: ip.destination().octets(),
-        dst_addr: ip.source().octets(),
+        src_addr: from.octets(),
+        dst_addr: to.octets(),
     };
     header.check = (!checksum::fold(checksum::sum5(wire::words(&header)))).to_ne_bytes();
     header
-}
-
-/// Whether `source` is the address of one host (RFC 1122 section 3.2.2).
-#[inline(always)]
-fn may_be_told(source: Ip4) -> bool {
-    let first = source.octets()[0];
-    first != 0 && first < 224
 }
 
 /// Takes one error off this second's budget. Returns whether there was one left.
@@ -185,14 +195,15 @@ struct Quoted {
     destination: (Ip4, Port),
 }
 
-/// Reads what the error quotes; `None` when the message is no error, or quotes no TCP or UDP packet with its ports.
+/// Whether the message is an error that is relayed.
 #[inline(always)]
-fn quoted(packet: &impl Packet, ip: &Ip4Packet) -> Option<Quoted> {
-    let kind: u8 = packet.read(ip.transport)?;
-    if !matches!(kind, DESTINATION_UNREACHABLE | SOURCE_QUENCH | TIME_EXCEEDED) {
-        return None;
-    }
-    let offset = ip.transport + HEADER;
+fn is_error(packet: &impl Packet, ip: &Ip4Packet) -> bool {
+    matches!(packet.read(ip.transport), Some(DESTINATION_UNREACHABLE | SOURCE_QUENCH | TIME_EXCEEDED))
+}
+
+/// Reads what an error quotes at `offset`; `None` when it quotes no TCP or UDP packet with its ports.
+#[inline(always)]
+fn quoted(packet: &impl Packet, ip: &Ip4Packet, offset: usize) -> Option<Quoted> {
     let header: Ipv4Hdr = packet.read(offset)?;
     let header_len = usize::from(header.ihl());
     let later_fragment = header.frags[0] & 0x1f != 0 || header.frags[1] != 0;
@@ -229,11 +240,105 @@ where
     E: Env,
 {
     let ip = &parse::ipv4(packet)?;
-    let quoted = &quoted(packet, ip).ok_or(Reason::Icmp)?;
+    if !is_error(packet, ip) {
+        return Err(Reason::Icmp.into());
+    }
+    if let Some(server) = tunnelled_to(packet, ip) {
+        return relay_from_tunnel(packet, tables, env, ip, server);
+    }
+    let quoted = &quoted(packet, ip, ip.transport + HEADER).ok_or(Reason::Icmp)?;
     match relay_to_server(packet, tables, env, ip, quoted) {
         Some(result) => result,
         None => relay_to_client(packet, tables, env, ip, quoted).unwrap_or(Err(Reason::Icmp.into())),
     }
+}
+
+/// The other end of the tunnel that the packet that an error quotes was in, if it was in one from here. Neither the error
+/// nor the packet may have IP options, which those of a tunnel from here do not have.
+#[inline(always)]
+fn tunnelled_to(packet: &impl Packet, ip: &Ip4Packet) -> Option<Ip4> {
+    let header: Ipv4Hdr = packet.read(ip.transport + HEADER)?;
+    let words = wire::words(&header);
+    let ours = header.vihl == 0x45
+        && header.proto == tunnel::IPPROTO_IPIP
+        && Ip4::from_raw(words[3]) == ip.destination()
+        && ip.transport == EthHdr::LEN + Ipv4Hdr::LEN;
+    ours.then_some(Ip4::from_raw(words[4]))
+}
+
+/// Tells a client what an error says of its packet, which was in a tunnel to `server`; and remembers what it says of the
+/// size of packets that get there (`docs/ipvs.md`, section 5.5).
+///
+/// # Errors
+///
+/// Why the client is not told: [`Reason::Icmp`] when the error is about no connection.
+#[inline(always)]
+fn relay_from_tunnel<P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &Ip4Packet, server: Ip4) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    const TUNNEL: usize = Ipv4Hdr::LEN;
+    let quoted = &quoted(packet, ip, ip.transport + HEADER + TUNNEL).ok_or(Reason::Icmp)?;
+    let key = Key4::new(quoted.protocol, quoted.source, quoted.destination);
+    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let found = flow_table::find::<Entry4>(tables, &key, place).ok_or(Reason::Icmp)?;
+    let dest = tables.dest(found.dest).ok_or(Reason::Impossible)?;
+    if found.word.method() != Method::Tunnel as u8 || dest.addr4() != server {
+        return Err(Reason::Icmp.into());
+    }
+    verify_header(packet, ip)?;
+    verify_message(packet, ip)?;
+    let kind: u32 = packet.read(ip.transport).ok_or(Reason::Impossible)?;
+    let mut rest: u32 = packet.read(ip.transport + 4).ok_or(Reason::Impossible)?;
+    let [kind, code, ..] = kind.to_ne_bytes();
+    let config = tables.config().ok_or(Reason::Impossible)?;
+    if (kind, code) == (DESTINATION_UNREACHABLE, FRAGMENTATION_NEEDED) {
+        let now = &Now::of(config, env);
+        let mtu = learn(tables, env, found.dest, u32::from_be(rest) as u16, now)?;
+        if quoted.header.frags[0] & 0x40 == 0 {
+            return Err(Reason::TunnelError.into());
+        }
+        rest = inside_tunnel(mtu).to_be();
+    }
+    if !within_limit(tables, config, env) {
+        return Err(Reason::TunnelError.into());
+    }
+    let (client, service) = (quoted.source.0, quoted.destination.0);
+    let hop = tables.adjacency_cpu(0).ok_or(Reason::Impossible)?;
+    env.route4(client, service, hop)?;
+    // What was quoted of the packet in the tunnel stays where it is, and the message moves up to it.
+    let quote = (ip.payload_len() - HEADER - TUNNEL).min(ERROR_MAX - BEFORE_QUOTE);
+    packet.shrink_head(TUNNEL as u16).ok_or(Reason::Impossible)?;
+    packet.truncate(EthHdr::LEN + BEFORE_QUOTE + quote).ok_or(Reason::Impossible)?;
+    let header = (u32::from_ne_bytes([kind, code, 0, 0]), rest);
+    write_error(packet, env.jiffies(), (service, client), header, quote).ok_or(Reason::Impossible)?;
+    tables.count_icmp();
+    forward::send(packet, env, hop)
+}
+
+/// Remembers that packets to a destination may have `said` bytes. Returns how many they could have before.
+#[inline(always)]
+fn learn(tables: &impl Tables, env: &impl Env, number: u32, said: u16, now: &Now<'_>) -> Result<u32, Halt> {
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
+    let load = tables.dest_load(number).ok_or(Reason::Impossible)?;
+    forward::find_out(env, now.config, dest, load, cpu, now.clock)?;
+    let before = cpu.next_hop.mtu.get();
+    if u32::from(said) < before {
+        let until = now.clock.now.after(PathMtu::HOLDS_S * now.clock.hz);
+        load.path_mtu.store(PathMtu::new(said, dest.addr4(), until).0);
+        // The next packet finds it out on this CPU; others ask within a second.
+        cpu.epoch.set(0);
+    }
+    Ok(before)
+}
+
+/// The size of packets in a tunnel through which packets of `mtu` bytes fit, as ip_vs computes it.
+#[inline(always)]
+const fn inside_tunnel(mtu: u32) -> u32 {
+    if mtu > tunnel::MTU_MIN + tunnel::OVERHEAD { mtu - tunnel::OVERHEAD } else { mtu }
 }
 
 /// Relays an error about what a service has sent to the server that sent it (`docs/ipvs.md`, section 5.3). `None` when it is
@@ -258,6 +363,9 @@ where
     let key = Key4::new(quoted.protocol, quoted.destination, quoted.source);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
     let found = flow_table::find::<Entry4>(tables, &key, place)?;
+    if let Err(halt) = verify_header(packet, ip) {
+        return Some(Err(halt));
+    }
     let connection = Connection::of(found.word, found.dest);
     if connection.method() == Method::Masq as u8 {
         let dest = tables.dest(found.dest)?;
@@ -293,6 +401,9 @@ where
     let answer = Segment::new(quoted.protocol, port, quoted.source.1);
     let (found, key) = pipeline::find_masqueraded(tables, server, quoted.source.0, answer)?;
     let service = (key.vaddr(), key.vport());
+    if let Err(halt) = verify_header(packet, ip) {
+        return Some(Err(halt));
+    }
     if let Err(halt) = rewrite(packet, ip, quoted, nat::End::Destination, service) {
         return Some(Err(halt));
     }
@@ -325,6 +436,19 @@ where
     forward::send(packet, env, hop)
 }
 
+/// Checks the checksum of the IP header of an error that is about to be relayed: nobody else has.
+#[inline(always)]
+fn verify_header(packet: &impl Packet, ip: &Ip4Packet) -> Result<(), Halt> {
+    if ip.checksum_holds(packet) { Ok(()) } else { Err(Reason::IpChecksum.into()) }
+}
+
+/// Checks the checksum of an ICMP message.
+#[inline(always)]
+fn verify_message(packet: &impl Packet, ip: &Ip4Packet) -> Result<(), Halt> {
+    let sum = packet.sum(ip.transport, ip.payload_len()).ok_or(Reason::Impossible)?;
+    if checksum::holds(sum) { Ok(()) } else { Err(Reason::IcmpChecksum.into()) }
+}
+
 /// Rewrites one end of the quoted packet, unless the message's checksum is wrong: a rewrite would make it look right.
 #[inline(always)]
 fn rewrite(
@@ -334,10 +458,7 @@ fn rewrite(
     end: nat::End,
     to: (Ip4, Port),
 ) -> Result<(), Halt> {
-    let sum = packet.sum(ip.transport, ip.payload_len()).ok_or(Reason::Impossible)?;
-    if !checksum::holds(sum) {
-        return Err(Reason::IcmpChecksum.into());
-    }
+    verify_message(packet, ip)?;
     translate_quoted(packet, ip, quoted, end, to).ok_or(Halt::silent(Reason::Impossible))
 }
 

@@ -4,8 +4,9 @@ use core::{ffi::c_void, ptr};
 
 use aya_ebpf::{
     bindings::{
-        BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH, BPF_FIB_LKUP_RET_NOT_FWDED,
-        BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_PROHIBIT, bpf_fib_lookup as FibLookup, xdp_md,
+        BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
+        xdp_md,
     },
     helpers::generated::{
         bpf_csum_diff, bpf_fib_lookup, bpf_jiffies64, bpf_loop, bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_meta,
@@ -82,10 +83,17 @@ impl XdpPacket {
     /// The address of `len` bytes at `offset`, if the frame has them.
     #[inline(always)]
     fn at(&self, offset: usize, len: usize) -> Option<usize> {
+        if core::intrinsics::is_val_statically_known(offset) {
+            // SAFETY: no frame is at the end of the address space. Told so, the compiler leaves out checks that follow from
+            // others.
+            let (address, beyond) =
+                unsafe { (self.start.unchecked_add(offset), self.start.unchecked_add(offset + len)) };
+            return (beyond <= self.end).then_some(address);
+        }
+        // Verifier: opaque, or the compiler leaves out checks that the verifier cannot do without where the offset is not
+        // constant.
         let address = self.start + offset;
-        // Verifier: of one byte the compiler makes the comparison `address < end`, from which the verifier learns nothing
-        // about a pointer without a constant offset.
-        let beyond = if len == 1 { opaque(address as u64 + 1) as usize } else { address + len };
+        let beyond = opaque((address + len) as u64) as usize;
         (beyond <= self.end).then_some(address)
     }
 }
@@ -127,6 +135,14 @@ impl Packet for XdpPacket {
     fn grow_head(&mut self, by: u16) -> Option<()> {
         // SAFETY: a helper call with the program's own context.
         let result = unsafe { bpf_xdp_adjust_head(self.ctx, -i32::from(by)) };
+        self.moved();
+        (result == 0).then_some(())
+    }
+
+    #[inline(always)]
+    fn shrink_head(&mut self, by: u16) -> Option<()> {
+        // SAFETY: a helper call with the program's own context.
+        let result = unsafe { bpf_xdp_adjust_head(self.ctx, i32::from(by)) };
         self.moved();
         (result == 0).then_some(())
     }
@@ -333,13 +349,7 @@ pub fn jiffies() -> Jiffies {
 /// <https://github.com/torvalds/linux/blob/v6.12/net/core/filter.c#L5908>, `LOOPBACK_IFINDEX` in
 /// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/route.c#L2679>).
 #[inline(never)]
-fn fib_lookup(
-    ctx: *mut xdp_md,
-    flags: u32,
-    destination: Ip4,
-    source: Ip4,
-    hop: &NextHop,
-) -> Result<(), Reason> {
+fn fib_lookup(ctx: *mut xdp_md, flags: u32, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
     // SAFETY: a plain C struct, for which zeros are a value.
     let mut query: FibLookup = unsafe { core::mem::zeroed() };
     query.family = AF_INET as u8;
@@ -347,8 +357,7 @@ fn fib_lookup(
     query.__bindgen_anon_3.ipv4_src = source.raw();
     query.__bindgen_anon_4.ipv4_dst = destination.raw();
     // SAFETY: a helper call with the program's own context and a struct of the size given.
-    let result =
-        unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, flags) };
+    let result = unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, flags) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
     const NOT_FWDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;

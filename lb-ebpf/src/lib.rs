@@ -11,10 +11,16 @@
 //! Values that may stand on the stack are single 64-bit words or aligned to them. The eBPF target is told that memory
 //! may be accessed misaligned, which packets need; but the compiler then also copies structs on the stack in misaligned
 //! pieces, which the verifier refuses. For the same reason nothing returns an enum with a payload of bytes.
-#![cfg_attr(target_arch = "bpf", no_std, feature(asm_experimental_arch))]
+#![cfg_attr(
+    target_arch = "bpf",
+    no_std,
+    feature(asm_experimental_arch, core_intrinsics),
+    expect(internal_features, reason = "the target has no stable atomic read-modify-write")
+)]
 #![deny(unsafe_code)]
 
 pub mod ageing;
+pub mod decapsulate;
 pub mod endpoint;
 pub mod env;
 pub mod flow_table;

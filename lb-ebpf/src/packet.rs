@@ -28,6 +28,9 @@ pub trait Packet {
     /// Adds `by` bytes of any content at the start, or `None`, with nothing changed, when there is no room.
     fn grow_head(&mut self, by: u16) -> Option<()>;
 
+    /// Removes `by` bytes from the start, or `None`, with nothing changed, when no Ethernet header's worth would be left.
+    fn shrink_head(&mut self, by: u16) -> Option<()>;
+
     /// Cuts the frame to `len` bytes, or `None`, with nothing changed, when it is shorter or cannot be cut.
     fn truncate(&mut self, len: usize) -> Option<()>;
 

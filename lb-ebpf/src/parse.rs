@@ -50,6 +50,23 @@ pub struct Ip4Packet {
     pub transport: usize,
 }
 
+/// Reads the IPv4 header of nearly every frame: one for this host, with room for a TCP header, whose IPv4 header is sound
+/// and has no options. `None` for every other: see [`frame`] and [`ipv4`].
+///
+/// Ethernet frames are padded to 60 bytes, so nearly all have that room, and one look at the frame's length is enough.
+#[inline(always)]
+pub fn plain(packet: &impl Packet) -> Option<Ip4Packet> {
+    const PLAIN: u64 = 0x45;
+    packet.read::<[u32; 5]>(EthHdr::LEN + Ipv4Hdr::LEN)?;
+    match frame(packet) {
+        Ok(Frame::Ipv4) => {}
+        Err(_) => return None,
+    }
+    let words: [u32; 5] = packet.read(EthHdr::LEN)?;
+    let ip = Ip4Packet { words: words.map(u64::from), transport: EthHdr::LEN + Ipv4Hdr::LEN };
+    (ip.words[0] & 0xff == PLAIN && ip.fits(packet)).then_some(ip)
+}
+
 /// Reads the IPv4 header (RFC 791).
 ///
 /// # Errors
@@ -58,25 +75,18 @@ pub struct Ip4Packet {
 #[inline(always)]
 pub fn ipv4(packet: &impl Packet) -> Result<Ip4Packet, Reason> {
     let header: Ipv4Hdr = packet.read(EthHdr::LEN).ok_or(Reason::IpTruncated)?;
+    if header.version() != 4 {
+        return Err(Reason::IpVersion);
+    }
     let words = wire::words(&header).map(u64::from);
     let ip = Ip4Packet { words, transport: EthHdr::LEN + usize::from(header.ihl()) };
-    // Version 4 and a header of five words: one comparison for nearly every packet.
-    if header.vihl != 0x45 {
-        if header.version() != 4 {
-            return Err(Reason::IpVersion);
-        }
-        if ip.transport < EthHdr::LEN + Ipv4Hdr::LEN {
-            return Err(Reason::IpHeaderLength);
-        }
-        if ip.transport > packet.len() {
-            return Err(Reason::IpTruncated);
-        }
+    if ip.transport < EthHdr::LEN + Ipv4Hdr::LEN {
+        return Err(Reason::IpHeaderLength);
     }
-    let end = EthHdr::LEN + usize::from(ip.len());
-    if end < ip.transport || end > packet.len() {
-        return Err(Reason::IpTotalLength);
+    if ip.transport > packet.len() {
+        return Err(Reason::IpTruncated);
     }
-    Ok(ip)
+    if ip.fits(packet) { Ok(ip) } else { Err(Reason::IpTotalLength) }
 }
 
 impl Ip4Packet {
@@ -96,6 +106,13 @@ impl Ip4Packet {
     #[inline(always)]
     pub const fn len(&self) -> u16 {
         u16::from_be((self.words[0] >> 16) as u16)
+    }
+
+    /// Whether the packet ends behind its header and within its frame.
+    #[inline(always)]
+    fn fits(&self, packet: &impl Packet) -> bool {
+        let end = EthHdr::LEN + usize::from(self.len());
+        self.transport <= end && end <= packet.len()
     }
 
     /// Whether the packet has no bytes, which a sound header rules out.
@@ -161,9 +178,11 @@ impl Ip4Packet {
     /// Whether the header checksum is right, options included.
     #[inline(always)]
     pub fn checksum_holds(&self, packet: &impl Packet) -> bool {
-        let fixed = self.words.iter().sum::<u64>();
-        let options = sum_of_options(packet, self.transport);
-        options.is_some_and(|options| checksum::holds(fixed + options))
+        let options = self.transport - EthHdr::LEN - Ipv4Hdr::LEN;
+        // Verifier: by the packet's own sum. A loop over the options it would follow once for each length of theirs, and
+        // all that comes after it as often.
+        let options = if options == 0 { Some(0) } else { packet.sum(EthHdr::LEN + Ipv4Hdr::LEN, options) };
+        options.is_some_and(|options| checksum::holds(self.words.iter().sum::<u64>() + options))
     }
 
     /// Reads the transport header.
@@ -190,22 +209,6 @@ impl Ip4Packet {
             _ => Err(Reason::OtherProtocol),
         }
     }
-}
-
-/// The sum of the IP options, which end where the transport header begins; none are left out, for there are at most ten
-/// words of them.
-#[inline(always)]
-fn sum_of_options(packet: &impl Packet, transport: usize) -> Option<u64> {
-    let mut sum = 0;
-    let mut offset = EthHdr::LEN + Ipv4Hdr::LEN;
-    for _ in 0..10 {
-        if offset >= transport {
-            break;
-        }
-        sum += u64::from(packet.read::<u32>(offset)?);
-        offset += 4;
-    }
-    Some(sum)
 }
 
 /// What the transport header says.

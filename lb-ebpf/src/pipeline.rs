@@ -48,8 +48,11 @@ where
     T: Buckets<Entry4>,
     E: Stages<P, T>,
 {
-    let result = arrive(packet, tables, env);
-    finish(packet, tables, env, result)
+    match arrive(packet, tables, env) {
+        // On its way to its destination or client: no reason to count.
+        Ok(exit) => exit,
+        halted => finish(packet, tables, env, halted),
+    }
 }
 
 /// Handles a frame whose path has come to `stage`.
@@ -65,6 +68,8 @@ where
         Stage::Reply => reply(packet, tables, env),
         Stage::Observe => observe(packet, tables, env),
         Stage::Icmp => icmp::relay(packet, tables, env),
+        Stage::Unusual => unusual(packet, tables, env),
+        Stage::Open => open(packet, tables, env),
     };
     finish(packet, tables, env, result)
 }
@@ -94,9 +99,27 @@ where
     exit
 }
 
-/// Tells by its two ends what a frame is to the director. Packets of established connections go all their way from here.
+/// Handles a frame as far as nearly all need it.
 #[inline(always)]
 fn arrive<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    match parse::plain(packet) {
+        Some(ip) => classify(packet, tables, env, &ip),
+        None => Err(Halt::go_on(Stage::Unusual)),
+    }
+}
+
+/// A frame that is not [`parse::plain`].
+///
+/// # Errors
+///
+/// Why it is not forwarded, or where its path goes on.
+#[inline(always)]
+pub fn unusual<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
     P: Packet + HandOver,
     T: Buckets<Entry4>,
@@ -106,14 +129,23 @@ where
         Frame::Ipv4 => {}
     }
     let ip = &parse::ipv4(packet)?;
+    classify(packet, tables, env, ip)
+}
+
+/// Tells by its two ends what a packet is to the director. Packets of established connections go all their way from here.
+#[inline(always)]
+fn classify<P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &Ip4Packet) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
     if ip.is_fragment() {
         return Err(for_service_address(tables, ip, Reason::Fragment).into());
     }
-    if ip.protocol() == icmp::IPPROTO_ICMP {
-        return Err(Halt::go_on(Stage::Icmp));
-    }
     let segment = match ip.segment(packet) {
         Ok(segment) => segment,
+        Err(Reason::OtherProtocol) if ip.protocol() == icmp::IPPROTO_ICMP => return Err(Halt::go_on(Stage::Icmp)),
         Err(Reason::TransportTruncated) => {
             return Err(for_service_address(tables, ip, Reason::TransportTruncated).into());
         }
@@ -171,18 +203,6 @@ const ROUTE: u8 = Method::Route as u8;
 pub struct Connection(u64);
 
 impl Connection {
-    /// The connection as a word, with bit 63 clear.
-    #[inline(always)]
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// The connection with these bits.
-    #[inline(always)]
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
     /// The connection with this word and destination.
     #[inline(always)]
     pub fn of(word: Word, dest: u32) -> Self {
@@ -228,19 +248,21 @@ where
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    if let Some(found) = flow_table::find(tables, &key, place) {
-        let cpu = tables.dest_cpu(found.dest).ok_or(Reason::Impossible)?;
-        if forward::is_known(now.config, cpu, now.clock)
-            && let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now)
-        {
-            let connection = Connection::of(word, found.dest);
-            return send_to_server(packet, env, ip, Some(segment), connection, cpu);
-        }
+    let Some(found) = flow_table::find(tables, &key, place) else {
+        return Err(Halt::go_on(Stage::Open));
+    };
+    let cpu = tables.dest_cpu(found.dest).ok_or(Reason::Impossible)?;
+    if forward::is_known(now.config, cpu, now.clock)
+        && let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now)
+    {
+        let connection = Connection::of(word, found.dest);
+        rewrite_to_server(packet, ip, Some(segment), connection, cpu)?;
+        return forward::transmit(packet, env, &cpu.next_hop);
     }
     Err(Halt::go_on(Stage::Request))
 }
 
-/// A packet of a client for a service, whatever is known of it. Its header checksum has been looked at.
+/// A packet of a client for a service, of a connection that was there a moment ago. Its header checksum has been looked at.
 ///
 /// # Errors
 ///
@@ -253,30 +275,35 @@ where
     E: Env,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let connection = join_or_open(packet, tables, env, now)?;
-    let connection = Connection::from_bits(tables.hide(connection.bits()));
-    // Verifier: parsed again, so that nothing of it takes up stack while the connection is opened.
-    let ip = &parse::ipv4(packet)?;
-    let segment = ip.segment(packet)?;
-    to_server(packet, tables, env, ip, Some(segment), connection, now)
-}
-
-/// The connection that a client's packet belongs to, which it may have to open first.
-#[inline(always)]
-fn join_or_open<P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
-where
-    P: Packet,
-    T: Buckets<Entry4>,
-    E: Env,
-{
     let ip = &parse::ipv4(packet)?;
     let segment = ip.segment(packet)?;
     let key = request_key(ip, segment);
     let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    match join(tables, segment, &key, place, now) {
-        Some(connection) => Ok(connection),
-        None => open(tables, env, (ip, segment), &key, place, now),
-    }
+    let Some(connection) = join(tables, segment, &key, place, now) else {
+        return Err(Halt::go_on(Stage::Open));
+    };
+    to_server(packet, tables, env, ip, Some(segment), connection, now)
+}
+
+/// A packet of a client for a service, of which no connection is known: opens one, if the packet may.
+///
+/// # Errors
+///
+/// Why it does not get to a destination.
+#[inline(always)]
+fn open<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let connection = open_connection(packet, tables, env, now)?;
+    let connection = Connection(tables.hide(connection.0));
+    // Verifier: parsed again, so that nothing of it takes up stack while the connection is opened.
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    to_server(packet, tables, env, ip, Some(segment), connection, now)
 }
 
 /// The connection that a client's packet belongs to.
@@ -301,24 +328,24 @@ fn join<T: Buckets<Entry4>>(
 
 /// Opens a connection: chooses its destination and puts it into the table.
 #[inline(always)]
-fn open<T, E>(
-    tables: &T,
-    env: &E,
-    parsed: (&Ip4Packet, Segment),
-    key: &Key4,
-    place: Place,
-    now: &Now<'_>,
-) -> Result<Connection, Halt>
+fn open_connection<P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
 where
+    P: Packet,
     T: Buckets<Entry4>,
     E: Env,
 {
-    let (ip, segment) = parsed;
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    let key = &request_key(ip, segment);
+    let place = Place::of(Entry4::hash(key, &tables.seed()));
     if !segment.opens() {
         return Err(Reason::NoConnection.into());
     }
     let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
     let view = to.view().ok_or(Reason::NotService)?;
+    if !ip.source().is_host() {
+        return Err(Reason::SourceAddress.into());
+    }
     if segment.source() == Port::new(20) {
         return Err(Reason::FtpDataSource.into());
     }
@@ -329,6 +356,9 @@ where
     };
     let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    if ip.source().is_loopback() {
+        stays_here(tables, env, now, dest, number)?;
+    }
     let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
     let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
     match flow_table::insert(tables, &Insert { key: *key, place, dest: number, birth, clock: now.clock }) {
@@ -341,6 +371,19 @@ where
         // Another CPU has just opened it with a packet of the same client, or is about to.
         Inserted::Contended => join(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
     }
+}
+
+/// Checks that a destination is this host: packets from a loopback address go nowhere else (`docs/ipvs.md`, section 5.1).
+#[inline(always)]
+fn stays_here<T, E>(tables: &T, env: &E, now: &Now<'_>, dest: &Dest, number: u32) -> Result<(), Halt>
+where
+    T: Tables,
+    E: Env,
+{
+    let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
+    let load = tables.dest_load(number).ok_or(Reason::Impossible)?;
+    forward::find_out(env, now.config, dest, load, cpu, now.clock)?;
+    if forward::is_local(&cpu.next_hop) { Ok(()) } else { Err(Reason::SourceAddress.into()) }
 }
 
 /// Sends a packet of a client, or an ICMP error on its behalf (without `segment`), to its destination.
@@ -369,7 +412,8 @@ where
     }
     let cpu = tables.dest_cpu(connection.dest()).ok_or(Reason::Impossible)?;
     if !forward::is_known(now.config, cpu, now.clock) {
-        if let Err(halt) = forward::find_out(env, now.config, dest, cpu, now.clock) {
+        let load = tables.dest_load(connection.dest()).ok_or(Reason::Impossible)?;
+        if let Err(halt) = forward::find_out(env, now.config, dest, load, cpu, now.clock) {
             cpu.counters.count_in(ip.len());
             return Err(halt);
         }
@@ -378,27 +422,24 @@ where
             return deliver(packet, ip, segment, connection, cpu);
         }
     }
-    send_to_server(packet, env, ip, segment, connection, cpu)
+    rewrite_to_server(packet, ip, segment, connection, cpu)?;
+    forward::send(packet, env, &cpu.next_hop)
 }
 
-/// Sends a packet of a client, or an ICMP error on its behalf (without `segment`), to a destination on another host.
+/// Makes the network layer of a packet of a client, or of an ICMP error on its behalf (without `segment`), what a
+/// destination on another host is to get.
 ///
 /// # Errors
 ///
-/// Why it does not get there.
+/// Why the destination does not get it.
 #[inline(always)]
-fn send_to_server<P, E>(
-    packet: &mut P,
-    env: &E,
+fn rewrite_to_server(
+    packet: &mut impl Packet,
     ip: &Ip4Packet,
     segment: Option<Segment>,
     connection: Connection,
     cpu: &DestCpu,
-) -> Result<Exit, Halt>
-where
-    P: Packet + HandOver,
-    E: Env,
-{
+) -> Result<(), Halt> {
     let hop = &cpu.next_hop;
     cpu.counters.count_in(ip.len());
     match connection.method() {
@@ -417,7 +458,7 @@ where
         }
         _ => return Err(Reason::Impossible.into()),
     }
-    forward::send(packet, env, hop)
+    Ok(())
 }
 
 /// The port of the server that a packet goes to.
@@ -501,7 +542,8 @@ where
     if word == found.word
         && let Some(hop) = forward::known_way(tables, found, now.clock)
     {
-        return to_client(packet, tables, env, parsed, found.dest, (key.vaddr(), key.vport()), hop);
+        rewrite_to_client(packet, tables, parsed, found.dest, (key.vaddr(), key.vport()), hop)?;
+        return forward::transmit(packet, env, hop);
     }
     Err(Halt::go_on(Stage::Reply))
 }
@@ -527,34 +569,34 @@ where
     let service = (key.vaddr(), key.vport());
     let now = Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let hop = forward::find_way(tables, env, &found, (ip.destination(), service.0), now.clock)?;
-    to_client(packet, tables, env, (ip, segment), found.dest, service, hop)
+    rewrite_to_client(packet, tables, (ip, segment), found.dest, service, hop)?;
+    forward::send(packet, env, hop)
 }
 
-/// Sends a packet of destination number `dest` to its client, as from the service.
+/// Makes the network layer of a packet of destination number `dest` what its client is to get, as from the service.
+///
+/// # Errors
+///
+/// [`Reason::ReplyRefused`] when the host is to tell the server why, and [`Reason::NeedsFragmentation`] when it would not:
+/// it would fragment the packet and send it on as it is, untranslated.
 #[inline(always)]
-fn to_client<P, T, E>(
-    packet: &mut P,
-    tables: &T,
-    env: &E,
+fn rewrite_to_client(
+    packet: &mut impl Packet,
+    tables: &impl Tables,
     parsed: (&Ip4Packet, Segment),
     dest: u32,
     service: (Ip4, Port),
     hop: &NextHop,
-) -> Result<Exit, Halt>
-where
-    P: Packet + HandOver,
-    T: Tables,
-    E: Env,
-{
+) -> Result<(), Halt> {
     let (ip, segment) = parsed;
     let local = forward::is_local(hop);
     if !local && (ip.ttl() <= 1 || u32::from(ip.len()) > hop.mtu.get()) {
-        return Err(Reason::ReplyRefused.into());
+        let told = ip.ttl() <= 1 || ip.dont_fragment();
+        return Err(if told { Reason::ReplyRefused } else { Reason::NeedsFragmentation }.into());
     }
     count_out(tables, dest, ip.len());
     let hops = if local { 0 } else { 1 };
-    nat::translate(packet, ip, Some(segment), End::Source, service, hops).ok_or(Reason::Impossible)?;
-    forward::send(packet, env, hop)
+    nat::translate(packet, ip, Some(segment), End::Source, service, hops).ok_or(Reason::Impossible.into())
 }
 
 /// The masqueraded connection between the server that sent `segment` from `server` and `client`.

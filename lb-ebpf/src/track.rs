@@ -138,7 +138,8 @@ fn may_be_taken_over(config: &Config, word: Word, tcp_flags: u8) -> bool {
     const CLOSE: u8 = tcp::State::Close as u8;
     const FIN_WAIT: u8 = tcp::State::FinWait as u8;
     let mode = config.conn_reuse_mode.load();
-    if word.protocol() != Protocol::Tcp || tcp_flags & (tcp::flag::SYN | tcp::flag::RST) != tcp::flag::SYN || mode == 0 {
+    if word.protocol() != Protocol::Tcp || tcp_flags & (tcp::flag::SYN | tcp::flag::RST) != tcp::flag::SYN || mode == 0
+    {
         return false;
     }
     match word.state() {

@@ -1,10 +1,6 @@
 //! IP-in-IP encapsulation (RFC 2003), with the outer header as ip_vs builds it (`docs/ipvs.md`, section 5.5).
 
-use lb_common::{
-    addr::Ip4,
-    checksum,
-    reason::Reason,
-};
+use lb_common::{addr::Ip4, checksum, reason::Reason};
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::Ipv4Hdr,
@@ -18,11 +14,20 @@ pub const OVERHEAD: u32 = Ipv4Hdr::LEN as u32;
 /// The smallest MTU an IPv4 link may have (RFC 791 section 3.2).
 pub const MTU_MIN: u32 = 68;
 
-const IPPROTO_IPIP: u8 = 4;
+/// The protocol number of IPv4 in IPv4.
+pub(crate) const IPPROTO_IPIP: u8 = 4;
 const DONT_FRAGMENT: u8 = 0x40;
-const ECN_MASK: u8 = 0x03;
-const ECN_CE: u8 = 0x03;
-const ECN_ECT0: u8 = 0x02;
+
+/// The bits of the type of service that are the ECN field (RFC 3168 section 5).
+pub(crate) const ECN_MASK: u8 = 0x03;
+/// Its sender does not understand ECN.
+pub(crate) const ECN_NOT_ECT: u8 = 0x00;
+/// Its sender understands ECN.
+pub(crate) const ECN_ECT1: u8 = 0x01;
+/// Its sender understands ECN.
+pub(crate) const ECN_ECT0: u8 = 0x02;
+/// It met congestion.
+pub(crate) const ECN_CE: u8 = 0x03;
 
 /// Lowers the TTL by one and puts the packet into another from `source` to `destination`.
 ///

@@ -2,7 +2,6 @@
 //! address.
 
 use aya_ebpf::{
-    EbpfContext as _,
     bindings::{TC_ACT_UNSPEC, bpf_redir_neigh, bpf_redir_neigh__bindgen_ty_1},
     helpers::generated::bpf_redirect_neigh,
     macros::classifier,

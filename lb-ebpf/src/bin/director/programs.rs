@@ -39,6 +39,10 @@ stage! {
     observe: Observe;
     /// [`Stage::Icmp`].
     icmp: Icmp;
+    /// [`Stage::Unusual`].
+    unusual: Unusual;
+    /// [`Stage::Open`].
+    open: Open;
 }
 
 impl Stages<XdpPacket, Maps> for Kernel {
@@ -47,14 +51,16 @@ impl Stages<XdpPacket, Maps> for Kernel {
         let ctx = XdpContext::new(self.ctx);
         // One call for each stage: a call of a constant program becomes a jump.
         // SAFETY: the programs take the same context.
-        let _ = unsafe {
+        unsafe {
             match stage {
                 Stage::Request => STAGES.tail_call(&ctx, Stage::Request as u32),
                 Stage::Reply => STAGES.tail_call(&ctx, Stage::Reply as u32),
                 Stage::Observe => STAGES.tail_call(&ctx, Stage::Observe as u32),
                 Stage::Icmp => STAGES.tail_call(&ctx, Stage::Icmp as u32),
+                Stage::Unusual => STAGES.tail_call(&ctx, Stage::Unusual as u32),
+                Stage::Open => STAGES.tail_call(&ctx, Stage::Open as u32),
             }
-        };
+        }
         tables.count(Reason::Impossible as u8);
         Exit::stop(Reason::Impossible as u8)
     }

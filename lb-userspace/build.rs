@@ -3,7 +3,7 @@
 use std::{env, path::Path};
 
 fn main() {
-    for (variable, name) in [("XDPVS_DIRECTOR_OBJECT", "director")] {
+    for (variable, name) in [("XDPVS_DIRECTOR_OBJECT", "director"), ("XDPVS_REALSERVER_OBJECT", "realserver")] {
         println!("cargo::rerun-if-env-changed={variable}");
         let default = format!("{}/../target/bpf/bpfel-unknown-none/release/{name}", env!("CARGO_MANIFEST_DIR"));
         let path = env::var(variable).unwrap_or(default);

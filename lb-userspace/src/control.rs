@@ -8,8 +8,11 @@
 
 pub mod change;
 pub mod compile;
+pub mod connections;
 pub mod journal;
 pub mod model;
 pub mod session;
+pub mod settings;
 pub mod shared;
 pub mod state;
+pub mod traffic;

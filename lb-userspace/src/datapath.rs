@@ -1,6 +1,8 @@
 //! The running instance: loading its programs, attaching them, opening its maps.
 
 pub mod attach;
+pub mod forwarding;
+pub mod lifecycle;
 pub mod load;
 #[expect(unsafe_code, reason = "memory shared with the kernel")]
 pub mod memory;

@@ -4,6 +4,8 @@ use std::{io, path::Path, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError, programs::links::LinkError};
 
+use crate::netlink::Mode;
+
 /// Why a command cannot be carried out. Nothing has been changed then, unless the variant says so.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -19,10 +21,7 @@ pub enum Error {
     },
 
     /// No BPF file system.
-    #[error(
-        "no BPF file system is mounted (looked at {}): run `mount -t bpf bpf /sys/fs/bpf`",
-        list(looked)
-    )]
+    #[error("no BPF file system is mounted (looked at {}): run `mount -t bpf bpf /sys/fs/bpf`", list(looked))]
     NoBpffs {
         /// Where it was looked for.
         looked: Vec<PathBuf>,
@@ -50,7 +49,9 @@ pub enum Error {
     },
 
     /// A map has values of another size than this program knows.
-    #[error("map {map} has values of {found} bytes where {expected} are expected: it belongs to another version of xdpvs")]
+    #[error(
+        "map {map} has values of {found} bytes where {expected} are expected: it belongs to another version of xdpvs"
+    )]
     Layout {
         /// The map's name.
         map: &'static str,
@@ -79,7 +80,9 @@ pub enum Error {
     },
 
     /// Another XDP program is on the interface.
-    #[error("{name} already has another XDP program (id {id}): detach it first, for example with `ip link set {name} xdp off`")]
+    #[error(
+        "{name} already has another XDP program (id {id}): detach it first, for example with `ip link set {name} xdp off`"
+    )]
     InterfaceTaken {
         /// The interface.
         name: String,
@@ -88,12 +91,44 @@ pub enum Error {
     },
 
     /// The driver does not run XDP programs.
-    #[error("the driver of {name} does not run XDP programs ({source}): use `--mode generic`, which is slower")]
+    #[error(
+        "the driver of {name} does not run XDP programs ({}): use `--mode generic`, which is slower",
+        with_causes(.source)
+    )]
     NoDriverMode {
         /// The interface.
         name: String,
         /// The kernel's answer.
         source: ProgramError,
+    },
+
+    /// The kernel does not put the program on the interface.
+    #[error("attach to {name}: {source}")]
+    Attach {
+        /// The interface.
+        name: String,
+        /// The kernel's answer.
+        source: ProgramError,
+    },
+
+    /// The programs run on the interface in another mode than is asked for.
+    #[error("{name} runs in {mode} mode already: `xdpvs down` first to change that, which ends all connections")]
+    ModeFixed {
+        /// The interface.
+        name: String,
+        /// The mode.
+        mode: Mode,
+    },
+
+    /// An instance that runs was made for another number of something than is asked for.
+    #[error("instance `{name}` runs with --max-{option} {found}: `xdpvs down` first, which ends all connections")]
+    Capacity {
+        /// The instance's name.
+        name: String,
+        /// The option that says how many.
+        option: &'static str,
+        /// How many it was made for.
+        found: u32,
     },
 
     /// The kernel's network configuration could not be read or changed.
@@ -218,4 +253,20 @@ impl Error {
 
 fn list(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
+/// What went wrong with everything that led to it, in one line.
+pub fn with_causes(error: &dyn std::error::Error) -> String {
+    // The kernel's verifier writes pages; what it was about stands in the first line.
+    let first_line = |text: String| text.lines().next().unwrap_or_default().trim_end_matches(':').to_owned();
+    let mut line = first_line(error.to_string());
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        let text = first_line(error.to_string());
+        if !line.contains(&text) {
+            line = format!("{line}: {text}");
+        }
+        cause = error.source();
+    }
+    line
 }

@@ -8,3 +8,4 @@ pub mod control;
 pub mod datapath;
 pub mod error;
 pub mod netlink;
+pub mod realserver;

@@ -7,7 +7,7 @@ use rtnetlink::{
     Handle,
     packet_route::{
         address::AddressAttribute,
-        link::{LinkAttribute, LinkXdp, XdpAttached},
+        link::{LinkAttribute, LinkFlags, LinkLayerType, LinkXdp, XdpAttached},
     },
 };
 
@@ -53,6 +53,12 @@ pub struct Interface {
     pub name: String,
     /// The XDP program on it.
     pub xdp: Option<Attached>,
+    /// Whether its frames have Ethernet headers.
+    pub ethernet: bool,
+    /// Whether it is up.
+    pub up: bool,
+    /// The largest packet it takes, in bytes; 0 when the kernel does not say.
+    pub mtu: u32,
 }
 
 /// An address on an interface.
@@ -101,7 +107,18 @@ pub fn interfaces() -> Result<Vec<Interface>, Error> {
                 LinkAttribute::Xdp(xdp) => attached(xdp),
                 _ => None,
             });
-            found.extend(name.map(|name| Interface { index: link.header.index, name, xdp }));
+            let mtu = link.attributes.iter().find_map(|attribute| match attribute {
+                LinkAttribute::Mtu(mtu) => Some(*mtu),
+                _ => None,
+            });
+            found.extend(name.map(|name| Interface {
+                index: link.header.index,
+                name,
+                xdp,
+                ethernet: link.header.link_layer_type == LinkLayerType::Ether,
+                up: link.header.flags.contains(LinkFlags::Up),
+                mtu: mtu.unwrap_or(0),
+            }));
         }
         Ok(found)
     })
@@ -166,7 +183,9 @@ pub fn addresses() -> Result<Vec<Address>, Error> {
 ///
 /// The kernel's refusal.
 pub fn add_address(address: &Address) -> Result<(), Error> {
-    talk("add an address", async |handle| handle.address().add(address.index, address.address, address.prefix).execute().await)
+    talk("add an address", async |handle| {
+        handle.address().add(address.index, address.address, address.prefix).execute().await
+    })
 }
 
 /// Takes an address off an interface. One that is not there is no error.

@@ -101,7 +101,7 @@ impl<'a> Change<'a> {
             port_protocol: port | (key.protocol.protocol() as u32) << 16,
             scheduler: spec.scheduler as u32,
             // The first view of a slot that was used before must not be the one that packets may still look at.
-            view: self.shared.services.get(slot as usize).map_or(2 * slot, |old| 2 * slot | !old.load().view & 1),
+            view: self.shared.services.get(slot as usize).map_or(2 * slot, |old| 2 * slot + (!old.load().view & 1)),
             order: self.next_order(),
             ..ServiceRecord::zeroed()
         };
@@ -276,9 +276,8 @@ impl<'a> Change<'a> {
     /// A removed destination that this service, or one with the same key before it, had at `address`.
     fn trashed(&self, key: ServiceKey, address: SocketAddr) -> Option<u32> {
         let had_key = |slot: &u32| self.state.services.get(slot).is_some_and(|service| service_key(service) == key);
-        let is_it = |dest: &DestRecord| {
-            dest.state == slot::REMOVED && dest_address(dest) == address && had_key(&dest.service)
-        };
+        let is_it =
+            |dest: &DestRecord| dest.state == slot::REMOVED && dest_address(dest) == address && had_key(&dest.service);
         self.state.dests.iter().find(|(_, dest)| is_it(dest)).map(|(number, _)| *number)
     }
 

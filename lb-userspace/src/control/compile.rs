@@ -4,8 +4,8 @@ use std::{collections::HashMap, ops::Range};
 
 use lb_common::{
     abi::{
-        ENDPOINT_PROBES, EndpointBucket4, EndpointKey4, Record as _, ServiceRecord, SlotRecord, Target, View, ViewRecord,
-        cursor, slot,
+        ENDPOINT_PROBES, EndpointBucket4, EndpointKey4, Record as _, ServiceRecord, SlotRecord, Target, View,
+        ViewRecord, cursor, slot,
     },
     addr::{Ip4, Port},
     hash::Seed,
@@ -63,11 +63,7 @@ pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
 /// # Errors
 ///
 /// When there is no room.
-pub fn compile(
-    shared: &Shared<'_>,
-    state: &State,
-    services: impl Iterator<Item = u32>,
-) -> Result<Compiled, Refusal> {
+pub fn compile(shared: &Shared<'_>, state: &State, services: impl Iterator<Item = u32>) -> Result<Compiled, Refusal> {
     let wanted = targets(state);
     let endpoints = edits(shared, &wanted)?;
     let mut room = Room::new(shared);

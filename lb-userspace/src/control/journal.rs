@@ -7,9 +7,7 @@
 use std::collections::{BTreeSet, HashSet};
 
 use bytemuck::Zeroable as _;
-use lb_common::abi::{
-    DestRecord, JournalRecord, Record as _, ServiceRecord, journal as kind,
-};
+use lb_common::abi::{DestRecord, JournalRecord, Record as _, ServiceRecord, journal as kind};
 
 use crate::{
     control::{
@@ -138,11 +136,12 @@ fn begin(shared: &Shared<'_>) {
 /// The change is done: nothing is left to be finished, CPUs look at destinations anew, and readers find a whole again.
 fn end(shared: &Shared<'_>) {
     shared.config.epoch.store(shared.config.epoch.load().wrapping_add(1).max(1));
+    let generation = shared.instance.generation.load();
+    shared.instance.generation.store((generation | 1).wrapping_add(1));
+    // Last: as long as the change is pending, a process killed here leaves something to be finished.
     if let Some(head) = shared.journal.first() {
         head.kind.store(0);
     }
-    let generation = shared.instance.generation.load();
-    shared.instance.generation.store((generation | 1).wrapping_add(1));
 }
 
 /// A copy of the records that no change was under way for. `None` when a change is: it has to be waited for, or finished.

@@ -98,13 +98,13 @@ pub struct Dest {
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub enum Refusal {
     /// The service exists.
-    #[error("service {0} exists already: use `service edit` to change it")]
+    #[error("service {0} exists already: use `xdpvs service edit` to change it")]
     ServiceExists(ServiceKey),
     /// The service does not exist.
     #[error("no service {0}: see `xdpvs list`")]
     NoService(ServiceKey),
     /// The destination exists.
-    #[error("service {0} has destination {1} already: use `dest edit` to change it")]
+    #[error("service {0} has destination {1} already: use `xdpvs dest edit` to change it")]
     DestExists(ServiceKey, SocketAddr),
     /// The destination does not exist.
     #[error("service {0} has no destination {1}: see `xdpvs list`")]
@@ -128,6 +128,14 @@ pub enum Refusal {
     /// Out of range.
     #[error("weight {0}: use 0 to 2147483647")]
     Weight(u64),
+    /// A timeout out of range.
+    #[error("timeout {seconds}: use 1 to {limit} seconds, or 0 to leave it as it is")]
+    Timeout {
+        /// The timeout given, in seconds.
+        seconds: u32,
+        /// The longest that this kernel's clock allows, in seconds.
+        limit: u32,
+    },
     /// Port 0.
     #[error("service {0}: port 0 is for persistent services only")]
     ZeroPort(ServiceKey),

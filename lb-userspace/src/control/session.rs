@@ -96,7 +96,23 @@ impl Session {
         E: From<Error> + From<Commit>,
     {
         let lock = self.place.lock()?;
-        self.recover(&lock)?;
+        self.change_under(&lock, plan)
+    }
+
+    /// [`Session::change`] for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// As [`Session::change`].
+    pub fn change_under<T, E>(
+        &mut self,
+        lock: &Lock,
+        plan: impl FnOnce(&mut Change<'_>) -> Result<T, E>,
+    ) -> Result<T, E>
+    where
+        E: From<Error> + From<Commit>,
+    {
+        self.recover(lock)?;
         let mut change = Change::begin(self.maps.shared(), &self.counters, seconds_since_boot())?;
         let result = plan(&mut change)?;
         change.commit(&mut self.counters)?;

@@ -1,8 +1,6 @@
 //! The maps of an instance that the control plane reads and writes, wherever their memory is.
 
-use lb_common::abi::{
-    Config, Cursor, Dest, DestLoad, EndpointBucket4, Instance, JournalSlot, Service, Slot, View,
-};
+use lb_common::abi::{Config, Cursor, Dest, DestLoad, EndpointBucket4, Instance, JournalSlot, Service, Slot, View};
 
 use crate::{datapath::open::Maps, error::Error};
 

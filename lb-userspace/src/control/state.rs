@@ -87,8 +87,7 @@ impl State {
 
     /// Everything that is configured, in the order services were created.
     pub fn configured(&self) -> Vec<Service> {
-        let mut services: Vec<_> =
-            self.services.iter().filter(|(_, record)| record.state == slot::USED).collect();
+        let mut services: Vec<_> = self.services.iter().filter(|(_, record)| record.state == slot::USED).collect();
         services.sort_by_key(|(_, record)| record.order);
         services.into_iter().map(|(slot, record)| self.service(*slot, record)).collect()
     }

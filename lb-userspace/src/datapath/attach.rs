@@ -3,11 +3,16 @@
 //! A program on an interface is a pinned link: it stays when this process ends, and the program it runs can be exchanged
 //! without a packet noticing.
 
-use std::{fs, path::PathBuf};
+use std::{
+    fs,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
 
 use aya::{
     programs::{
-        SchedClassifier, TcAttachType, Xdp, XdpMode,
+        ProgramError, SchedClassifier, TcAttachType, Xdp, XdpMode,
         links::{FdLink, LinkError, PinnedLink},
         tc::{self, SchedClassifierLink, TcAttachOptions},
         xdp::XdpLink,
@@ -36,8 +41,19 @@ pub enum Wish {
     Generic,
 }
 
+impl Wish {
+    /// Whether programs that run in `mode` run as wished.
+    fn allows(self, mode: Mode) -> bool {
+        match self {
+            Self::Auto => true,
+            Self::Native => mode != Mode::Generic,
+            Self::Generic => mode == Mode::Generic,
+        }
+    }
+}
+
 /// An interface that an instance is attached to.
-#[derive(Clone, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug, serde::Serialize)]
 pub struct Attachment {
     /// The interface's name.
     pub interface: String,
@@ -70,6 +86,12 @@ fn linked(place: &Place) -> Result<Vec<String>, Error> {
     Ok(interfaces)
 }
 
+/// The id of the program that the instance's link to the interface `name` runs, or ran before the interface went away.
+fn linked_program(place: &Place, name: &str) -> Option<u32> {
+    let link = PinnedLink::from_pin(links(place).join(pin_name("xdp", name))).ok()?;
+    FdLink::from(link).info().ok().map(|info| info.program_id())
+}
+
 /// The interfaces the instance at `place` is attached to.
 ///
 /// # Errors
@@ -80,10 +102,7 @@ pub fn attachments(place: &Place) -> Result<Vec<Attachment>, Error> {
     let names = linked(place)?;
     let mut found = Vec::with_capacity(names.len());
     for name in names {
-        let ours = PinnedLink::from_pin(links(place).join(pin_name("xdp", &name))).ok().and_then(|link| {
-            let info = FdLink::from(link).info().ok()?;
-            Some(info.program_id())
-        });
+        let ours = linked_program(place, &name);
         let xdp = interfaces.iter().find(|interface| interface.name == name).and_then(|interface| interface.xdp);
         let mode = xdp.filter(|xdp| Some(xdp.program) == ours).map(|xdp| xdp.mode);
         found.push(Attachment { interface: name, mode });
@@ -93,30 +112,70 @@ pub fn attachments(place: &Place) -> Result<Vec<Attachment>, Error> {
 
 /// What is needed to attach to one interface, checked.
 pub struct Plan {
-    interface: Interface,
+    name: String,
+    /// The interface, if it is in this network namespace and nobody else's program is on it.
+    interface: Option<Interface>,
+    /// Whether the instance has a link to it that may work.
+    linked: bool,
 }
 
-/// Checks that programs can be put on the interfaces called `names`.
+impl Plan {
+    /// The interface's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether the instance is attached to the interface already, so that [`attach`] exchanges its programs.
+    pub fn is_linked(&self) -> bool {
+        self.linked
+    }
+}
+
+/// Checks that programs can be put on the interfaces called `names`, and finds all others that the instance is attached
+/// to.
 ///
 /// # Errors
 ///
-/// [`Error::NoInterface`], or [`Error::InterfaceTaken`] when a program of somebody else is there.
-pub fn plan(place: &Place, names: &[String]) -> Result<Vec<Plan>, Error> {
+/// [`Error::NoInterface`], [`Error::InterfaceTaken`] when a program of somebody else is there, or [`Error::ModeFixed`]
+/// when the instance's runs there otherwise than `wish` says.
+pub fn plan(place: &Place, names: &[String], wish: Wish) -> Result<Vec<Plan>, Error> {
     let interfaces = netlink::interfaces()?;
     let linked = linked(place)?;
-    names
-        .iter()
-        .map(|name| {
-            let found = interfaces.iter().find(|interface| &interface.name == name);
-            let interface = found.ok_or_else(|| Error::NoInterface { name: name.clone() })?;
-            match interface.xdp {
-                Some(xdp) if !linked.contains(name) => {
-                    Err(Error::InterfaceTaken { name: name.clone(), id: xdp.program })
-                }
-                _ => Ok(Plan { interface: interface.clone() }),
+    let mut plans: Vec<Plan> = Vec::new();
+    for name in names.iter().chain(&linked) {
+        if plans.iter().any(|plan| &plan.name == name) {
+            continue;
+        }
+        let named = names.contains(name);
+        let found = interfaces.iter().find(|interface| &interface.name == name).cloned();
+        let ours = linked_program(place, name);
+        let xdp = found.as_ref().and_then(|interface| interface.xdp);
+        let plan = |interface, linked| Plan { name: name.clone(), interface, linked };
+        plans.push(match xdp {
+            _ if found.is_none() && named => return Err(Error::NoInterface { name: name.clone() }),
+            Some(xdp) if ours == Some(xdp.program) && (!named || wish.allows(xdp.mode)) => plan(found, true),
+            Some(xdp) if ours == Some(xdp.program) => {
+                return Err(Error::ModeFixed { name: name.clone(), mode: xdp.mode });
             }
-        })
-        .collect()
+            Some(xdp) if named => return Err(Error::InterfaceTaken { name: name.clone(), id: xdp.program }),
+            // Somebody else's program is where ours was.
+            Some(_) => plan(None, false),
+            // A link to an interface that is not here may be one into another network namespace.
+            None => plan(found.clone(), found.is_none()),
+        });
+    }
+    Ok(plans)
+}
+
+/// What [`attach`] has done.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The programs run on the interface.
+    Attached,
+    /// They run in the kernel's receive path, because the driver did not take them for this reason.
+    FellBack(ProgramError),
+    /// The interface is gone or has another program: the instance's link to it was dead and has been removed.
+    Gone,
 }
 
 /// Puts the programs on an interface, or exchanges those that the instance has there.
@@ -124,39 +183,65 @@ pub fn plan(place: &Place, names: &[String]) -> Result<Vec<Plan>, Error> {
 /// # Errors
 ///
 /// The kernel's refusal; the interface is as it was before then.
-pub fn attach(place: &Place, programs: &mut Programs, plan: &Plan, wish: Wish) -> Result<(), Error> {
+pub fn attach(place: &Place, programs: &mut Programs, plan: &Plan, wish: Wish) -> Result<Outcome, Error> {
     let directory = links(place);
     fs::create_dir_all(&directory).map_err(|source| Error::file("create", &directory, source))?;
+    if plan.linked {
+        return exchange(place, programs, plan);
+    }
+    // What a link of that name led to is gone.
+    detach(place, &plan.name)?;
+    let Some(interface) = &plan.interface else { return Ok(Outcome::Gone) };
     // The program behind first, so that no packet is handed to nobody.
-    attach_neighbour(place, programs.neighbour()?, &plan.interface.name)?;
-    attach_xdp(place, programs.xdpvs()?, &plan.interface, wish)
+    let attached = attach_neighbour(place, programs.neighbour()?, &plan.name)
+        .and_then(|()| attach_xdp(place, programs.xdpvs()?, interface, wish));
+    if attached.is_err() {
+        detach(place, &plan.name)?;
+    }
+    attached
 }
 
-fn attach_xdp(place: &Place, xdp: &mut Xdp, interface: &Interface, wish: Wish) -> Result<(), Error> {
+/// Exchanges the programs behind the links to an interface, one store each: no packet meets none.
+fn exchange(place: &Place, programs: &mut Programs, plan: &Plan) -> Result<Outcome, Error> {
+    let Plan { name, interface, .. } = plan;
+    let failed = |action| move |source| Error::Link { action, name: name.clone(), source };
+    let pinned = PinnedLink::from_pin(links(place).join(pin_name("xdp", name))).map_err(failed("open"))?;
+    let link = XdpLink::try_from(FdLink::from(pinned)).map_err(failed("open"))?;
+    match (attach_neighbour(place, programs.neighbour()?, name), interface) {
+        (Err(error), Some(_)) => return Err(error),
+        (Err(_), None) => return detach(place, name).map(|()| Outcome::Gone),
+        (Ok(()), _) => {}
+    }
+    match (programs.xdpvs()?.attach_to_link(link), interface) {
+        (Ok(_), _) => Ok(Outcome::Attached),
+        (Err(source), Some(_)) => Err(Error::program("exchange", program::XDPVS, source)),
+        (Err(_), None) => detach(place, name).map(|()| Outcome::Gone),
+    }
+}
+
+fn attach_xdp(place: &Place, xdp: &mut Xdp, interface: &Interface, wish: Wish) -> Result<Outcome, Error> {
     let name = &interface.name;
     let pin = links(place).join(pin_name("xdp", name));
-    let failed = |action| move |source| Error::Link { action, name: name.clone(), source };
-    if let Ok(pinned) = PinnedLink::from_pin(&pin) {
-        let link = XdpLink::try_from(FdLink::from(pinned)).map_err(failed("open"))?;
-        if interface.xdp.is_some() {
-            xdp.attach_to_link(link).map_err(|source| Error::program("exchange", program::XDPVS, source))?;
-            return Ok(());
-        }
-        // The interface has been made anew since: its link is dead.
-        fs::remove_file(&pin).map_err(|source| Error::file("remove", &pin, source))?;
-    }
-    let attach = |xdp: &mut Xdp, mode| {
-        xdp.attach_to_if_index(interface.index, mode).map_err(|source| Error::NoDriverMode { name: name.clone(), source })
+    let in_driver = |xdp: &mut Xdp| xdp.attach_to_if_index(interface.index, XdpMode::Driver);
+    let generic = |xdp: &mut Xdp| {
+        let attached = xdp.attach_to_if_index(interface.index, XdpMode::Skb);
+        attached.map_err(|source| Error::Attach { name: name.clone(), source })
     };
-    let id = match wish {
-        Wish::Native => attach(xdp, XdpMode::Driver)?,
-        Wish::Generic => attach(xdp, XdpMode::Skb)?,
-        Wish::Auto => attach(xdp, XdpMode::Driver).or_else(|_| attach(xdp, XdpMode::Skb))?,
+    let (id, outcome) = match wish {
+        Wish::Native => {
+            let attached = in_driver(xdp).map_err(|source| Error::NoDriverMode { name: name.clone(), source })?;
+            (attached, Outcome::Attached)
+        }
+        Wish::Generic => (generic(xdp)?, Outcome::Attached),
+        Wish::Auto => match in_driver(xdp) {
+            Ok(id) => (id, Outcome::Attached),
+            Err(why) => (generic(xdp)?, Outcome::FellBack(why)),
+        },
     };
     let link = xdp.take_link(id).map_err(|source| Error::program("attach", program::XDPVS, source))?;
-    let link = FdLink::try_from(link).map_err(failed("keep"))?;
+    let link = FdLink::try_from(link).map_err(|source| Error::Link { action: "keep", name: name.clone(), source })?;
     link.pin(&pin).map_err(|source| Error::Pin { path: pin.clone(), source })?;
-    Ok(())
+    Ok(outcome)
 }
 
 /// Whether the kernel has TCX links; before, TC programs are filters of a clsact queueing discipline.
@@ -188,11 +273,8 @@ fn attach_neighbour(place: &Place, classifier: &mut SchedClassifier, name: &str)
     let options = TcAttachOptions::TcxOrder(Default::default());
     let id = classifier.attach_with_options(name, TcAttachType::Ingress, options).map_err(failed)?;
     let link = classifier.take_link(id).map_err(failed)?;
-    let link: FdLink = link.try_into().map_err(|source: LinkError| Error::Link {
-        action: "keep",
-        name: name.to_owned(),
-        source,
-    })?;
+    let link: FdLink =
+        link.try_into().map_err(|source: LinkError| Error::Link { action: "keep", name: name.to_owned(), source })?;
     link.pin(&pin).map_err(|source| Error::Pin { path: pin.clone(), source })?;
     Ok(())
 }
@@ -214,6 +296,27 @@ pub fn detach(place: &Place, name: &str) -> Result<(), Error> {
     }
     if !has_tcx() {
         let _ = tc::qdisc_detach_program(name, TcAttachType::Ingress, program::NEIGHBOUR);
+    }
+    Ok(())
+}
+
+/// How long programs may stay on their interfaces after the last pin of their links is gone, which the kernel sees to in
+/// its own time.
+const DETACHING: Duration = Duration::from_secs(2);
+
+/// Takes the programs off all interfaces. When it returns, they are off.
+///
+/// # Errors
+///
+/// When a pin cannot be removed.
+pub fn detach_all(place: &Place) -> Result<(), Error> {
+    let names = linked(place)?;
+    let programs: Vec<u32> = names.iter().filter_map(|name| linked_program(place, name)).collect();
+    names.iter().try_for_each(|name| detach(place, name))?;
+    let begun = Instant::now();
+    let is_on = |interface: &Interface| interface.xdp.is_some_and(|xdp| programs.contains(&xdp.program));
+    while begun.elapsed() < DETACHING && netlink::interfaces()?.iter().any(is_on) {
+        thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }

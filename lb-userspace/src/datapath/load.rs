@@ -143,6 +143,33 @@ pub fn replace(place: &Place, _: &Lock, maps: &Maps) -> Result<Programs, Error> 
     Ok(programs)
 }
 
+/// Removes the newest programs of the instance at `place`, which no link runs: the ones before are the newest again.
+///
+/// # Errors
+///
+/// When a pin cannot be removed.
+pub fn discard_newest(place: &Place, _: &Lock) -> Result<(), Error> {
+    remove_tree(&place.programs()?)
+}
+
+/// Removes the instance at `place`, which no link runs, and what a killed process may have left of one.
+///
+/// # Errors
+///
+/// When a pin cannot be removed.
+pub fn remove(place: &Place, _: &Lock) -> Result<(), Error> {
+    let (directory, nursery) = (place.directory(), place.nursery());
+    remove_tree(&nursery)?;
+    // Under its own name there is all of an instance or nothing.
+    match fs::rename(&directory, &nursery) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(Error::file("remove", &directory, source));
+        }
+        _ => {}
+    }
+    remove_tree(&nursery)
+}
+
 /// Removes all programs of the instance at `place` but the newest.
 ///
 /// # Errors

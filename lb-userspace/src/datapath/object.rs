@@ -5,6 +5,9 @@ use aya::include_bytes_aligned;
 /// The director's programs and maps.
 pub static DIRECTOR: &[u8] = include_bytes_aligned!(env!("XDPVS_DIRECTOR_OBJECT"));
 
+/// The real server's program and maps.
+pub static REALSERVER: &[u8] = include_bytes_aligned!(env!("XDPVS_REALSERVER_OBJECT"));
+
 /// Names of programs in [`DIRECTOR`], beside those of its stages ([`lb_common::abi::Stage`]).
 pub mod program {
     /// XDP: every frame that arrives.
@@ -41,7 +44,32 @@ pub mod map {
 
     /// Every map that is pinned.
     pub const ALL: [&str; 17] = [
-        INSTANCE, CONFIG, JOURNAL, SERVICES, DESTS, ENDPOINTS4, VIEWS, SLOTS, CURSORS, DEST_LOADS, DEST_CPUS, FLOWS4,
-        ADJACENCY, ADJACENCY_CPUS, LIMITER, REASONS, AGEING,
+        INSTANCE,
+        CONFIG,
+        JOURNAL,
+        SERVICES,
+        DESTS,
+        ENDPOINTS4,
+        VIEWS,
+        SLOTS,
+        CURSORS,
+        DEST_LOADS,
+        DEST_CPUS,
+        FLOWS4,
+        ADJACENCY,
+        ADJACENCY_CPUS,
+        LIMITER,
+        REASONS,
+        AGEING,
     ];
+}
+
+/// Names in [`REALSERVER`].
+pub mod realserver {
+    /// XDP: takes packets for virtual addresses out of the tunnel they came through.
+    pub const DECAPSULATE: &str = "decapsulate";
+    /// Map, and pin: the virtual addresses, as they stand in a packet.
+    pub const VIPS: &str = "VIPS";
+    /// Map, and pin: packets for them, by number of [`lb_common::decapsulation::Decapsulation`].
+    pub const OUTCOMES: &str = "OUTCOMES";
 }

@@ -82,9 +82,9 @@ impl Place {
     pub fn programs(&self) -> Result<PathBuf, Error> {
         let directory = self.generations();
         let newest = generations(&directory)?.into_iter().max();
-        newest.map(|number| directory.join(number.to_string())).ok_or_else(|| {
-            Error::file("find programs in", &directory, ErrorKind::NotFound.into())
-        })
+        newest
+            .map(|number| directory.join(number.to_string()))
+            .ok_or_else(|| Error::file("find programs in", &directory, ErrorKind::NotFound.into()))
     }
 
     /// Whether the instance exists.
@@ -147,7 +147,8 @@ fn check_name(name: &str) -> Result<(), Error> {
     }
 }
 
-fn looked_at() -> Vec<PathBuf> {
+/// Where a BPF file system is looked for, best first.
+pub(crate) fn looked_at() -> Vec<PathBuf> {
     match std::env::var_os(BPFFS_VARIABLE) {
         Some(path) => vec![path.into()],
         None => CANDIDATES.map(PathBuf::from).to_vec(),
@@ -155,7 +156,11 @@ fn looked_at() -> Vec<PathBuf> {
 }
 
 /// The BPF file systems that are mounted, best first.
-fn mounted() -> Result<Vec<PathBuf>, Error> {
+///
+/// # Errors
+///
+/// When the kernel does not tell.
+pub(crate) fn mounted() -> Result<Vec<PathBuf>, Error> {
     let mut found = Vec::new();
     for path in looked_at() {
         match statfs(&path) {

@@ -1,0 +1,217 @@
+//! `service`, `dest`, `list`: the configuration.
+
+use std::net::SocketAddr;
+
+use clap::Subcommand;
+use lb_common::{
+    abi::active_and_total,
+    proto::{Method, Scheduler},
+};
+use lb_userspace::{
+    control::{
+        change::Change,
+        model::{DestSpec, Refusal, ServiceKey, ServiceSpec, Transport},
+        session::Session,
+    },
+    datapath::{
+        attach::{self, Attachment},
+        place::Place,
+    },
+};
+use serde::Serialize;
+
+use crate::cli::{
+    failure::Failure,
+    instance::mode_word,
+    output::{self, Form},
+    words::{self, DestWords, MethodWords, ServiceWords},
+};
+
+/// The weight of a destination unless another is given.
+const DEFAULT_WEIGHT: u32 = 1;
+
+/// What can be changed about a destination.
+const CHANGES: [&str; 5] = ["gatewaying", "masquerading", "ipip", "method", "weight"];
+
+/// What can be done to services.
+#[derive(Subcommand, Debug)]
+pub(crate) enum ServiceCommand {
+    /// Add a service, without destinations
+    Add {
+        #[command(flatten)]
+        service: ServiceWords,
+        /// Who gets the next connection: rr, wrr, wlc or sh
+        #[arg(short, long, default_value = "wlc", value_name = "SCHED", value_parser = words::scheduler)]
+        scheduler: Scheduler,
+    },
+    /// Give a service another scheduler; connections stay where they are
+    Edit {
+        #[command(flatten)]
+        service: ServiceWords,
+        /// Who gets the next connection: rr, wrr, wlc or sh
+        #[arg(short, long, value_name = "SCHED", value_parser = words::scheduler)]
+        scheduler: Scheduler,
+    },
+    /// Remove a service with its destinations; packets of its connections go nowhere from then on
+    Del {
+        #[command(flatten)]
+        service: ServiceWords,
+    },
+    /// Remove all services
+    Flush,
+}
+
+/// What can be done to destinations.
+#[derive(Subcommand, Debug)]
+pub(crate) enum DestCommand {
+    /// Add a destination to a service
+    Add {
+        #[command(flatten)]
+        dest: DestWords,
+        #[command(flatten)]
+        method: MethodWords,
+        /// Share of new connections, 0 (none) to 2147483647
+        #[arg(short, long, default_value_t = DEFAULT_WEIGHT, value_parser = words::weight, allow_negative_numbers = true)]
+        weight: u32,
+    },
+    /// Change a destination's weight or method; what is not given stays. Connections keep the method they have
+    #[command(group = clap::ArgGroup::new("change").args(CHANGES).required(true).multiple(true))]
+    Edit {
+        #[command(flatten)]
+        dest: DestWords,
+        #[command(flatten)]
+        method: MethodWords,
+        /// Share of new connections, 0 (none) to 2147483647
+        #[arg(short, long, value_parser = words::weight, allow_negative_numbers = true)]
+        weight: Option<u32>,
+    },
+    /// Remove a destination; packets of its connections go nowhere until it is added again
+    Del {
+        #[command(flatten)]
+        dest: DestWords,
+    },
+}
+
+/// Opens the instance and changes it, holding its lock from before it is opened.
+fn change(place: &Place, plan: impl FnOnce(&mut Change<'_>) -> Result<(), Refusal>) -> Result<(), Failure> {
+    let lock = place.lock()?;
+    Session::open(place)?.change_under(&lock, |change| Ok(plan(change)?))
+}
+
+impl ServiceCommand {
+    /// Changes the configuration.
+    pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
+        change(place, |change| match self {
+            Self::Add { service, scheduler } => change.add_service(service.key(), ServiceSpec { scheduler }),
+            Self::Edit { service, scheduler } => change.edit_service(service.key(), ServiceSpec { scheduler }),
+            Self::Del { service } => change.delete_service(service.key()),
+            Self::Flush => {
+                change.flush();
+                Ok(())
+            }
+        })
+    }
+}
+
+impl DestCommand {
+    /// Changes the configuration.
+    pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
+        change(place, |change| match self {
+            Self::Add { dest, method, weight } => {
+                let (service, address) = dest.keys();
+                change.add_dest(service, address, DestSpec { method: method.method().unwrap_or(Method::Route), weight })
+            }
+            Self::Edit { dest, method, weight } => {
+                let (service, address) = dest.keys();
+                let old = find(change, service, address)?;
+                let spec =
+                    DestSpec { method: method.method().unwrap_or(old.method), weight: weight.unwrap_or(old.weight) };
+                change.edit_dest(service, address, spec)
+            }
+            Self::Del { dest } => {
+                let (service, address) = dest.keys();
+                change.delete_dest(service, address)
+            }
+        })
+    }
+}
+
+/// How a destination is set now.
+fn find(change: &Change<'_>, key: ServiceKey, address: SocketAddr) -> Result<DestSpec, Refusal> {
+    let services = change.state().configured();
+    let service = services.into_iter().find(|service| service.key == key).ok_or(Refusal::NoService(key))?;
+    let dest = service.dests.into_iter().find(|dest| dest.address == address);
+    dest.map(|dest| dest.spec).ok_or(Refusal::NoDest(key, address))
+}
+
+#[derive(Serialize)]
+struct List<'a> {
+    instance: &'a str,
+    mode: Vec<Attachment>,
+    services: Vec<ListedService>,
+}
+
+#[derive(Serialize)]
+struct ListedService {
+    protocol: Transport,
+    address: SocketAddr,
+    scheduler: &'static str,
+    destinations: Vec<ListedDest>,
+}
+
+#[derive(Serialize)]
+struct ListedDest {
+    address: SocketAddr,
+    method: &'static str,
+    weight: u32,
+    active: u32,
+    inactive: u32,
+}
+
+/// Prints the configuration, services and destinations in the order of their addresses.
+pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
+    let mut session = Session::open(place)?;
+    let mut services = session.state()?.configured();
+    services.sort_by_key(|service| service.key);
+    let loads = &session.maps().dest_loads;
+    let services = services.into_iter().map(|mut service| {
+        service.dests.sort_by_key(|dest| dest.address);
+        let dests = service.dests.iter().map(|dest| {
+            let load = loads.get(dest.number as usize).map_or(0, |load| load.connections.load());
+            let (active, total) = active_and_total(load);
+            ListedDest {
+                address: dest.address,
+                method: dest.spec.method.as_str(),
+                weight: dest.spec.weight,
+                active,
+                inactive: total.saturating_sub(active),
+            }
+        });
+        ListedService {
+            protocol: service.key.protocol,
+            address: service.key.address,
+            scheduler: service.spec.scheduler.as_str(),
+            destinations: dests.collect(),
+        }
+    });
+    let list = List { instance: place.name(), mode: attach::attachments(place)?, services: services.collect() };
+    form.print(&list, text)
+}
+
+fn text(list: &List<'_>) -> String {
+    let modes: Vec<String> =
+        list.mode.iter().map(|Attachment { interface, mode }| format!("{interface} ({})", mode_word(*mode))).collect();
+    let modes = if modes.is_empty() { "no interface".to_owned() } else { modes.join(", ") };
+    let head = format!("Instance {} on {modes}\n", list.instance);
+    let heading = ["Service", "Scheduler", "Destination", "Method", "Weight", "Active", "Inactive"];
+    let mut rows = vec![heading.map(str::to_owned).to_vec()];
+    for ListedService { protocol, address, scheduler, destinations } in &list.services {
+        rows.push(vec![format!("{protocol} {address}"), (*scheduler).to_owned()]);
+        for ListedDest { address, method, weight, active, inactive } in destinations {
+            let (address, method) = (address.to_string(), (*method).to_owned());
+            let numbers = [weight, active, inactive].map(u32::to_string);
+            rows.push([String::new(), String::new(), address, method].into_iter().chain(numbers).collect());
+        }
+    }
+    head + &output::table(&rows, &[4, 5, 6])
+}

@@ -1,0 +1,162 @@
+//! `up`, `status`: the instance as a whole.
+
+use lb_common::abi::{active_and_total, slot};
+use lb_userspace::{
+    control::session::Session,
+    datapath::{
+        attach::{self, Attachment, Wish},
+        lifecycle::{self, Request},
+        open,
+        place::Place,
+        sizes::Capacity,
+    },
+    error::Error,
+};
+use serde::Serialize;
+
+use crate::cli::{
+    complain,
+    failure::Failure,
+    output::{self, Form},
+};
+
+/// What `up` is told.
+#[derive(clap::Args, Debug)]
+pub(crate) struct Up {
+    /// Interfaces to attach to, those to the clients and those to the real servers
+    #[arg(required = true, value_name = "IFACE")]
+    interfaces: Vec<String>,
+    /// How to run on them: in the driver (native), in the kernel's receive path (generic, much slower), or in the driver
+    /// if it can
+    #[arg(long, value_enum, default_value = "auto")]
+    mode: ModeWord,
+    /// Connections to make room for, 1000 to 16777216 (1048576 unless given; about 54 bytes each)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(Capacity::FLOWS_MIN as i64..=Capacity::FLOWS_MAX as i64))]
+    max_flows: Option<u32>,
+    /// Services to make room for, 1 to 65536 (4096 unless given)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=Capacity::SERVICES_MAX as i64))]
+    max_services: Option<u32>,
+    /// Destinations of all services to make room for, 1 to 262144 (16384 unless given)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=Capacity::DESTS_MAX as i64))]
+    max_dests: Option<u32>,
+}
+
+#[derive(clap::ValueEnum, Clone, Copy, Debug)]
+enum ModeWord {
+    Auto,
+    Native,
+    Generic,
+}
+
+impl Up {
+    /// Starts the instance, or renews it.
+    pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
+        let wish = match self.mode {
+            ModeWord::Auto => Wish::Auto,
+            ModeWord::Native => Wish::Native,
+            ModeWord::Generic => Wish::Generic,
+        };
+        let request = Request {
+            interfaces: self.interfaces,
+            wish,
+            flows: self.max_flows,
+            services: self.max_services,
+            dests: self.max_dests,
+        };
+        for notice in lifecycle::up(place, &request)? {
+            complain(&notice.to_string());
+        }
+        Ok(())
+    }
+}
+
+#[derive(Serialize)]
+struct NotRunning<'a> {
+    instance: &'a str,
+    running: bool,
+}
+
+#[derive(Serialize)]
+struct Status<'a> {
+    instance: &'a str,
+    running: bool,
+    version: &'static str,
+    attachments: Vec<Attachment>,
+    max_flows: u32,
+    flows: u32,
+    services: usize,
+    destinations: usize,
+    ageing: Ageing,
+}
+
+#[derive(Serialize)]
+struct Ageing {
+    /// Time between two ticks.
+    interval_ms: u64,
+    /// Whole passes over the flow table.
+    sweeps: u64,
+    /// How long the last one took.
+    last_sweep_ms: u64,
+    /// Connections ended because their time was over.
+    ended: u64,
+}
+
+/// Prints what the instance is and how full.
+pub(crate) fn status(place: &Place, form: Form) -> Result<(), Failure> {
+    let mut session = match Session::open(place) {
+        Err(error @ Error::NotRunning { .. }) => {
+            if form.json {
+                form.print(&NotRunning { instance: place.name(), running: false }, |_| String::new())?;
+            }
+            return Err(error.into());
+        }
+        opened => opened?,
+    };
+    let state = session.state()?;
+    let maps = session.maps();
+    let instance = maps.instance();
+    let ageing = open::ageing(place)?.record;
+    let ticks = ageing.last_ended.wrapping_sub(ageing.last_began);
+    let loads = maps.dest_loads.iter().take(instance.dests_used as usize);
+    let used = |state: u32| state == slot::USED;
+    let status = Status {
+        instance: place.name(),
+        running: true,
+        version: env!("CARGO_PKG_VERSION"),
+        attachments: attach::attachments(place)?,
+        max_flows: instance.max_flows,
+        flows: loads.map(|load| active_and_total(load.connections.load()).1).sum(),
+        services: state.services.values().filter(|record| used(record.state)).count(),
+        destinations: state.dests.values().filter(|record| used(record.state)).count(),
+        ageing: Ageing {
+            interval_ms: ageing.interval_ns / 1_000_000,
+            sweeps: ageing.sweeps,
+            last_sweep_ms: u64::from(ticks) * 1000 / u64::from(instance.hz.max(1)),
+            ended: ageing.ended,
+        },
+    };
+    form.print(&status, text)
+}
+
+fn text(status: &Status<'_>) -> String {
+    let Status { instance, version, max_flows, flows, services, destinations, ageing, .. } = status;
+    let row = |name: &str, value: String| vec![name.to_owned(), value];
+    let mut rows = vec![row("instance", format!("{instance}, running (xdpvs {version})"))];
+    for Attachment { interface, mode } in &status.attachments {
+        rows.push(row("interface", format!("{interface} ({})", mode_word(*mode))));
+    }
+    rows.push(row("connections", format!("{flows} of {max_flows}")));
+    rows.push(row("services", services.to_string()));
+    rows.push(row("destinations", destinations.to_string()));
+    let Ageing { interval_ms, sweeps, last_sweep_ms, ended } = ageing;
+    rows.push(row(
+        "ageing",
+        format!("every {interval_ms} ms, {sweeps} sweeps, the last in {last_sweep_ms} ms, {ended} connections ended"),
+    ));
+    output::table(&rows, &[])
+}
+
+/// How programs run on an interface, for people.
+pub(crate) fn mode_word(mode: Option<lb_userspace::netlink::Mode>) -> String {
+    mode.map_or_else(|| "not attached: run `xdpvs up` again".into(), |mode| mode.to_string())
+}

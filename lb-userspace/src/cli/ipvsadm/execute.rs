@@ -1,0 +1,277 @@
+//! Carrying out what an ipvsadm command line says.
+
+use std::{
+    io::{self, BufRead as _, BufWriter, Write as _, stdin, stdout},
+    net::SocketAddr,
+};
+
+use lb_common::{abi::active_and_total, proto::Scheduler};
+use lb_userspace::{
+    control::{
+        change::{Change, Commit},
+        model::{DestSpec, Refusal, Service, ServiceKey, ServiceSpec, Transport},
+        session::Session,
+        settings::Timeouts,
+        traffic::Traffic,
+    },
+    datapath::place::Place,
+};
+
+use super::{
+    super::{connections, failure::Failure, output, timeouts},
+    NAME, NOT_LISTED, Stop,
+    names::{Names, System},
+    options::{Command, Kind, Tunnel},
+    parse::{self, Identity, Parsed, Request},
+    print::{self, DestRow, Format, ServiceRow},
+};
+
+/// Schedulers of ip_vs, beside those that xdpvs has.
+const OTHER_SCHEDULERS: [&str; 10] = ["lc", "lblc", "lblcr", "dh", "sed", "nq", "fo", "ovf", "mh", "twos"];
+
+/// Carries out a command line, on the instance that `place` finds.
+pub(super) fn execute(place: &dyn Fn() -> Result<Place, Stop>, program: &str, parsed: Parsed) -> Result<(), Stop> {
+    let request = match parsed {
+        Parsed::Help => return Ok(output::print(&print::help())?),
+        Parsed::Version => return Ok(output::print(&print::version())?),
+        Parsed::Run(request) => *request,
+    };
+    let place = place()?;
+    if request.command == Command::Restore { restore(&place, program) } else { run(&place, &request) }
+}
+
+fn run(place: &Place, request: &Request) -> Result<(), Stop> {
+    if let Some(what) = lacking(request) {
+        return Err(Stop::refusal(format!("{what} not supported by xdpvs yet")));
+    }
+    match request.command {
+        Command::List => list(place, request),
+        Command::Save => save(place, request),
+        Command::Timeouts => {
+            let [tcp, tcpfin, udp] = request.timeouts;
+            Ok(timeouts::set(place, Timeouts { tcp, tcpfin, udp })?)
+        }
+        Command::StopDaemon => Err(Stop::refusal("No daemon is running")),
+        _ => change(place, request),
+    }
+}
+
+/// What is asked for and cannot be had. What asks about such a thing learns that there is none of it.
+fn lacking(request: &Request) -> Option<String> {
+    let kinds = request.kinds;
+    let service = matches!(request.command, Command::Add | Command::Edit);
+    let dest = matches!(request.command, Command::AddDest | Command::EditDest);
+    let what = match request.command {
+        Command::Zero => "zeroing of counters (-Z) is",
+        Command::StartDaemon => "connection synchronisation (--start-daemon) is",
+        Command::List if kinds.has(Kind::Rate) && !kinds.has(Kind::Stats) => "rates (--rate) are",
+        Command::Add if matches!(request.service, Some(Identity::Mark(_))) => "firewall marks (-f) are",
+        Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
+        Command::Add if matches!(request.service, Some(Identity::Address(_, SocketAddr::V6(_)))) => "IPv6 is",
+        _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
+        _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
+        _ if service && kinds.has(Kind::Ops) => "one-packet scheduling (-o) is",
+        _ if service && request.sched_flags => "scheduler flags (-b) are",
+        _ if dest && request.server.is_some_and(|server| server.is_ipv6()) => "IPv6 is",
+        _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
+        _ if dest && request.thresholds != [0; 2] => "connection thresholds (-x, -y) are",
+        _ => return None,
+    };
+    Some(what.to_owned())
+}
+
+/// The service as xdpvs knows services; `None` for what it has none of.
+fn key(request: &Request) -> Option<ServiceKey> {
+    let Some(Identity::Address(transport, address)) = request.service else { return None };
+    let protocol = match transport {
+        parse::Transport::Tcp => Transport::Tcp,
+        parse::Transport::Udp => Transport::Udp,
+        parse::Transport::Sctp => return None,
+    };
+    Some(ServiceKey { protocol, address })
+}
+
+/// Why a change was not made, in ipvsadm's words where it has some.
+fn refusal(command: Command, refusal: &Refusal) -> Stop {
+    let dest = matches!(command, Command::AddDest | Command::EditDest | Command::DeleteDest);
+    Stop::refusal(match refusal {
+        Refusal::ServiceExists(_) => "Service already exists".to_owned(),
+        Refusal::NoService(_) if dest => "Service not defined".to_owned(),
+        Refusal::NoService(_) => "No such service".to_owned(),
+        Refusal::DestExists(..) => "Destination already exists".to_owned(),
+        Refusal::NoDest(..) => "No such destination".to_owned(),
+        Refusal::NotUnicast(_) => {
+            "Invalid operation.  Possibly wrong module version, address not unicast, ...".to_owned()
+        }
+        other => other.to_string(),
+    })
+}
+
+impl From<Commit> for Stop {
+    fn from(commit: Commit) -> Self {
+        Failure::from(commit).into()
+    }
+}
+
+fn change(place: &Place, request: &Request) -> Result<(), Stop> {
+    let lock = place.lock()?;
+    Session::open(place)?.change_under(&lock, |change| plan(change, request))
+}
+
+fn plan(change: &mut Change<'_>, request: &Request) -> Result<(), Stop> {
+    let command = request.command;
+    let refused = |why| refusal(command, &why);
+    if command == Command::Flush {
+        change.flush();
+        return Ok(());
+    }
+    let known = key(request).filter(|key| command == Command::Add || change.state().by_key.contains_key(key));
+    let Some(key) = known else {
+        let dest = matches!(command, Command::AddDest | Command::EditDest | Command::DeleteDest);
+        return Err(Stop::refusal(if dest { "Service not defined" } else { "No such service" }));
+    };
+    match command {
+        Command::Add if change.state().by_key.contains_key(&key) => Err(refused(Refusal::ServiceExists(key))),
+        Command::Add => change.add_service(key, service_spec(request)?).map_err(refused),
+        Command::Edit => change.edit_service(key, service_spec(request)?).map_err(refused),
+        Command::Delete => change.delete_service(key).map_err(refused),
+        _ => {
+            let Some(server) = request.server else { return Ok(()) };
+            let Request { method, weight, .. } = *request;
+            let spec = DestSpec { method, weight };
+            match command {
+                Command::AddDest => change.add_dest(key, server, spec),
+                Command::EditDest => change.edit_dest(key, server, spec),
+                _ => change.delete_dest(key, server),
+            }
+            .map_err(refused)
+        }
+    }
+}
+
+fn service_spec(request: &Request) -> Result<ServiceSpec, Stop> {
+    let name = request.scheduler.as_str();
+    let scheduler = Scheduler::from_name(name).ok_or_else(|| {
+        if OTHER_SCHEDULERS.contains(&name) {
+            let ours: Vec<_> = Scheduler::ALL.iter().map(|scheduler| scheduler.as_str()).collect();
+            Stop::refusal(format!("scheduler {name} is not supported by xdpvs yet: use one of {}", ours.join(", ")))
+        } else {
+            Stop::refusal("Scheduler or persistence engine not found")
+        }
+    })?;
+    Ok(ServiceSpec { scheduler })
+}
+
+/// The name service, unless digits are wanted.
+fn names(request: &Request) -> Option<&'static dyn Names> {
+    if request.kinds.has(Kind::Numeric) { None } else { Some(&System) }
+}
+
+fn list(place: &Place, request: &Request) -> Result<(), Stop> {
+    let kinds = request.kinds;
+    if kinds.has(Kind::Connection) {
+        return list_connections(place, request);
+    }
+    if kinds.has(Kind::Timeout) {
+        return Ok(output::print(&print::timeouts(timeouts::get(&Session::open(place)?)))?);
+    }
+    if kinds.has(Kind::Daemon) {
+        // No synchronisation daemon runs.
+        return Ok(());
+    }
+    let format = match () {
+        () if kinds.has(Kind::Stats) => Format::Stats { exact: kinds.has(Kind::Exact) },
+        () if kinds.has(Kind::Thresholds) => Format::Thresholds,
+        () if kinds.has(Kind::PersistentConn) => Format::PersistentConn,
+        () if kinds.has(Kind::TunInfo) => Format::TunInfo,
+        () => Format::Default,
+    };
+    let rows = rows(place, request)?;
+    if request.service.is_some() && rows.is_empty() {
+        return Err(Stop { text: "No such service".into(), code: NOT_LISTED });
+    }
+    Ok(output::print(&print::services(&rows, format, request.service.is_none()))?)
+}
+
+fn save(place: &Place, request: &Request) -> Result<(), Stop> {
+    Ok(output::print(&print::saved(&rows(place, request)?))?)
+}
+
+/// The services that are asked for, as they are shown.
+fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
+    let mut session = Session::open(place)?;
+    let state = session.state()?;
+    let mut services = state.configured();
+    if request.service.is_some() {
+        let wanted = key(request);
+        services.retain(|service| Some(service.key) == wanted);
+    }
+    if !request.kinds.has(Kind::NoSort) {
+        print::sort(&mut services);
+    }
+    let (names, counters) = (names(request), session.counters());
+    let row = |service: &Service| -> Result<ServiceRow, Stop> {
+        let datagram = service.key.protocol == Transport::Udp;
+        let mut dests = Vec::with_capacity(service.dests.len());
+        for dest in &service.dests {
+            let load = session.maps().dest_loads.get(dest.number as usize).map_or(0, |load| load.connections.load());
+            let (active, total) = active_and_total(load);
+            dests.push(DestRow {
+                address: print::address(dest.address, datagram, names),
+                method: dest.spec.method,
+                weight: dest.spec.weight,
+                connections: [active, total.saturating_sub(active)],
+                traffic: Traffic::of_dest(counters, dest.number)?,
+            });
+        }
+        Ok(ServiceRow {
+            protocol: service.key.protocol,
+            address: print::address(service.key.address, datagram, names),
+            scheduler: service.spec.scheduler.as_str(),
+            traffic: Traffic::of_service(&state, counters, service.slot)?,
+            dests,
+        })
+    };
+    services.iter().map(row).collect()
+}
+
+fn list_connections(place: &Place, request: &Request) -> Result<(), Stop> {
+    let session = Session::open(place)?;
+    let reader = connections::reader(place, session.maps())?;
+    let names = names(request);
+    let mut out = BufWriter::new(stdout().lock());
+    let mut write = || -> io::Result<()> {
+        out.write_all(print::connection_titles(request.kinds.has(Kind::PersistentConn)).as_bytes())?;
+        for connection in reader.connections() {
+            let datagram = connection.protocol == Transport::Udp;
+            let line = print::connection(&connection, |address| print::address(address, datagram, names));
+            out.write_all(line.as_bytes())?;
+        }
+        out.flush()
+    };
+    Ok(output::written(write())?)
+}
+
+/// Carries out the commands on standard input, one a line. One that is not understood ends it; one that is refused does
+/// not. What becomes of the last is what becomes of the whole.
+fn restore(place: &Place, program: &str) -> Result<(), Stop> {
+    let mut last = Ok(());
+    for line in stdin().lock().lines() {
+        let line = line.map_err(|error| Stop::refusal(format!("read standard input: {error}")))?;
+        let words: Vec<String> =
+            line.split_ascii_whitespace().filter(|word| *word != NAME).map(str::to_owned).collect();
+        if words.is_empty() {
+            continue;
+        }
+        if let Err(Stop { text, .. }) = std::mem::replace(&mut last, Ok(())) {
+            output::complain(&text);
+        }
+        let request = match parse::parse(program, &words, &System)? {
+            Parsed::Run(request) if request.command != Command::Restore => request,
+            Parsed::Run(_) => return Err(parse::try_help(program)),
+            about => return execute(&|| Ok(place.clone()), program, about),
+        };
+        last = run(place, &request);
+    }
+    last
+}

@@ -1,0 +1,353 @@
+//! What ipvsadm prints of services, destinations and connections (`docs/ipvs.md`, sections 10.6 and 10.7).
+
+use std::{
+    cmp::Ordering,
+    net::{IpAddr, SocketAddr},
+};
+
+use lb_common::proto::Method;
+use lb_userspace::control::{
+    connections::Connection,
+    model::{Dest, Service, Transport},
+    settings::Timeouts,
+    traffic::Traffic,
+};
+
+use super::{super::connections::clock, names::Names};
+
+/// The first line of a list of everything. The number is the size of ip_vs's connection table unless it is told
+/// otherwise, which has no counterpart here; scripts look at the line.
+const BANNER: &str = "IP Virtual Server version 1.2.1 (size=4096)";
+
+/// What ipvsadm says it is.
+const VERSION: &str = "ipvsadm v1.31 2019/12/24 (compiled with popt and IPVS v1.2.1)";
+
+/// What `--version` prints.
+pub(super) fn version() -> String {
+    format!("{VERSION}\n")
+}
+
+/// What `--help` prints.
+pub(super) fn help() -> String {
+    format!("{VERSION}\n{}", include_str!("usage.txt"))
+}
+
+/// What is shown of services and destinations.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Format {
+    Default,
+    Stats { exact: bool },
+    Thresholds,
+    PersistentConn,
+    TunInfo,
+}
+
+/// A service to be shown.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct ServiceRow {
+    pub(super) protocol: Transport,
+    /// Address and port, or their names.
+    pub(super) address: String,
+    pub(super) scheduler: &'static str,
+    pub(super) traffic: Traffic,
+    pub(super) dests: Vec<DestRow>,
+}
+
+/// A destination to be shown.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct DestRow {
+    /// Address and port, or their names.
+    pub(super) address: String,
+    pub(super) method: Method,
+    pub(super) weight: u32,
+    /// Active and inactive connections.
+    pub(super) connections: [u32; 2],
+    pub(super) traffic: Traffic,
+}
+
+/// A list of services; `all` of them, or the one that was asked for.
+pub(super) fn services(rows: &[ServiceRow], format: Format, all: bool) -> String {
+    let mut text = if all { format!("{BANNER}\n") } else { String::new() };
+    text += &titles(format);
+    for row in rows {
+        let name = format!("{:<4} {}", upper(row.protocol), row.address);
+        text += &match format {
+            Format::Stats { exact } => format!("{}{}\n", column(&name, 33), amounts(&row.traffic, exact)),
+            _ => format!("{} {}\n", cut(&name, 33), row.scheduler),
+        };
+        for dest in &row.dests {
+            text += &format!("  -> {}{}\n", column(&dest.address, 28), dest_cells(dest, format));
+        }
+    }
+    text
+}
+
+fn titles(format: Format) -> String {
+    let name = "Prot LocalAddress:Port";
+    match format {
+        Format::Default => {
+            format!("{name} Scheduler Flags\n  -> RemoteAddress:Port           Forward Weight ActiveConn InActConn\n")
+        }
+        Format::TunInfo => format!(
+            "{name} Scheduler Flags\n  -> RemoteAddress:Port           Forward TunnelInfo    Weight ActiveConn InActConn\n"
+        ),
+        Format::Stats { .. } => format!(
+            "{name:<33} {:>8} {:>8} {:>8} {:>8} {:>8}\n  -> RemoteAddress:Port\n",
+            "Conns", "InPkts", "OutPkts", "InBytes", "OutBytes"
+        ),
+        Format::Thresholds => format!(
+            "{name:<33} {:<10} {:<10} {:<10} {:<10}\n  -> RemoteAddress:Port\n",
+            "Uthreshold", "Lthreshold", "ActiveConn", "InActConn"
+        ),
+        Format::PersistentConn => format!(
+            "{name:<33} {:<9} {:<11} {:<10} {:<10}\n  -> RemoteAddress:Port\n",
+            "Weight", "PersistConn", "ActiveConn", "InActConn"
+        ),
+    }
+}
+
+fn dest_cells(dest: &DestRow, format: Format) -> String {
+    let DestRow { method, weight, connections: [active, inactive], traffic, .. } = dest;
+    let method = method.column();
+    // No destination has thresholds, and no connection is a persistence template.
+    let none = 0;
+    match format {
+        Format::Default => format!(" {method:<7} {weight:<6} {active:<10} {inactive:<10}"),
+        Format::Stats { exact } => amounts(traffic, exact),
+        Format::Thresholds => format!(" {none:<10} {none:<10} {active:<10} {inactive:<10}"),
+        Format::PersistentConn => format!(" {weight:<9} {none:<11} {active:<10} {inactive:<10}"),
+        Format::TunInfo => {
+            let tunnel = if dest.method == Method::Tunnel { "ipip" } else { "n/a" };
+            format!(" {method:<7} {tunnel:<13} {weight:<6} {active:<10} {inactive:<10}")
+        }
+    }
+}
+
+/// The first `width` bytes of an IPv4 service's or destination's name; other names are whole.
+fn cut(name: &str, width: usize) -> &str {
+    if name.contains('[') { name } else { name.get(..width).unwrap_or(name) }
+}
+
+fn column(name: &str, width: usize) -> String {
+    format!("{:<width$}", cut(name, width))
+}
+
+const fn upper(protocol: Transport) -> &'static str {
+    match protocol {
+        Transport::Tcp => "TCP",
+        Transport::Udp => "UDP",
+    }
+}
+
+fn amounts(traffic: &Traffic, exact: bool) -> String {
+    let Traffic { connections, packets_in, packets_out, bytes_in, bytes_out } = *traffic;
+    [connections, packets_in, packets_out, bytes_in, bytes_out].map(|value| amount(value, exact)).concat()
+}
+
+/// A number in nine columns, unless it is to be exact.
+fn amount(value: u64, exact: bool) -> String {
+    let (value, unit) = match value {
+        _ if exact => (value, ""),
+        0..100_000_000 => (value, ""),
+        100_000_000..1_000_000_000 => (value / 1000, "K"),
+        1_000_000_000..100_000_000_000 => (value / 1_000_000, "M"),
+        100_000_000_000..100_000_000_000_000 => (value / 1_000_000_000, "G"),
+        _ => (value / 1_000_000_000_000, "T"),
+    };
+    if unit.is_empty() { format!(" {value:>8}") } else { format!("{value:>8}{unit}") }
+}
+
+/// Commands that make the services again.
+pub(super) fn saved(rows: &[ServiceRow]) -> String {
+    let mut text = String::new();
+    for row in rows {
+        let option = match row.protocol {
+            Transport::Tcp => "-t",
+            Transport::Udp => "-u",
+        };
+        let service = format!("{option} {}", row.address);
+        text += &format!("-A {service} -s {}\n", row.scheduler);
+        for DestRow { address, method, weight, .. } in &row.dests {
+            let (method, tunnel) = match method {
+                Method::Masq => ("-m", ""),
+                Method::Route => ("-g", ""),
+                Method::Tunnel => ("-i", " --tun-type ipip"),
+            };
+            text += &format!("-a {service} -r {address} {method} -w {weight}{tunnel}\n");
+        }
+    }
+    text
+}
+
+/// The title lines of a list of connections.
+pub(super) fn connection_titles(persistent: bool) -> String {
+    let destination = if persistent {
+        format!("{:<18} {:<16} {}", "destination", "pe name", "pe_data")
+    } else {
+        "destination".to_owned()
+    };
+    format!("IPVS connection entries\npro expire {:<11} {:<18} {:<18} {destination}\n", "state", "source", "virtual")
+}
+
+/// The line of a connection.
+pub(super) fn connection(connection: &Connection, name: impl Fn(SocketAddr) -> String) -> String {
+    let Connection { protocol, client, service, destination, state, expires, .. } = *connection;
+    let [client, service, destination] = [client, service, destination].map(name);
+    format!("{:<3} {:<6} {state:<11} {client:<18} {service:<18} {destination}\n", upper(protocol), clock(expires))
+}
+
+/// What `--timeout` prints.
+pub(super) fn timeouts(Timeouts { tcp, tcpfin, udp }: Timeouts) -> String {
+    format!("Timeout (tcp tcpfin udp): {tcp} {tcpfin} {udp}\n")
+}
+
+/// An address and port, by their names unless these are not wanted.
+pub(super) fn address(address: SocketAddr, datagram: bool, names: Option<&dyn Names>) -> String {
+    let Some(names) = names else { return address.to_string() };
+    let (host, port) = (names.host_at(address.ip()), names.service_at(address.port(), datagram));
+    let mut text = if address.is_ipv6() { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+    let end = (0..=text.len().min(59)).rev().find(|end| text.is_char_boundary(*end));
+    text.truncate(end.unwrap_or(0));
+    text
+}
+
+/// Puts services, and the destinations of each, in the order of ipvsadm.
+pub(super) fn sort(services: &mut Vec<Service>) {
+    let rank = |protocol: Transport| protocol.protocol() as u8;
+    merge_sort(services, &|a, b| {
+        let order = rank(a.key.protocol).cmp(&rank(b.key.protocol));
+        order.then_with(|| by_address(&a.key.address, &b.key.address))
+    });
+    for service in services {
+        merge_sort(&mut service.dests, &|a: &Dest, b: &Dest| by_address(&a.address, &b.address));
+    }
+}
+
+/// IPv4 addresses by the sign of their difference in 32 bits, so that addresses far apart come in an order that is none.
+fn by_address(a: &SocketAddr, b: &SocketAddr) -> Ordering {
+    let order = match (a.ip(), b.ip()) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => a.to_bits().wrapping_sub(b.to_bits()).cast_signed().cmp(&0),
+        (a, b) => a.cmp(&b),
+    };
+    order.then(a.port().cmp(&b.port()))
+}
+
+/// Sorts as the C library's `qsort` does, which ipvsadm uses: by merging halves, the first the shorter. It matters for an
+/// order that is none, which the standard library's sort may refuse.
+fn merge_sort<T>(items: &mut Vec<T>, compare: &impl Fn(&T, &T) -> Ordering) {
+    if items.len() <= 1 {
+        return;
+    }
+    let mut second = items.split_off(items.len() / 2);
+    let mut first = std::mem::take(items);
+    merge_sort(&mut first, compare);
+    merge_sort(&mut second, compare);
+    let (mut first, mut second) = (first.into_iter().peekable(), second.into_iter().peekable());
+    while let (Some(a), Some(b)) = (first.peek(), second.peek()) {
+        let from_first = compare(a, b) != Ordering::Greater;
+        items.extend(if from_first { first.next() } else { second.next() });
+    }
+    items.extend(first.chain(second));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn row() -> ServiceRow {
+        let traffic = |connections| Traffic {
+            connections,
+            packets_in: 99_999_999,
+            packets_out: 100_000_000,
+            bytes_in: 123_456_789_012_345,
+            bytes_out: 99_999_999_999,
+        };
+        ServiceRow {
+            protocol: Transport::Tcp,
+            address: "192.168.100.200:443".into(),
+            scheduler: "rr",
+            traffic: traffic(1_234_567_890),
+            dests: vec![
+                DestRow {
+                    address: "10.1.1.1:443".into(),
+                    method: Method::Tunnel,
+                    weight: 1,
+                    connections: [0, 0],
+                    traffic: traffic(0),
+                },
+                DestRow {
+                    address: "10.1.1.2:8443".into(),
+                    method: Method::Masq,
+                    weight: 100,
+                    connections: [12, 34],
+                    traffic: traffic(5),
+                },
+            ],
+        }
+    }
+
+    #[test]
+    fn lists_look_like_ipvsadms() {
+        assert_eq!(
+            services(&[row()], Format::Default, true),
+            "IP Virtual Server version 1.2.1 (size=4096)\n\
+             Prot LocalAddress:Port Scheduler Flags\n  \
+               -> RemoteAddress:Port           Forward Weight ActiveConn InActConn\n\
+             TCP  192.168.100.200:443 rr\n  \
+               -> 10.1.1.1:443                 Tunnel  1      0          0         \n  \
+               -> 10.1.1.2:8443                Masq    100    12         34        \n"
+        );
+        assert_eq!(
+            services(&[row()], Format::Stats { exact: false }, false),
+            "Prot LocalAddress:Port               Conns   InPkts  OutPkts  InBytes OutBytes\n  \
+               -> RemoteAddress:Port\n\
+             TCP  192.168.100.200:443             1234M 99999999  100000K     123T   99999M\n  \
+               -> 10.1.1.1:443                        0 99999999  100000K     123T   99999M\n  \
+               -> 10.1.1.2:8443                       5 99999999  100000K     123T   99999M\n"
+        );
+        assert_eq!(
+            saved(&[row()]),
+            "-A -t 192.168.100.200:443 -s rr\n\
+             -a -t 192.168.100.200:443 -r 10.1.1.1:443 -i -w 1 --tun-type ipip\n\
+             -a -t 192.168.100.200:443 -r 10.1.1.2:8443 -m -w 100\n"
+        );
+    }
+
+    #[test]
+    fn exact_numbers_push_columns_aside() {
+        assert_eq!(amount(99_999_999, true), " 99999999");
+        assert_eq!(amount(123_456_789, true), " 123456789");
+        assert_eq!(amount(1_234_567_890, true), " 1234567890");
+    }
+
+    #[test]
+    fn a_connection_is_a_line() {
+        let shown = Connection {
+            protocol: Transport::Tcp,
+            client: ([192, 168, 1, 1], 54_321).into(),
+            service: ([192, 168, 100, 200], 443).into(),
+            destination: ([10, 1, 1, 1], 443).into(),
+            state: "ESTABLISHED",
+            expires: 899_900,
+            method: Method::Masq,
+        };
+        assert_eq!(
+            connection_titles(false) + &connection(&shown, |address| address.to_string()),
+            "IPVS connection entries\n\
+             pro expire state       source             virtual            destination\n\
+             TCP 14:59  ESTABLISHED 192.168.1.1:54321  192.168.100.200:443 10.1.1.1:443\n"
+        );
+    }
+
+    #[test]
+    fn addresses_far_apart_sort_as_in_ipvsadm() {
+        let at = |first: u8, port| SocketAddr::from(([first, 0, 0, 1], port));
+        assert_eq!(by_address(&at(10, 80), &at(11, 1)), Ordering::Less);
+        assert_eq!(by_address(&at(10, 80), &at(10, 79)), Ordering::Greater);
+        // The difference does not fit in 31 bits.
+        assert_eq!(by_address(&at(10, 80), &at(192, 80)), Ordering::Greater);
+        let mut addresses = vec![at(192, 1), at(10, 2), at(100, 1), at(10, 1)];
+        merge_sort(&mut addresses, &by_address);
+        assert_eq!(addresses, [at(192, 1), at(10, 1), at(10, 2), at(100, 1)]);
+    }
+}

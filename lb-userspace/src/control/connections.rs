@@ -1,0 +1,176 @@
+//! The connections in the flow table, as people see them.
+
+use std::net::{Ipv4Addr, SocketAddr};
+
+use lb_common::{
+    abi::{Dest, Record as _},
+    addr::{Ip4, Port},
+    flow::{Bucket4, Entry as _, Entry4, Word},
+    jiffies::Jiffies,
+    proto::{Method, Protocol},
+    tcp,
+};
+use serde::{Serialize, Serializer};
+
+use crate::control::model::Transport;
+
+/// How often an entry that is being given to another connection is read again.
+const ATTEMPTS: usize = 8;
+
+/// A connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct Connection {
+    /// Its protocol.
+    pub protocol: Transport,
+    /// The client's address and port.
+    pub client: SocketAddr,
+    /// The service's address and port, as the client knows them.
+    pub service: SocketAddr,
+    /// The destination's address and port.
+    pub destination: SocketAddr,
+    /// The name that ip_vs has for its state.
+    pub state: &'static str,
+    /// Milliseconds until it is forgotten if no packet comes.
+    #[serde(rename = "expires_ms")]
+    pub expires: u64,
+    /// How packets reach the destination.
+    #[serde(serialize_with = "as_word")]
+    pub method: Method,
+}
+
+fn as_word<S: Serializer>(method: &Method, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(method.as_str())
+}
+
+/// What the flow table is read with.
+#[derive(Clone, Copy)]
+pub struct Reader<'a> {
+    /// The flow table.
+    pub flows: &'a [Bucket4],
+    /// The destinations.
+    pub dests: &'a [Dest],
+    /// The data plane's clock.
+    pub now: Jiffies,
+    /// Its ticks per second.
+    pub hz: u32,
+}
+
+impl<'a> Reader<'a> {
+    /// Every connection, in the order of the table. A connection that begins, ends or changes meanwhile is there or not,
+    /// but never in parts.
+    pub fn connections(self) -> impl Iterator<Item = Connection> + 'a {
+        self.flows.iter().flat_map(Bucket4::entries).filter_map(move |entry| self.connection(entry))
+    }
+
+    fn connection(&self, entry: &Entry4) -> Option<Connection> {
+        for _ in 0..ATTEMPTS {
+            let before = Word(entry.word.load());
+            if !before.is_live() {
+                return None;
+            }
+            let (key, dest) = (entry.key(before), entry.dest().load());
+            // What has been read belongs together if the entry has been one connection all the while; the state is the
+            // newest.
+            let word = Word(entry.word.load());
+            if !word.same_life(before) {
+                continue;
+            }
+            if word.expired(self.now, self.hz) {
+                return None;
+            }
+            let record = self.dests.get(dest as usize)?.load();
+            let port = word.port(Port::from_raw(record.port_method as u16), key.vport());
+            return Some(Connection {
+                protocol: word.protocol().into(),
+                client: socket(key.caddr(), key.cport()),
+                service: socket(key.vaddr(), key.vport()),
+                destination: socket(Ip4::from_raw(record.addr[0]), port),
+                state: state_name(word),
+                expires: u64::from(word.expires().since(self.now).max(0).cast_unsigned()) * 1000
+                    / u64::from(self.hz.max(1)),
+                method: Method::try_from(word.method()).unwrap_or(Method::Route),
+            });
+        }
+        // So short-lived that it is as good as over.
+        None
+    }
+}
+
+fn socket(address: Ip4, port: Port) -> SocketAddr {
+    SocketAddr::new(Ipv4Addr::from(address.octets()).into(), port.number())
+}
+
+fn state_name(word: Word) -> &'static str {
+    match word.protocol() {
+        Protocol::Udp => "UDP",
+        Protocol::Tcp => tcp::State::try_from(word.state()).map_or("NONE", tcp::State::as_str),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable as _;
+    use lb_common::{
+        abi::{DestRecord, slot},
+        flow::{Key4, flag},
+    };
+
+    use super::*;
+
+    const NOW: Jiffies = Jiffies(u32::MAX - 100);
+
+    fn entry(word: Word) -> Bucket4 {
+        let bucket = Bucket4::zeroed();
+        let client = (Ip4::new([10, 1, 0, 1]), Port::new(10_000));
+        let service = (Ip4::new([10, 9, 9, 9]), Port::new(80));
+        bucket.entries()[3].fill(&Key4::new(Protocol::Tcp, client, service), 0);
+        bucket.entries()[3].word.store(word.0);
+        bucket
+    }
+
+    fn read(bucket: Bucket4) -> Vec<Connection> {
+        let dest = Dest::zeroed();
+        let record = DestRecord {
+            addr: [Ip4::new([10, 2, 0, 11]).raw(), 0, 0, 0],
+            port_method: Port::new(8080).raw().into(),
+            state: slot::REMOVED,
+            ..DestRecord::zeroed()
+        };
+        dest.store(&record);
+        Reader { flows: &[bucket], dests: &[dest], now: NOW, hz: 250 }.connections().collect()
+    }
+
+    fn live(state: tcp::State, flags: u64, expires: Jiffies) -> Word {
+        Word(0).claimed(1).live(Word::born(Protocol::Tcp, state as u8, Method::Masq as u8, flags, expires))
+    }
+
+    #[test]
+    fn a_connection_is_shown_with_the_time_it_has_left() {
+        let found = read(entry(live(tcp::State::Established, 0, NOW.after(900 * 250))));
+        assert_eq!(
+            found,
+            [Connection {
+                protocol: Transport::Tcp,
+                client: ([10, 1, 0, 1], 10_000).into(),
+                service: ([10, 9, 9, 9], 80).into(),
+                destination: ([10, 2, 0, 11], 8080).into(),
+                state: "ESTABLISHED",
+                expires: 900_000,
+                method: Method::Masq,
+            }]
+        );
+        let at_service_port = read(entry(live(tcp::State::SynRecv, flag::SERVICE_PORT, NOW)));
+        assert_eq!(at_service_port[0].destination, ([10, 2, 0, 11], 80).into());
+        assert_eq!(at_service_port[0].expires, 0);
+    }
+
+    #[test]
+    fn what_is_no_connection_is_not_shown() {
+        let word = live(tcp::State::Close, 0, NOW);
+        for word in [Word(0), Word(0).claimed(7), Word(0).claimed(7).killed(), word.freed()] {
+            assert_eq!(read(entry(word)), []);
+        }
+        let over = live(tcp::State::Close, 0, Jiffies(NOW.0 - 250));
+        assert_eq!(read(entry(over)), [], "its time was over a second ago");
+    }
+}

@@ -38,3 +38,30 @@ pub const fn server_mac(index: u8) -> [u8; 6] {
 pub const OUTSIDE: u32 = 2;
 /// Index of the director's interface towards the real servers.
 pub const INSIDE: u32 = 3;
+
+/// What is special about some of the real servers; all others are neighbours of the director by its inside interface.
+pub mod special {
+    /// Behind a link with an MTU of [`NARROW_MTU`].
+    pub const NARROW: u8 = 6;
+    /// MTU of the way to [`NARROW`].
+    pub const NARROW_MTU: u32 = 1400;
+    /// A neighbour whose link-layer address is unknown.
+    pub const UNRESOLVED: u8 = 7;
+    /// Without a route.
+    pub const UNREACHABLE: u8 = 8;
+    /// An address of the director itself.
+    pub const LOCAL: u8 = 9;
+    /// A neighbour by the outside interface: the director has one arm towards it.
+    pub const ONE_ARMED: u8 = 10;
+    /// Behind a link with an MTU of [`TINY_MTU`].
+    pub const TINY: u8 = 11;
+    /// MTU of the way to [`TINY`]: one byte less than the least that a tunnel can go through.
+    pub const TINY_MTU: u32 = 87;
+}
+
+/// A client whose router's link-layer address is unknown.
+pub const FAR_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 1);
+/// The router of [`FAR_CLIENT`].
+pub const FAR_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 9);
+/// A client without a route.
+pub const LOST_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 4, 0, 1);

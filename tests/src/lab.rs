@@ -12,7 +12,14 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
+use aya::{
+    Ebpf, include_bytes_aligned,
+    programs::{Xdp, XdpMode},
+};
+use lb_userspace::datapath::place::{Place, remove_tree};
 use nix::sched::{CloneFlags, setns};
+
+static OBJECT: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
 
 /// Where `ip netns` keeps its namespaces.
 const NAMESPACES: &str = "/run/netns";
@@ -153,6 +160,26 @@ fn sweep() {
     }
 }
 
+/// Removes the pins of the instances of processes that are no more, of those whose names are `prefix`, the number of the
+/// process, and anything after a `-`.
+///
+/// # Errors
+///
+/// When no BPF file system is mounted, or a pin cannot be removed.
+pub fn sweep_instances(prefix: &str) -> Result<()> {
+    let place = Place::find(prefix)?;
+    place.prepare()?;
+    let Some(instances) = place.directory().parent().map(PathBuf::from) else { return Ok(()) };
+    for entry in fs::read_dir(&instances).with_context(|| format!("list {}", instances.display()))?.flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let owner = name.strip_prefix(prefix).and_then(|rest| rest.split(['-', '~']).next());
+        if owner.is_some_and(|owner| !PathBuf::from("/proc").join(owner).exists()) {
+            remove_tree(&entry.path())?;
+        }
+    }
+    Ok(())
+}
+
 /// One end of a cable.
 #[derive(Clone, Copy, Debug)]
 pub struct End<'a> {
@@ -190,6 +217,43 @@ pub fn cable(a: End<'_>, b: End<'_>) -> Result<()> {
         end.namespace.ip(&format!("link set {} up", end.name))?;
     }
     Ok(())
+}
+
+/// A program that passes every frame.
+///
+/// A veth wakes its other end after `XDP_TX` only if that has a program too: without, frames that a director sends back by
+/// the interface they came in by lie there until something else comes along.
+#[derive(Debug)]
+pub struct Passing {
+    ebpf: Ebpf,
+}
+
+impl Passing {
+    /// Loads the program.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn new() -> Result<Self> {
+        let mut passing = Self { ebpf: Ebpf::load(OBJECT)? };
+        passing.program()?.load()?;
+        Ok(passing)
+    }
+
+    /// Puts the program on an interface, until this is dropped.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn attach(&mut self, namespace: &NetNs, interface: &str) -> Result<()> {
+        let program = self.program()?;
+        namespace.enter(|| program.attach(interface, XdpMode::Driver).map(drop))??;
+        Ok(())
+    }
+
+    fn program(&mut self) -> Result<&mut Xdp> {
+        Ok(self.ebpf.program_mut("floor_pass").context("no program floor_pass")?.try_into()?)
+    }
 }
 
 /// A link-layer address as people write it.

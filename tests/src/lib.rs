@@ -1,6 +1,13 @@
 //! What the tests of xdpvs share.
 
+pub mod audit;
+pub mod cases;
 pub mod cast;
+pub mod executor;
 pub mod frames;
 pub mod lab;
+pub mod network;
+pub mod peers;
+pub mod program;
+pub mod tunnelled;
 pub mod world;

@@ -60,8 +60,7 @@ impl Default for World {
 impl World {
     /// A director with a flow table of this many buckets, and routes to the whole cast.
     pub fn new(flow_buckets: u32) -> Self {
-        let sizes =
-            HostSizes { services: 64, dests: 256, slots: 1 << 16, endpoint_buckets: 256, flow_buckets };
+        let sizes = HostSizes { services: 64, dests: 256, slots: 1 << 16, endpoint_buckets: 256, flow_buckets };
         let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
         let config = &world.tables.config[0];
@@ -71,14 +70,17 @@ impl World {
         config.conn_reuse_mode.store(1);
         config.icmp_per_second.store(1000);
         for index in 0..16 {
-            world.route(cast::server(index), HostRoute::Via {
-                ifindex: cast::INSIDE,
-                mtu: 1500,
-                to: cast::server_mac(index),
-                from: cast::DIRECTOR_INSIDE_MAC,
-                source: ip4(cast::DIRECTOR_INSIDE),
-                gateway: ip4(cast::server(index)),
-            });
+            world.route(
+                cast::server(index),
+                HostRoute::Via {
+                    ifindex: cast::INSIDE,
+                    mtu: 1500,
+                    to: cast::server_mac(index),
+                    from: cast::DIRECTOR_INSIDE_MAC,
+                    source: ip4(cast::DIRECTOR_INSIDE),
+                    gateway: ip4(cast::server(index)),
+                },
+            );
         }
         world
     }
@@ -90,14 +92,17 @@ impl World {
 
     /// Makes clients reachable, all by one router.
     pub fn route_client(&self, address: Ipv4Addr) {
-        self.route(address, HostRoute::Via {
-            ifindex: cast::OUTSIDE,
-            mtu: 1500,
-            to: cast::CLIENT_MAC,
-            from: cast::DIRECTOR_OUTSIDE_MAC,
-            source: ip4(cast::DIRECTOR_OUTSIDE),
-            gateway: ip4(cast::CLIENT_GATEWAY),
-        });
+        self.route(
+            address,
+            HostRoute::Via {
+                ifindex: cast::OUTSIDE,
+                mtu: 1500,
+                to: cast::CLIENT_MAC,
+                from: cast::DIRECTOR_OUTSIDE_MAC,
+                source: ip4(cast::DIRECTOR_OUTSIDE),
+                gateway: ip4(cast::CLIENT_GATEWAY),
+            },
+        );
     }
 
     /// The maps as the control plane takes them.
@@ -119,8 +124,13 @@ impl World {
 
     /// Makes a change, which must be possible.
     pub fn change(&self, plan: impl FnOnce(&mut Change<'_>)) {
+        self.change_at(self.seconds(), plan);
+    }
+
+    /// Makes a change, which must be possible, at some other time than now.
+    pub fn change_at(&self, seconds: u32, plan: impl FnOnce(&mut Change<'_>)) {
         let mut counters = HostCounters(&self.tables.dest_cpus);
-        let mut change = Change::begin(self.shared(), &counters, self.seconds()).expect("counters can be read");
+        let mut change = Change::begin(self.shared(), &counters, seconds).expect("counters can be read");
         plan(&mut change);
         change.commit(&mut counters).expect("there is room");
     }
@@ -164,7 +174,8 @@ impl World {
     }
 }
 
-struct HostCounters<'a>(&'a [DestCpu]);
+/// The counters of the destinations of a [`World`].
+pub struct HostCounters<'a>(pub &'a [DestCpu]);
 
 impl Counters for HostCounters<'_> {
     fn read(&self, dest: u32) -> Result<[u64; 5], Error> {

@@ -1,0 +1,12 @@
+//! The command line, as its users meet it: the program in a network namespace. Needs root.
+
+#[path = "cli/crashes.rs"]
+mod crashes;
+#[path = "cli/golden.rs"]
+mod golden;
+#[path = "cli/native.rs"]
+mod native;
+#[path = "cli/running.rs"]
+mod running;
+#[path = "cli/stage.rs"]
+mod stage;

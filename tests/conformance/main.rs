@@ -1,0 +1,7 @@
+//! Replays records of the real ip_vs, as far as they are about what xdpvs does.
+//!
+//! What is left out is left out by rules about the records themselves, and how many are replayed and left out is asserted.
+
+mod packets;
+mod sched;
+mod states;

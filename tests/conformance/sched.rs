@@ -1,0 +1,194 @@
+//! Who got which connection.
+
+use std::net::Ipv4Addr;
+
+use lb_common::proto::{Method, Scheduler};
+use lb_userspace::control::{
+    change::Change,
+    model::{ServiceKey, Transport},
+};
+use serde::Deserialize;
+use xdpvs_tests::{
+    audit, cast,
+    executor::{Executor, Host, Kernel, Verdict, Wire},
+    frames::Frame,
+    world::{at, dest, scheduled, service},
+};
+
+#[derive(Deserialize)]
+struct Record {
+    sched: String,
+    variant: String,
+    proto: String,
+    #[serde(default)]
+    flags: String,
+    weights: Vec<u32>,
+    #[serde(default)]
+    seq: Vec<Option<u8>>,
+    #[serde(default)]
+    srcs: Vec<String>,
+    #[serde(default)]
+    steps: Vec<Step>,
+    #[serde(default)]
+    service: String,
+    #[serde(default)]
+    dest_options: serde_json::Value,
+    after: Vec<[u32; 4]>,
+}
+
+#[derive(Deserialize)]
+struct Step {
+    seq: Vec<Option<u8>>,
+    then: String,
+}
+
+fn records() -> Vec<Record> {
+    include_str!("../golden/sched.jsonl")
+        .lines()
+        .filter(|line| !line.contains("\"note\""))
+        .map(|line| serde_json::from_str(line).expect("a record is an object"))
+        .collect()
+}
+
+/// Which records can be replayed: those whose schedulers and options exist.
+fn is_supported(record: &Record) -> bool {
+    Scheduler::from_name(&record.sched).is_some()
+        && record.flags.is_empty()
+        && record.service.is_empty()
+        && record.dest_options.is_null()
+        && record.variant != "fwmark"
+}
+
+const PORT: u16 = 80;
+
+struct Replay<'e, E> {
+    executor: &'e mut E,
+    key: ServiceKey,
+    next: u16,
+}
+
+impl<'e, E: Executor> Replay<'e, E> {
+    fn new(executor: &'e mut E, record: &Record) -> Self {
+        executor.reset();
+        let protocol = if record.proto == "TCP" { Transport::Tcp } else { Transport::Udp };
+        let mut replay = Self { executor, key: service(protocol, PORT), next: 0 };
+        let scheduler = Scheduler::from_name(&record.sched).expect("supported");
+        replay.change(|change, key| change.add_service(key, scheduled(scheduler)).expect("new"));
+        for (index, weight) in (0..).zip(&record.weights) {
+            replay
+                .change(|change, key| change.add_dest(key, at(index, PORT), dest(Method::Masq, *weight)).expect("new"));
+        }
+        replay
+    }
+
+    /// One change for each command, as ipvsadm makes them.
+    fn change(&mut self, plan: impl Fn(&mut Change<'_>, ServiceKey)) {
+        let key = self.key;
+        self.executor.change(&|change| plan(change, key));
+    }
+
+    /// A command of the records: `-e @ -r ADDRESS:PORT -m -w WEIGHT` and the like.
+    fn command(&mut self, line: &str) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let after = |option: &str| {
+            words.iter().position(|word| *word == option).and_then(|position| words.get(position + 1)).copied()
+        };
+        let address = || after("-r").and_then(|address| address.parse().ok()).expect("a server");
+        let weight = || after("-w").and_then(|weight| weight.parse().ok()).unwrap_or(1);
+        self.change(|change, key| match words[0] {
+            "-a" => change.add_dest(key, address(), dest(Method::Masq, weight())).expect("new"),
+            "-e" => change.edit_dest(key, address(), dest(Method::Masq, weight())).expect("there"),
+            "-d" => change.delete_dest(key, address()).expect("there"),
+            "-E" => {
+                let scheduler = after("-s").and_then(Scheduler::from_name).expect("a scheduler");
+                change.edit_service(key, scheduled(scheduler)).expect("there");
+            }
+            other => panic!("no command is called `{other}`"),
+        });
+    }
+
+    fn send(&mut self, from: (Ipv4Addr, u16), flags: &'static str) -> Option<u8> {
+        let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+        let frame = Frame::new(macs, from, (cast::VIP, PORT));
+        let bytes = match self.key.protocol {
+            Transport::Tcp => frame.tcp(flags, &[]),
+            Transport::Udp => frame.udp(b"hello"),
+        };
+        let outcome = self.executor.arrive(Wire::Outside, &bytes);
+        if !Verdict::redirect(Wire::Inside).is_met_by(outcome.verdict) {
+            return None;
+        }
+        (0..16).find(|index| outcome.frame[30..34] == cast::server(*index).octets())
+    }
+
+    /// Opens the next connection. Returns the number of its server.
+    fn open(&mut self, record: &Record) -> Option<u8> {
+        let number = self.next;
+        self.next += 1;
+        let from = match record.srcs.get(usize::from(number)) {
+            Some(source) => {
+                let source: std::net::SocketAddrV4 = source.parse().expect("an address and port");
+                (*source.ip(), source.port())
+            }
+            // The records with changes do not name their client. Of the cast's, only this one explains the picks of sh.
+            None if record.variant == "edit" => (Ipv4Addr::new(10, 1, 0, 2), 10_000 + number),
+            None => (cast::CLIENT, 10_000 + number),
+        };
+        let server = self.send(from, "S");
+        if record.variant == "rst3" {
+            assert_eq!(self.send(from, "A"), server);
+            if number.is_multiple_of(3) {
+                assert_eq!(self.send(from, "R"), server);
+            }
+        }
+        server
+    }
+
+    fn check(&self, record: &Record) {
+        let counts = self.executor.counts();
+        for [index, weight, active, inactive] in &record.after {
+            let found = counts.dests.get(&cast::server(*index as u8)).copied().unwrap_or_default();
+            let found = (found.active, found.inactive);
+            let about = format!("server {index} of weight {weight} of {}", record.sched);
+            assert_eq!(found, (i64::from(*active), i64::from(*inactive)), "{about}");
+        }
+        audit::check(self.executor.flows(), self.executor.shared().dest_loads).expect("exact counters");
+    }
+}
+
+/// Buckets of the flow tables.
+const TABLE: u32 = 64;
+
+fn replay_all(executor: &mut impl Executor) {
+    let mut replayed = 0;
+    let records = records();
+    for record in records.iter().filter(|record| is_supported(record)) {
+        let mut replay = Replay::new(executor, record);
+        let about = format!("{} {} {} {:?}", record.sched, record.variant, record.proto, record.weights);
+        if record.steps.is_empty() {
+            let picks: Vec<_> = record.seq.iter().map(|_| replay.open(record)).collect();
+            assert_eq!(picks, record.seq, "{about}");
+        }
+        for step in &record.steps {
+            let picks: Vec<_> = step.seq.iter().map(|_| replay.open(record)).collect();
+            assert_eq!(picks, step.seq, "{about} before `{}`", step.then);
+            if !step.then.is_empty() {
+                replay.command(&step.then);
+            }
+        }
+        replay.check(record);
+        replayed += 1;
+    }
+    println!("sched.jsonl, {}: {replayed} records replayed, {} excluded", executor.name(), records.len() - replayed);
+    assert_eq!((replayed, records.len()), (49, 251), "records replayed, and all");
+}
+
+#[test]
+fn every_new_connection_goes_to_the_server_that_ip_vs_gave_it_to_on_the_host() {
+    replay_all(&mut Host::new(TABLE));
+}
+
+#[test]
+fn every_new_connection_goes_to_the_server_that_ip_vs_gave_it_to_in_the_kernel() {
+    Kernel::with("schedulers", TABLE, |kernel| replay_all(kernel)).expect("a director in the kernel");
+}

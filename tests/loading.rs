@@ -1,0 +1,75 @@
+//! Loads every program into the running kernel, and watches what the verifier makes of it.
+//!
+//! The number of instructions that the verifier goes through is not the length of a program, but of all ways through it. It
+//! grows by leaps when code is written that it cannot follow cheaply, long before it reaches the limit of a million; and with
+//! it grows the time that `xdpvs up` takes. That a program loads also says that its stack frames fit into 512 bytes together.
+
+use std::collections::BTreeMap;
+
+use aya::{
+    Ebpf, EbpfLoader, include_bytes_aligned,
+    programs::{Program, ProgramInfo},
+};
+use lb_userspace::datapath::object;
+use xdpvs_tests::lab::require_root;
+
+static BENCH: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
+
+/// How many instructions the verifier may go through for each program: a fifth more than when this was written.
+const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
+    ("xdpvs", 33_000),
+    ("request", 17_000),
+    ("open", 67_000),
+    ("reply", 33_000),
+    ("observe", 3_500),
+    ("icmp", 60_000),
+    ("unusual", 46_000),
+    ("control", 6_600),
+    ("neighbour", 40),
+];
+const BENCH_BUDGETS: &[(&str, u32)] =
+    &[("reset", 290), ("floor_transmit", 3), ("floor_push", 235), ("floor_pass", 3), ("touch", 130)];
+const REALSERVER_BUDGETS: &[(&str, u32)] = &[("decapsulate", 2_300)];
+
+fn load(program: &mut Program) -> ProgramInfo {
+    match program {
+        Program::Xdp(xdp) => xdp.load().and_then(|()| xdp.info()),
+        Program::SchedClassifier(classifier) => classifier.load().and_then(|()| classifier.info()),
+        _ => panic!("a program of a kind that this test does not know"),
+    }
+    .expect("the kernel takes the program")
+}
+
+/// Loads every program of an object. Nothing of it stays when this returns.
+fn check(object: &[u8], budgets: &[(&str, u32)]) {
+    require_root().expect("root");
+    let mut ebpf: Ebpf = EbpfLoader::new().load(object).expect("the kernel takes the maps");
+    let mut counts = BTreeMap::new();
+    for (name, program) in ebpf.programs_mut() {
+        let count = load(program).verified_instruction_count().expect("kernels since 5.16 count them");
+        println!("{name}: {count} instructions verified");
+        counts.insert(name.to_owned(), count);
+    }
+    let known: Vec<&str> = counts.keys().map(String::as_str).collect();
+    let mut expected: Vec<&str> = budgets.iter().map(|(name, _)| *name).collect();
+    expected.sort_unstable();
+    assert_eq!(known, expected, "programs of the object, and programs with a budget");
+    for (name, budget) in budgets {
+        assert!(counts[*name] <= *budget, "{name}: {} instructions verified, the budget is {budget}", counts[*name]);
+    }
+}
+
+#[test]
+fn the_programs_of_the_director_load() {
+    check(object::DIRECTOR, DIRECTOR_BUDGETS);
+}
+
+#[test]
+fn the_programs_of_the_real_server_load() {
+    check(object::REALSERVER, REALSERVER_BUDGETS);
+}
+
+#[test]
+fn the_programs_that_measure_load() {
+    check(BENCH, BENCH_BUDGETS);
+}

@@ -1,0 +1,399 @@
+//! Packet cases: what a director is set to, which frames arrive, and what is to become of each of them and of every
+//! counter.
+//!
+//! One table for all executors. Frames that shall leave are built like those that arrive, from scratch; nothing here
+//! calls the code under test. A counter that a case does not name must not move.
+
+use std::fmt::Write as _;
+
+use lb_common::{
+    abi::Config,
+    proto::{Method, Scheduler},
+    reason::Reason,
+};
+use lb_userspace::control::{
+    change::Change,
+    model::{ServiceKey, Transport},
+};
+
+use crate::{
+    audit, cast,
+    executor::{Counts, DestCounts, Executor, Verdict, Wire},
+    frames::{ETHERNET, Frame, with_id},
+    world::{at, dest, scheduled, service},
+};
+
+mod errors;
+mod foreign;
+mod forwarding;
+mod life;
+mod way;
+
+/// Every case.
+pub fn all() -> Vec<Case> {
+    [forwarding::cases(), way::cases(), life::cases(), errors::cases(), foreign::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+/// A case.
+pub struct Case {
+    name: String,
+    steps: Vec<Step>,
+}
+
+/// What is done to the configuration.
+type Plan = Box<dyn Fn(&mut Change<'_>) + Send>;
+/// What is done to the settings; the second argument is the number of ticks per second.
+type Setting = Box<dyn Fn(&Config, u32) + Send>;
+
+enum Step {
+    Change(Plan),
+    Set(Setting),
+    Forwarding(bool),
+    Pass(u32),
+    YoungSecond,
+    Arrive(Arrival),
+}
+
+struct Arrival {
+    wire: Wire,
+    frame: Vec<u8>,
+    verdict: Verdict,
+    /// The frame as it leaves.
+    out: Vec<u8>,
+    /// Whether the identification of the frame that leaves is anything.
+    any_id: bool,
+    counts: Counts,
+}
+
+impl Step {
+    /// Does what is to be done before the next frame arrives.
+    fn prepare(&self, executor: &mut impl Executor) {
+        match self {
+            Self::Change(plan) => executor.change(plan.as_ref()),
+            Self::Set(set) => {
+                let shared = executor.shared();
+                set(shared.config, shared.instance.hz.load());
+            }
+            Self::Forwarding(on) => executor.set_forwarding(*on),
+            Self::Pass(seconds) => executor.pass(*seconds),
+            Self::YoungSecond => executor.wait_for_a_young_second(),
+            Self::Arrive(_) => {}
+        }
+    }
+}
+
+impl Case {
+    /// A case in which nothing is configured yet.
+    fn new(name: impl Into<String>) -> Self {
+        Self { name: name.into(), steps: Vec::new() }
+    }
+
+    /// The case's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The names of the reasons for which frames stop in the case.
+    pub fn reasons(&self) -> impl Iterator<Item = &'static str> {
+        let arrivals = self.steps.iter().filter_map(|step| match step {
+            Step::Arrive(arrival) => Some(arrival),
+            _ => None,
+        });
+        arrivals.flat_map(|arrival| arrival.counts.reasons.keys().copied())
+    }
+
+    /// The frames that arrive in the case.
+    pub fn frames(&self) -> impl Iterator<Item = (Wire, &[u8])> {
+        self.steps.iter().filter_map(|step| match step {
+            Step::Arrive(arrival) => Some((arrival.wire, arrival.frame.as_slice())),
+            _ => None,
+        })
+    }
+
+    fn change(mut self, plan: impl Fn(&mut Change<'_>) + Send + 'static) -> Self {
+        self.steps.push(Step::Change(Box::new(plan)));
+        self
+    }
+
+    /// Adds a service at a port of [`cast::VIP`] by rr, and its destinations: number of the real server, port, method and
+    /// weight.
+    fn service(self, protocol: Transport, port: u16, dests: &[(u8, u16, Method, u32)]) -> Self {
+        let dests = dests.to_vec();
+        self.change(move |change| {
+            let key = service(protocol, port);
+            change.add_service(key, scheduled(Scheduler::Rr)).expect("new");
+            for &(index, port, method, weight) in &dests {
+                change.add_dest(key, at(index, port), dest(method, weight)).expect("new");
+            }
+        })
+    }
+
+    /// Changes a setting; the second argument is the number of ticks per second.
+    fn set(mut self, set: impl Fn(&Config, u32) + Send + 'static) -> Self {
+        self.steps.push(Step::Set(Box::new(set)));
+        self
+    }
+
+    /// Sets whether the host forwards what comes from its loopback interface.
+    fn forwarding(mut self, on: bool) -> Self {
+        self.steps.push(Step::Forwarding(on));
+        self
+    }
+
+    /// Lets time pass.
+    fn pass(mut self, seconds: u32) -> Self {
+        self.steps.push(Step::Pass(seconds));
+        self
+    }
+
+    /// Waits until the limit of ICMP errors will not be renewed for a while.
+    fn in_a_young_second(mut self) -> Self {
+        self.steps.push(Step::YoungSecond);
+        self
+    }
+
+    /// Lets a frame arrive by `wire`, of which becomes what the other arguments say.
+    fn arrives(mut self, wire: Wire, frame: Vec<u8>, verdict: Verdict, out: Vec<u8>, counts: Counts) -> Self {
+        self.steps.push(Step::Arrive(Arrival { wire, frame, verdict, out, any_id: false, counts }));
+        self
+    }
+
+    /// Lets a frame arrive that is answered by an error, whose identification may be anything.
+    fn answers(mut self, wire: Wire, frame: Vec<u8>, verdict: Verdict, out: Vec<u8>, counts: Counts) -> Self {
+        self.steps.push(Step::Arrive(Arrival { wire, frame, verdict, out, any_id: true, counts }));
+        self
+    }
+
+    /// Lets a frame arrive that stops where it is and as it is, for this reason.
+    fn stops(self, wire: Wire, frame: Vec<u8>, reason: Reason) -> Self {
+        let verdict = if Reason::passes(reason as u8) { Verdict::Pass } else { Verdict::Drop };
+        let out = frame.clone();
+        self.arrives(wire, frame, verdict, out, Counts::of(reason))
+    }
+}
+
+impl Counts {
+    /// Nothing.
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// One packet that is not forwarded for this reason.
+    pub fn of(reason: Reason) -> Self {
+        Self { reasons: [(reason.as_str(), 1)].into(), ..Self::default() }
+    }
+
+    /// One packet that is not forwarded for this reason, and an error for its sender.
+    pub fn answered(reason: Reason) -> Self {
+        Self { icmp_sent: 1, ..Self::of(reason) }
+    }
+
+    /// And this for real server number `index`.
+    pub fn at(mut self, index: u8, counts: DestCounts) -> Self {
+        self.dests.insert(cast::server(index), counts);
+        self
+    }
+}
+
+impl DestCounts {
+    /// A packet of this frame from a client.
+    fn input(frame: &[u8]) -> Self {
+        Self { packets_in: 1, bytes_in: ip_len(frame), ..Self::default() }
+    }
+
+    /// A packet of this frame to a client.
+    fn output(frame: &[u8]) -> Self {
+        Self { packets_out: 1, bytes_out: ip_len(frame), ..Self::default() }
+    }
+
+    /// And a new connection that counts as active.
+    fn opening_active(self) -> Self {
+        Self { connections: 1, active: 1, ..self }
+    }
+
+    /// And a new connection that does not count as active.
+    fn opening_inactive(self) -> Self {
+        Self { connections: 1, inactive: 1, ..self }
+    }
+
+    /// And a connection that has become inactive.
+    fn calming(self) -> Self {
+        Self { active: self.active - 1, inactive: self.inactive + 1, ..self }
+    }
+
+    /// And an inactive connection that has ended.
+    fn ending_inactive(self) -> Self {
+        Self { inactive: self.inactive - 1, ..self }
+    }
+
+    /// And an active connection that has ended.
+    fn ending_active(self) -> Self {
+        Self { active: self.active - 1, ..self }
+    }
+}
+
+/// Length of the IP packet in a frame.
+fn ip_len(frame: &[u8]) -> i64 {
+    i64::from(u16::from_be_bytes([frame[ETHERNET + 2], frame[ETHERNET + 3]]))
+}
+
+/// Runs a case. What differs from what it expects is described in the error.
+///
+/// # Errors
+///
+/// When anything is not as it shall be.
+pub fn run(case: &Case, executor: &mut impl Executor) -> Result<(), String> {
+    executor.reset();
+    let mut frames = 0;
+    for step in &case.steps {
+        if let Step::Arrive(arrival) = step {
+            frames += 1;
+            arrive(arrival, executor)
+                .map_err(|difference| format!("{}, {}, frame {frames}:\n{difference}", case.name, executor.name()))?;
+        } else {
+            step.prepare(executor);
+        }
+        audit::check(executor.flows(), executor.shared().dest_loads)
+            .map_err(|error| format!("{}, {}: {error}", case.name, executor.name()))?;
+    }
+    Ok(())
+}
+
+/// Goes through a case without looking at what becomes of its frames, and calls `visit` before each of them arrives.
+pub fn rehearse<E: Executor>(case: &Case, executor: &mut E, visit: &mut impl FnMut(&mut E, Wire, &[u8])) {
+    executor.reset();
+    for step in &case.steps {
+        if let Step::Arrive(arrival) = step {
+            visit(executor, arrival.wire, &arrival.frame);
+            executor.arrive(arrival.wire, &arrival.frame);
+        } else {
+            step.prepare(executor);
+        }
+    }
+}
+
+fn arrive(arrival: &Arrival, executor: &mut impl Executor) -> Result<(), String> {
+    let before = executor.counts();
+    let outcome = executor.arrive(arrival.wire, &arrival.frame);
+    let counts = executor.counts().since(&before);
+    let mut difference = String::new();
+    if !arrival.verdict.is_met_by(outcome.verdict) {
+        let _ = writeln!(difference, "  verdict {:?}, expected {:?}", outcome.verdict, arrival.verdict);
+    }
+    if counts != arrival.counts {
+        let _ = writeln!(difference, "  counted {counts:?}\n expected {:?}", arrival.counts);
+    }
+    let anonymous = |frame: &[u8]| {
+        let mut frame = if arrival.any_id { with_id(frame, [0; 2]) } else { frame.to_vec() };
+        if matches!(arrival.verdict, Verdict::HandOver(..)) {
+            // The host writes the link-layer addresses.
+            frame[..2 * 6].fill(0);
+        }
+        frame
+    };
+    if difference.is_empty() && anonymous(&outcome.frame) != anonymous(&arrival.out) {
+        let _ = writeln!(difference, "     left {:02x?}\n expected {:02x?}", outcome.frame, arrival.out);
+    }
+    if difference.is_empty() { Ok(()) } else { Err(difference) }
+}
+
+const TCP: Transport = Transport::Tcp;
+const UDP: Transport = Transport::Udp;
+const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
+
+/// The service of most cases.
+const PORT: u16 = 80;
+/// The client's port in most cases.
+const CLIENT_PORT: u16 = 40_000;
+
+/// Link-layer addresses of what comes from and goes to the clients' router.
+const FROM_CLIENT: ([u8; 6], [u8; 6]) = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+const TO_CLIENT: ([u8; 6], [u8; 6]) = (cast::DIRECTOR_OUTSIDE_MAC, cast::CLIENT_MAC);
+
+/// Link-layer addresses of what goes to real server number `index`.
+const fn to_server(index: u8) -> ([u8; 6], [u8; 6]) {
+    (cast::DIRECTOR_INSIDE_MAC, cast::server_mac(index))
+}
+
+/// Link-layer addresses of what comes from real server number `index`.
+const fn from_server(index: u8) -> ([u8; 6], [u8; 6]) {
+    (cast::server_mac(index), cast::DIRECTOR_INSIDE_MAC)
+}
+
+/// What the client sends to the service.
+const REQUEST: Frame = Frame::new(FROM_CLIENT, (cast::CLIENT, CLIENT_PORT), (cast::VIP, PORT));
+
+/// What real server number 0 answers a client that it knows the address of.
+const REPLY: Frame = Frame::new(from_server(0), (cast::server(0), PORT), (cast::CLIENT, CLIENT_PORT));
+
+/// What the client is to get of [`REPLY`].
+const TRANSLATED_REPLY: Frame =
+    Frame { macs: TO_CLIENT, from: (cast::VIP, PORT), to: (cast::CLIENT, CLIENT_PORT), ttl: 63, ..REPLY };
+
+/// The service of most cases.
+fn key(protocol: Transport) -> ServiceKey {
+    service(protocol, PORT)
+}
+
+/// What `build` makes of a request when it is to leave for port `port` of real server number `index`.
+fn forwarded(method: Method, index: u8, port: u16, request: Frame, build: impl Fn(Frame) -> Vec<u8>) -> Vec<u8> {
+    let routed = Frame { macs: to_server(index), ttl: request.ttl - 1, ..request };
+    match method {
+        Method::Route => build(routed),
+        Method::Masq => build(Frame { to: (cast::server(index), port), ..routed }),
+        Method::Tunnel => {
+            let inner = build(routed);
+            let outer = Frame {
+                from: (cast::DIRECTOR_INSIDE, 0),
+                to: (cast::server(index), 0),
+                // One that may be fragmented has the identification of the packet within.
+                id: if request.dont_fragment { 0 } else { request.id },
+                // Congestion is not copied out: RFC 6040, section 4.1, calls it the compatibility mode of 3168.
+                ecn: if request.ecn == 3 { 2 } else { request.ecn },
+                options: &[],
+                ..routed
+            };
+            outer.packet(IPIP, &inner[ETHERNET..])
+        }
+    }
+}
+
+/// To the real servers' side.
+const INSIDE: Verdict = Verdict::redirect(Wire::Inside);
+/// To the clients' side.
+const OUTSIDE: Verdict = Verdict::redirect(Wire::Outside);
+
+/// A case with one service, at [`PORT`], of real server number 0.
+fn one(name: impl Into<String>, protocol: Transport, method: Method) -> Case {
+    Case::new(name).service(protocol, PORT, &[(0, PORT, method, 1)])
+}
+
+/// What `build` makes of a request reaches real server number 0.
+fn passes(case: Case, method: Method, request: Frame, build: impl Fn(Frame) -> Vec<u8>, counts: DestCounts) -> Case {
+    let out = forwarded(method, 0, PORT, request, &build);
+    case.arrives(Wire::Outside, build(request), INSIDE, out, Counts::none().at(0, counts))
+}
+
+/// A reply of real server number 0 reaches the client as `out`.
+fn replies(case: Case, frame: Vec<u8>, out: Vec<u8>) -> Case {
+    let counts = Counts::none().at(0, DestCounts::output(&frame));
+    case.arrives(Wire::Inside, frame, OUTSIDE, out, counts)
+}
+
+const IPIP: u8 = 4;
+const ICMP: u8 = 1;
+
+/// The error that the director sends the client about a frame, the `rest` of whose header is this.
+fn error_for_client(kind: u8, code: u8, rest: [u8; 4], about: &[u8]) -> Vec<u8> {
+    let quote = ip_len(about).min(576 - 28) as usize;
+    director_error().icmp(kind, code, rest, &about[ETHERNET..ETHERNET + quote])
+}
+
+/// The header of the errors that the director sends the client.
+fn director_error() -> Frame {
+    let frame = Frame::new(TO_CLIENT, (cast::VIP, 0), (cast::CLIENT, 0));
+    Frame { id: 0, dont_fragment: false, dscp: 0xc0 >> 2, ..frame }
+}

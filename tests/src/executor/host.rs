@@ -1,0 +1,193 @@
+//! The data plane's library on the memory of this process.
+
+use std::net::Ipv4Addr;
+
+use lb_common::{abi::Limiter, addr::Ip4, flow::Bucket4, jiffies::Jiffies, reason::Reason};
+use lb_ebpf::{
+    ageing::{Sweep, What},
+    env::Scan as _,
+    forward::Leave,
+    host::{HEADROOM, HostPacket, HostRoute},
+    pipeline::{self, Now},
+};
+use lb_userspace::control::{
+    change::Change,
+    shared::{Counters as _, Shared},
+};
+
+use crate::{
+    cast::{self, special},
+    executor::{Executor, MTU, Outcome, SERVERS, Verdict, Wire, mtu},
+    world::{HostCounters, World, ip4},
+};
+
+/// What a network driver gives an XDP program.
+#[derive(Clone, Copy, Debug)]
+pub struct Driver {
+    /// Whether a packet may carry metadata to the host.
+    pub metadata: bool,
+    /// Room before a frame, in bytes.
+    pub headroom: usize,
+}
+
+impl Default for Driver {
+    fn default() -> Self {
+        Self { metadata: true, headroom: HEADROOM }
+    }
+}
+
+/// A director on the memory of this process.
+pub struct Host {
+    world: World,
+    /// What the driver of every interface gives.
+    pub driver: Driver,
+}
+
+const LOOPBACK: u32 = 1;
+
+const fn index(wire: Wire) -> u32 {
+    match wire {
+        Wire::Loopback => LOOPBACK,
+        Wire::Outside => cast::OUTSIDE,
+        Wire::Inside => cast::INSIDE,
+    }
+}
+
+fn wire(ifindex: u32) -> Wire {
+    Wire::ALL.into_iter().find(|wire| index(*wire) == ifindex).expect("an interface of the director")
+}
+
+impl Host {
+    /// A director with a flow table of this many buckets.
+    pub fn new(flow_buckets: u32) -> Self {
+        let host = Self { world: World::new(flow_buckets), driver: Driver::default() };
+        host.lay_routes();
+        host
+    }
+
+    fn lay_routes(&self) {
+        for number in 0..SERVERS {
+            let server = cast::server(number);
+            let inside = HostRoute::Via {
+                ifindex: cast::INSIDE,
+                mtu: mtu(number),
+                to: cast::server_mac(number),
+                from: cast::DIRECTOR_INSIDE_MAC,
+                source: ip4(cast::DIRECTOR_INSIDE),
+                gateway: ip4(server),
+            };
+            self.world.route(
+                server,
+                match number {
+                    special::UNRESOLVED => HostRoute::Unresolved {
+                        ifindex: cast::INSIDE,
+                        source: ip4(cast::DIRECTOR_INSIDE),
+                        gateway: ip4(server),
+                    },
+                    special::UNREACHABLE => HostRoute::Nowhere(Reason::NoRoute),
+                    special::LOCAL => HostRoute::Local,
+                    special::ONE_ARMED => HostRoute::Via {
+                        ifindex: cast::OUTSIDE,
+                        mtu: MTU,
+                        to: cast::server_mac(number),
+                        from: cast::DIRECTOR_OUTSIDE_MAC,
+                        source: ip4(cast::DIRECTOR_OUTSIDE),
+                        gateway: ip4(server),
+                    },
+                    _ => inside,
+                },
+            );
+        }
+        self.world.route(Ipv4Addr::LOCALHOST, HostRoute::Local);
+        for last in 0..=255 {
+            self.world.route_client(Ipv4Addr::new(10, 1, 0, last));
+        }
+        self.world.route_client(cast::CLIENT_GATEWAY);
+        self.world.route(
+            cast::FAR_CLIENT,
+            HostRoute::Unresolved {
+                ifindex: cast::OUTSIDE,
+                source: ip4(cast::DIRECTOR_OUTSIDE),
+                gateway: ip4(cast::FAR_GATEWAY),
+            },
+        );
+        self.world.route(cast::LOST_CLIENT, HostRoute::Nowhere(Reason::NoRoute));
+    }
+}
+
+impl Executor for Host {
+    fn name(&self) -> &'static str {
+        "on the host"
+    }
+
+    fn shared(&self) -> Shared<'_> {
+        self.world.shared()
+    }
+
+    fn flows(&self) -> &[Bucket4] {
+        &self.world.tables.flows4
+    }
+
+    fn now(&self) -> Jiffies {
+        Now::of(&self.world.tables.config[0], &self.world.env).clock.now
+    }
+
+    fn change_later(&mut self, later_s: u32, plan: &dyn Fn(&mut Change<'_>)) {
+        self.world.change_at(self.world.seconds() + later_s, plan);
+    }
+
+    fn end_connections(&mut self) {
+        let tables = &self.world.tables;
+        let what = What::Dest(u64::from(lb_common::abi::control::ANY));
+        let mut sweep = Sweep { tables, first: 0, what, ended: 0 };
+        for bucket in 0..tables.flows4.len() as u32 {
+            sweep.visit(bucket);
+        }
+    }
+
+    fn refill_limiter(&mut self) {
+        let Limiter { second, .. } = &self.world.tables.limiter[0];
+        second.store(0);
+    }
+
+    fn wait_for_a_young_second(&self) {
+        // The clock of this kernel stands still.
+    }
+
+    fn set_forwarding(&mut self, on: bool) {
+        self.lay_routes();
+        if !on {
+            let mut routes = self.world.env.routes.borrow_mut();
+            routes.values_mut().for_each(|route| *route = HostRoute::Nowhere(Reason::ForwardingOff));
+        }
+    }
+
+    fn reason(&self, number: u8) -> u64 {
+        self.world.tables.reasons[usize::from(number)].get()
+    }
+
+    fn icmp_sent(&self) -> u64 {
+        self.world.tables.icmp_sent.get()
+    }
+
+    fn traffic(&self, dest: u32) -> [u64; 5] {
+        HostCounters(&self.world.tables.dest_cpus).read(dest).expect("memory can be read")
+    }
+
+    fn arrive(&mut self, by: Wire, frame: &[u8]) -> Outcome {
+        self.world.env.ingress.set(index(by));
+        let mut packet = HostPacket::with_headroom(frame, self.driver.headroom);
+        packet.metadata = self.driver.metadata;
+        let exit = pipeline::process(&mut packet, &self.world.tables, &self.world.env);
+        let verdict = match (exit.leave(), packet.handed_over) {
+            (Leave::Host, Some((ifindex, _, [gateway, ..]))) => {
+                Verdict::HandOver(wire(ifindex), Ip4::from_raw(gateway).octets().into())
+            }
+            (Leave::Host, None) => Verdict::Pass,
+            (Leave::Drop, _) => Verdict::Drop,
+            (Leave::Transmit, _) => Verdict::Transmit,
+            (Leave::Redirect(ifindex), _) => Verdict::redirect(wire(ifindex)),
+        };
+        Outcome { verdict, frame: packet.bytes().to_vec() }
+    }
+}

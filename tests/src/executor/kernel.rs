@@ -1,0 +1,340 @@
+//! The director in the kernel: loaded as `xdpvs up` loads it, in a network namespace with real routes and neighbours.
+//!
+//! Frames reach its program by `BPF_PROG_TEST_RUN`, without an interface under it. Of a redirect the kernel then reports
+//! the fact, but not the interface, which the host's executor checks.
+
+use std::{
+    net::Ipv4Addr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result};
+use aya::{
+    maps::{Array, Map, MapData},
+    programs::{TestRun as _, TestRunOptions, Xdp},
+};
+use aya_obj::programs::XdpAttachType;
+use lb_common::{abi::DestCpuRecord, addr::Ip4, flow::Bucket4, jiffies::Jiffies};
+use lb_userspace::{
+    control::{
+        change::Change,
+        shared::{Counters, Shared},
+    },
+    datapath::{
+        load,
+        memory::Access,
+        object::{map, program},
+        open::{self, Maps, PerCpu},
+        place::{Place, remove_tree},
+        run::Control,
+        sizes::Capacity,
+    },
+    error::Error,
+    netlink::interface,
+};
+
+use crate::{
+    cast::{self, special},
+    executor::{DESTS, Executor, Outcome, SERVERS, SERVICES, Verdict, Wire, mtu},
+    lab::{self, End, NetNs, cable},
+};
+
+/// The entry of the map of reasons that counts ICMP errors sent.
+const ICMP_SENT: u32 = 63;
+
+/// A director in the kernel, as seen from a thread in its network namespace.
+pub struct Kernel<'a> {
+    namespace: &'a NetNs,
+    /// When time began, for changes.
+    begun: Instant,
+    /// Whether `net.ipv4.conf.lo.forwarding` is on.
+    forwarding: bool,
+    place: Place,
+    maps: Maps,
+    counters: KernelCounters,
+    reasons: PerCpu<u64>,
+    limiter: Array<MapData, [u32; 16]>,
+    control: Control,
+    program: Xdp,
+    /// Indices of the interfaces, in the order of [`Wire::ALL`].
+    wires: [u32; 3],
+}
+
+/// The pins of an instance, removed when dropped.
+struct Pins(Place);
+
+impl Drop for Pins {
+    fn drop(&mut self) {
+        // What cannot be removed now is removed by the next run.
+        let _ = remove_tree(&self.0.directory());
+    }
+}
+
+struct KernelCounters(PerCpu<DestCpuRecord>);
+
+impl Counters for KernelCounters {
+    fn read(&self, dest: u32) -> Result<[u64; 5], Error> {
+        let cpus = self.0.get(dest)?;
+        Ok(std::array::from_fn(|counter| cpus.iter().map(|cpu| cpu.counters[counter]).sum()))
+    }
+
+    fn clear(&mut self, dest: u32) -> Result<(), Error> {
+        self.0.set_all(dest, bytemuck::Zeroable::zeroed())
+    }
+}
+
+/// A director in the kernel, as pins in a BPF file system, and its network namespace. Gone when dropped.
+pub struct Site {
+    namespace: NetNs,
+    pins: Pins,
+    flow_buckets: u32,
+}
+
+impl Site {
+    /// Makes a director with a flow table of this many buckets. Its ageing timer does not run.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses something: all of this needs root.
+    pub fn new(role: &str, flow_buckets: u32) -> Result<Self> {
+        lab::require_root()?;
+        let namespace = NetNs::new(role)?;
+        build(&namespace)?;
+        lab::sweep_instances(INSTANCES)?;
+        let place = Place::find(&format!("{INSTANCES}{}-{role}", std::process::id()))?;
+        let pins = Pins(place.clone());
+        let lock = place.lock()?;
+        // Ten entries make a bucket, of which six are in use when the table is as full as it is made for.
+        let capacity = Capacity { flows: flow_buckets * 6, services: SERVICES, dests: DESTS };
+        load::create(&place, &lock, &capacity)?;
+        Ok(Self { namespace, pins, flow_buckets })
+    }
+
+    /// Where the pins are.
+    pub fn place(&self) -> &Place {
+        &self.pins.0
+    }
+
+    /// Opens the pins for as long as `work` lasts, on a thread in the network namespace.
+    ///
+    /// # Errors
+    ///
+    /// When they cannot be opened.
+    pub fn enter<T: Send>(&self, work: impl FnOnce(&mut Kernel<'_>) -> T + Send) -> Result<T> {
+        self.namespace.enter(|| -> Result<T> {
+            let mut kernel = Kernel::open(&self.namespace, &self.pins.0)?;
+            anyhow::ensure!(kernel.flows().len() == self.flow_buckets as usize, "a table of another size");
+            Ok(work(&mut kernel))
+        })?
+    }
+}
+
+impl Kernel<'_> {
+    /// Makes a director with a flow table of this many buckets, lets `work` use it, and removes it.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses something: all of this needs root.
+    pub fn with<T: Send>(role: &str, flow_buckets: u32, work: impl FnOnce(&mut Kernel<'_>) -> T + Send) -> Result<T> {
+        Site::new(role, flow_buckets)?.enter(work)
+    }
+}
+
+/// What the names of the instances of these tests begin with.
+const INSTANCES: &str = "cases-";
+
+impl<'a> Kernel<'a> {
+    fn open(namespace: &'a NetNs, place: &Place) -> Result<Self> {
+        let pin = place.directory().join("maps").join(map::LIMITER);
+        let index = |name| -> Result<u32> { Ok(interface(name)?.index) };
+        Ok(Self {
+            namespace,
+            begun: Instant::now(),
+            forwarding: true,
+            place: place.clone(),
+            maps: Maps::open(place, Access::Write)?,
+            counters: KernelCounters(open::dest_cpus(place)?),
+            reasons: open::reasons(place)?,
+            limiter: Map::Array(MapData::from_pin(pin)?).try_into()?,
+            control: Control::open(place)?,
+            program: Xdp::from_pin(place.programs()?.join(program::XDPVS), XdpAttachType::Interface)?,
+            wires: [index("lo")?, index("outside")?, index("inside")?],
+        })
+    }
+
+    /// Lets the ageing timer run.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not start it.
+    pub fn start_ageing(&self) -> Result<(), Error> {
+        load::start_ageing(&self.place, &self.maps)
+    }
+
+    /// The namespace that the director routes in.
+    pub fn namespace(&self) -> &NetNs {
+        self.namespace
+    }
+
+    /// The instance's maps.
+    pub fn maps(&self) -> &Maps {
+        &self.maps
+    }
+
+    fn index(&self, wire: Wire) -> u32 {
+        self.wires[wire as usize]
+    }
+
+    fn wire(&self, ifindex: u32) -> Wire {
+        let is_it = |wire: &Wire| self.index(*wire) == ifindex;
+        Wire::ALL.into_iter().find(is_it).expect("an interface of the director")
+    }
+}
+
+/// Both ends of every cable are in the one namespace: nobody listens, but routes and neighbours are real.
+fn build(namespace: &NetNs) -> Result<()> {
+    namespace.sysctl("net.ipv4.conf.lo.forwarding", "1")?;
+    let end = |name, mac, address| End { namespace, name, mac, address };
+    cable(end("outside", cast::DIRECTOR_OUTSIDE_MAC, Some("10.0.0.1/24")), end("clients", [2, 0, 0, 0, 1, 0], None))?;
+    cable(end("inside", cast::DIRECTOR_INSIDE_MAC, Some("10.2.0.1/24")), end("servers", [2, 0, 0, 0, 1, 1], None))?;
+    let neighbour = |address: Ipv4Addr, mac, wire| {
+        namespace.ip(&format!("neigh add {address} lladdr {} dev {wire} nud permanent", lab::mac(mac)))
+    };
+    neighbour(cast::CLIENT_GATEWAY, cast::CLIENT_MAC, "outside")?;
+    namespace.ip(&format!("route add 10.1.0.0/16 via {}", cast::CLIENT_GATEWAY))?;
+    namespace.ip(&format!("route add {} via {}", cast::FAR_CLIENT, cast::FAR_GATEWAY))?;
+    namespace.ip(&format!("route add unreachable {}", cast::LOST_CLIENT))?;
+    for index in 0..SERVERS {
+        let server = cast::server(index);
+        let mac = cast::server_mac(index);
+        match index {
+            special::UNRESOLVED => {}
+            special::UNREACHABLE => drop(namespace.ip(&format!("route add unreachable {server}"))?),
+            special::LOCAL => drop(namespace.ip(&format!("address add {server}/32 dev lo"))?),
+            special::ONE_ARMED => {
+                namespace.ip(&format!("route add {server} dev outside"))?;
+                neighbour(server, mac, "outside")?;
+            }
+            special::NARROW | special::TINY => {
+                // Locked, or forwarding would go by the interface's MTU.
+                namespace.ip(&format!("route add {server} dev inside mtu lock {}", mtu(index)))?;
+                neighbour(server, mac, "inside")?;
+            }
+            _ => drop(neighbour(server, mac, "inside")?),
+        }
+    }
+    Ok(())
+}
+
+/// What the XDP program leaves in front of a frame that it hands over: see `lb_ebpf::kernel::Errand`.
+const ERRAND: usize = 28;
+const ERRAND_MAGIC: u32 = 0x7864_7076;
+const AF_INET: u32 = 2;
+
+impl Executor for Kernel<'_> {
+    fn name(&self) -> &'static str {
+        "in the kernel"
+    }
+
+    fn shared(&self) -> Shared<'_> {
+        self.maps.shared()
+    }
+
+    fn flows(&self) -> &[Bucket4] {
+        &self.maps.flows4
+    }
+
+    fn now(&self) -> Jiffies {
+        self.control.clock().expect("the control program runs")
+    }
+
+    fn change_later(&mut self, later_s: u32, plan: &dyn Fn(&mut Change<'_>)) {
+        let now_s = self.begun.elapsed().as_secs() as u32;
+        let _lock = self.place.lock().expect("the lock can be taken");
+        let mut change =
+            Change::begin(self.maps.shared(), &self.counters, now_s + later_s).expect("counters can be read");
+        plan(&mut change);
+        change.commit(&mut self.counters).expect("there is room");
+    }
+
+    fn end_connections(&mut self) {
+        self.control.flush(self.maps.instance().flow_buckets, None).expect("the control program runs");
+    }
+
+    fn refill_limiter(&mut self) {
+        self.limiter.set(0, [0; 16], 0).expect("the limiter can be written");
+    }
+
+    fn wait_for_a_young_second(&self) {
+        let hz = self.maps.instance().hz;
+        loop {
+            if self.now().0.wrapping_sub(self.maps.config[0].clock_skew.load()) % hz < hz / 2 {
+                break;
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn set_forwarding(&mut self, on: bool) {
+        if on == self.forwarding {
+            return;
+        }
+        self.forwarding = on;
+        let value = if on { "1" } else { "0" };
+        self.namespace.sysctl("net.ipv4.conf.lo.forwarding", value).expect("a setting of every kernel");
+    }
+
+    fn reason(&self, number: u8) -> u64 {
+        self.reasons.get(number.into()).expect("a reason").iter().sum()
+    }
+
+    fn icmp_sent(&self) -> u64 {
+        self.reasons.get(ICMP_SENT).expect("a counter").iter().sum()
+    }
+
+    fn traffic(&self, dest: u32) -> [u64; 5] {
+        self.counters.read(dest).expect("a destination")
+    }
+
+    fn arrive(&mut self, wire: Wire, frame: &[u8]) -> Outcome {
+        let mut out = vec![0; 4096];
+        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
+        let context = [0, frame.len() as u32, 0, self.index(wire), 0, 0].map(u32::to_ne_bytes).concat();
+        let mut context_out = vec![0; context.len()];
+        let result = self
+            .program
+            .test_run(TestRunOptions {
+                data_in: Some(frame),
+                data_out: Some(&mut out),
+                ctx_in: Some(&context),
+                ctx_out: Some(&mut context_out),
+                ..TestRunOptions::new()
+            })
+            .context(wire_context(frame))
+            .expect("the kernel runs the program");
+        out.truncate(result.data_size_out as usize);
+        let word = |bytes: &[u8], index: usize| {
+            u32::from_ne_bytes(bytes[4 * index..4 * index + 4].try_into().expect("four bytes"))
+        };
+        // The data of the answer begins with the metadata, and the frame where the context says.
+        let metadata: Vec<u8> = out.drain(..word(&context_out, 0) as usize).collect();
+        let verdict = match result.return_value {
+            1 => Verdict::Drop,
+            2 if metadata.is_empty() => Verdict::Pass,
+            2 => {
+                assert_eq!((metadata.len(), word(&metadata, 0), word(&metadata, 2)), (ERRAND, ERRAND_MAGIC, AF_INET));
+                let gateway = Ip4::from_raw(word(&metadata, 3)).octets();
+                Verdict::HandOver(self.wire(word(&metadata, 1)), gateway.into())
+            }
+            3 => Verdict::Transmit,
+            4 => Verdict::Redirect(None),
+            other => panic!("the program returned {other}"),
+        };
+        Outcome { verdict, frame: out }
+    }
+}
+
+fn wire_context(frame: &[u8]) -> String {
+    format!("a frame of {} bytes", frame.len())
+}

@@ -1,0 +1,181 @@
+//! Clients and real servers that speak a small protocol over real sockets.
+//!
+//! A request is the number of bytes that are wanted (eight bytes, big endian), then any bytes, up to the end of the stream
+//! or datagram. The answer is the number of the server (one byte), a digest of the bytes of the request (eight bytes, big
+//! endian), and as many bytes as were wanted, of which each side knows what they are.
+
+use std::{
+    hash::{DefaultHasher, Hasher as _},
+    io::{ErrorKind, Read as _, Write as _},
+    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::lab::NetNs;
+
+/// How long a client waits for anything.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How long a server waits before it looks whether it is to end.
+const TURN: Duration = Duration::from_millis(50);
+/// The largest datagram of the tests, with room to spare.
+const DATAGRAM: usize = 4096;
+
+/// `len` bytes that everybody knows.
+pub fn pattern(len: usize) -> Vec<u8> {
+    (0u32..).map(|i| (i.wrapping_mul(0x9e37_79b1) >> 24) as u8).take(len).collect()
+}
+
+fn digest(bytes: &[u8]) -> [u8; 8] {
+    let mut hasher = DefaultHasher::new();
+    hasher.write(bytes);
+    hasher.finish().to_be_bytes()
+}
+
+fn answer(number: u8, request: &[u8]) -> Option<Vec<u8>> {
+    let (wanted, sent) = request.split_first_chunk()?;
+    Some([&[number], &digest(sent)[..], &pattern(u64::from_be_bytes(*wanted) as usize)].concat())
+}
+
+fn request(sent: &[u8], wanted: usize) -> Vec<u8> {
+    [&(wanted as u64).to_be_bytes(), sent].concat()
+}
+
+/// The number of the server that gave this answer.
+fn check(answer: &[u8], sent: &[u8], wanted: usize) -> Result<u8> {
+    let (number, rest) = answer.split_first().context("an empty answer")?;
+    let (seen, got) = rest.split_first_chunk::<8>().context("a short answer")?;
+    ensure!(*seen == digest(sent), "the server got other bytes than were sent");
+    ensure!(got.len() == wanted, "{} bytes came instead of {wanted}", got.len());
+    ensure!(got == pattern(wanted), "other bytes came than the server sent");
+    Ok(*number)
+}
+
+/// A real server. It ends when this is dropped.
+#[derive(Debug)]
+pub struct Server {
+    end: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Server {
+    /// Starts a server for TCP and UDP that calls itself `number`, at this address of a namespace. It is the one that
+    /// clients get answers to datagrams from.
+    ///
+    /// # Errors
+    ///
+    /// When the address cannot be had.
+    pub fn start(namespace: &NetNs, address: SocketAddr, number: u8) -> Result<Self> {
+        let (listener, socket) =
+            namespace.enter(|| anyhow::Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?)))??;
+        listener.set_nonblocking(true)?;
+        socket.set_read_timeout(Some(TURN))?;
+        let end = Arc::new(AtomicBool::new(false));
+        let (tcp_end, udp_end) = (Arc::clone(&end), Arc::clone(&end));
+        let tcp = thread::spawn(move || serve_streams(&listener, number, &tcp_end));
+        let udp = thread::spawn(move || serve_datagrams(&socket, number, &udp_end));
+        Ok(Self { end, threads: vec![tcp, udp] })
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // A server that panicked has failed its clients, who say so.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn serve_streams(listener: &TcpListener, number: u8, end: &AtomicBool) {
+    while !end.load(Ordering::Relaxed) {
+        match listener.accept() {
+            Ok((stream, _)) => {
+                thread::spawn(move || serve_stream(stream, number));
+            }
+            Err(error) if error.kind() == ErrorKind::WouldBlock => thread::sleep(Duration::from_millis(1)),
+            Err(error) => panic!("accept: {error}"),
+        }
+    }
+}
+
+/// Serves one client. What goes wrong is the client's to notice.
+fn serve_stream(mut stream: TcpStream, number: u8) -> Option<()> {
+    stream.set_nonblocking(false).ok()?;
+    stream.set_read_timeout(Some(PATIENCE)).ok()?;
+    let mut request = Vec::new();
+    stream.read_to_end(&mut request).ok()?;
+    stream.write_all(&answer(number, &request)?).ok()
+}
+
+fn serve_datagrams(socket: &UdpSocket, number: u8, end: &AtomicBool) {
+    let mut buffer = [0; DATAGRAM];
+    while !end.load(Ordering::Relaxed) {
+        if let Ok((len, client)) = socket.recv_from(&mut buffer)
+            && let Some(answer) = answer(number, &buffer[..len])
+        {
+            // A client that is gone needs no answer.
+            let _ = socket.send_to(&answer, client);
+        }
+    }
+}
+
+/// Asks a service over one TCP connection: sends `sent`, wants `wanted` bytes. Returns the number of the server.
+///
+/// To be called in the client's namespace.
+///
+/// # Errors
+///
+/// When the connection does not come about, or a byte is not what it should be.
+pub fn ask_tcp(service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
+    let mut stream = TcpStream::connect_timeout(&service, PATIENCE).context("connect")?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    stream.write_all(&request(sent, wanted)).context("send the request")?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer).context("read the answer")?;
+    check(&answer, sent, wanted)
+}
+
+/// Asks a service with one datagram from a port of its own. Returns the number of the server.
+///
+/// To be called in the client's namespace.
+///
+/// # Errors
+///
+/// When no answer comes, or a byte is not what it should be.
+pub fn ask_udp(service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
+    ask_by(&udp_socket(service)?, sent, wanted)
+}
+
+/// A socket that speaks to a service, from a port of its own in the namespace of the caller.
+///
+/// # Errors
+///
+/// When there is none to be had.
+pub fn udp_socket(service: SocketAddr) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect(service)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
+}
+
+/// [`ask_udp`] by a socket that may have asked before. A packet that is lost is not sent again.
+///
+/// # Errors
+///
+/// When no answer comes, or a byte is not what it should be.
+pub fn ask_by(socket: &UdpSocket, sent: &[u8], wanted: usize) -> Result<u8> {
+    socket.send(&request(sent, wanted)).context("send the request")?;
+    let mut answer = [0; DATAGRAM];
+    let len = socket.recv(&mut answer).context("wait for the answer")?;
+    check(&answer[..len], sent, wanted)
+}

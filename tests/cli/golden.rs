@@ -1,0 +1,323 @@
+//! Replay of what the real ipvsadm said to the same commands, as far as xdpvs has what they are about.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::Write as _,
+    process::Stdio,
+};
+
+use anyhow::{Context as _, Result};
+
+use crate::stage::{Said, Stage, WIRE};
+
+const RECORDS: &str = include_str!("../golden/cli.txt");
+
+/// A command of the records and what it said.
+#[derive(Debug)]
+struct Record {
+    line: usize,
+    command: &'static str,
+    stdin: Vec<&'static str>,
+    out: Vec<&'static str>,
+    err: Vec<&'static str>,
+    code: i32,
+}
+
+fn records() -> Vec<Record> {
+    let mut records: Vec<Record> = Vec::new();
+    for (line, text) in (1..).zip(RECORDS.lines()) {
+        if let Some(command) = text.strip_prefix("$ ") {
+            records.push(Record { line, command, stdin: vec![], out: vec![], err: vec![], code: -1 });
+            continue;
+        }
+        let Some(record) = records.last_mut() else { continue };
+        if let Some(code) = text.strip_prefix("= rc ") {
+            record.code = code.parse().expect("an exit code");
+        } else if record.code != -1 {
+            assert!(text.is_empty() || text.starts_with("### "), "line {line} belongs to no command: {text}");
+        } else if let Some(err) = text.strip_prefix("! ") {
+            record.err.push(err);
+        } else if let Some(input) = text.strip_prefix("< ") {
+            record.stdin.push(input);
+        } else {
+            record.out.push(text);
+        }
+    }
+    records
+}
+
+/// What xdpvs does not do yet, by the option that asks for it: a command that needs it is left out, and what the
+/// records list of a service or destination made by such a command is not expected.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+enum Lacking {
+    /// `cat`: files of the kernel.
+    ProcFile,
+    /// `-p`.
+    Persistence,
+    /// `-f`.
+    Mark,
+    /// `--sctp-service`.
+    Sctp,
+    /// An IPv6 address.
+    Ipv6,
+    /// `-o`.
+    OnePacket,
+    /// `-b`.
+    SchedFlags,
+    /// `--pe`.
+    Engine,
+    /// `-s` with a scheduler of ip_vs that xdpvs has not.
+    Scheduler,
+    /// `-x`, `-y`.
+    Thresholds,
+    /// `--tun-type gue` and `gre`.
+    TunnelType,
+    /// `--rate`.
+    Rates,
+    /// `-w` with a weight so large that the wrr sequence of the service has no room.
+    WeightOfWrr,
+    /// A service that was made by a command left out, and so does not exist.
+    MissingService,
+}
+
+/// The services and destinations that the records have and the replay has not.
+#[derive(Default)]
+struct Missing {
+    services: BTreeSet<String>,
+    dests: BTreeSet<(String, String)>,
+    wrr: BTreeSet<String>,
+}
+
+/// The largest weight in the records that a wrr service of xdpvs takes.
+const WRR_WEIGHT: u32 = 65_536;
+
+/// The word after one of `options`.
+fn after<'w>(words: &[&'w str], options: &[&str]) -> Option<&'w str> {
+    let at = words.iter().position(|word| options.contains(word))?;
+    words.get(at + 1).copied()
+}
+
+/// The service in the words of a command, as lists name it.
+fn service(words: &[&str]) -> Option<String> {
+    let named = |prefix: &str, options: &[&str]| after(words, options).map(|word| format!("{prefix} {word}"));
+    named("TCP", &["-t"])
+        .or_else(|| named("UDP", &["-u"]))
+        .or_else(|| named("SCTP", &["--sctp-service"]))
+        .or_else(|| named("FWM", &["-f"]))
+}
+
+/// The destination in the words of a command, as lists name it: at the service's port unless it is masqueraded.
+fn dest(words: &[&str], service: &str) -> Option<String> {
+    let server = after(words, &["-r"])?;
+    let (_, port) = service.rsplit_once(':')?;
+    let bare = if server.ends_with(']') { server } else { server.rsplit_once(':').map_or(server, |(host, _)| host) };
+    let has_port = bare != server;
+    Some(if words.contains(&"-m") && has_port { server.to_owned() } else { format!("{bare}:{port}") })
+}
+
+impl Missing {
+    /// What the command needs that xdpvs has not.
+    fn lacking(&self, words: &[&str]) -> Option<Lacking> {
+        let has = |option| words.contains(&option);
+        let scheduler = after(words, &["-s"]);
+        let others = ["lc", "lblc", "lblcr", "dh", "sed", "nq", "fo", "ovf", "mh"];
+        let weight = after(words, &["-w"]).and_then(|weight| weight.parse::<u32>().ok());
+        let service = service(words);
+        let is_wrr = service.as_ref().is_some_and(|service| self.wrr.contains(service));
+        let found = match () {
+            () if has("-p") => Lacking::Persistence,
+            () if has("-f") => Lacking::Mark,
+            () if has("--sctp-service") => Lacking::Sctp,
+            () if words.iter().any(|word| word.starts_with('[')) => Lacking::Ipv6,
+            () if has("-o") => Lacking::OnePacket,
+            () if scheduler.is_some_and(|name| others.contains(&name)) => Lacking::Scheduler,
+            () if has("-b") => Lacking::SchedFlags,
+            () if has("--pe") => Lacking::Engine,
+            () if has("-x") || has("-y") => Lacking::Thresholds,
+            () if matches!(after(words, &["--tun-type"]), Some("gue" | "gre")) => Lacking::TunnelType,
+            () if has("--rate") && !has("--stats") => Lacking::Rates,
+            () if is_wrr && weight.is_some_and(|weight| weight > WRR_WEIGHT) => Lacking::WeightOfWrr,
+            () if service.is_some_and(|service| self.services.contains(&service)) => Lacking::MissingService,
+            () => return None,
+        };
+        Some(found)
+    }
+
+    /// Notes what the records have from now on, and the replay has not.
+    fn note(&mut self, words: &[&str], left_out: bool) {
+        let Some(service) = service(words) else {
+            if words.first() == Some(&"-C") {
+                *self = Self::default();
+            }
+            return;
+        };
+        match words.first() {
+            Some(&"-A") => {
+                if after(words, &["-s"]) == Some("wrr") {
+                    self.wrr.insert(service.clone());
+                }
+                if left_out {
+                    self.services.insert(service);
+                }
+            }
+            Some(&"-a") if left_out => self.dests.extend(dest(words, &service).map(|dest| (service, dest))),
+            _ => {}
+        }
+    }
+
+    /// What is left of a list, or of what `-S` prints.
+    fn shown<'l>(&self, lines: &[&'l str]) -> Vec<&'l str> {
+        let mut of = String::new();
+        let mut shown = lines.to_vec();
+        shown.retain(|line| {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words.as_slice() {
+                ["TCP" | "UDP" | "SCTP" | "FWM", name, ..] => {
+                    of = format!("{} {name}", words[0]);
+                    !self.services.contains(&of)
+                }
+                ["->", dest, ..] => {
+                    !self.services.contains(&of) && !self.dests.contains(&(of.clone(), (*dest).to_owned()))
+                }
+                ["-A" | "-a", ..] => {
+                    let of = service(&words).unwrap_or_default();
+                    let dest = after(&words, &["-r"]).unwrap_or_default();
+                    !self.services.contains(&of) && !self.dests.contains(&(of, dest.to_owned()))
+                }
+                _ => true,
+            }
+        });
+        shown
+    }
+}
+
+/// Whether what ipvsadm said is about the words alone, so that it does not matter what they ask for.
+fn is_about_words(record: &Record) -> bool {
+    let popt = |line: &&str| line.ends_with(": unknown option") || line.ends_with(": missing argument");
+    record.code == 2 || record.code == 255 && record.err.iter().any(popt)
+}
+
+/// Runs a command of the records. The machine they were taken on knew no names of hosts and services.
+fn run(stage: &Stage, words: &[&str], stdin: &[&str]) -> Result<Said> {
+    const WITHOUT_NAMES: &str = "for name in hosts services resolv.conf; do \
+                                     [ ! -e /etc/$name ] || mount --bind /dev/null /etc/$name || exit 125; \
+                                 done; exec \"$@\"";
+    let xdpvs = stage.command(&[&["ipvsadm"], words].concat())?;
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--mount", "sh", "-c", WITHOUT_NAMES, "sh"]).arg(xdpvs.get_program()).args(xdpvs.get_args());
+    command.env("XDPVS_INSTANCE", &stage.instance);
+    let mut child =
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().context("start unshare")?;
+    let mut input = child.stdin.take().context("standard input")?;
+    for line in stdin {
+        // A command that has seen enough does not read the rest.
+        let _ = writeln!(input, "{line}");
+    }
+    drop(input);
+    Ok(child.wait_with_output()?.into())
+}
+
+fn lines(lines: &[&str]) -> String {
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+/// A list with its services in an order of their own, each with its destinations as they are.
+fn by_service(list: &str) -> String {
+    let mut blocks: Vec<String> = Vec::new();
+    for line in list.lines() {
+        match blocks.last_mut() {
+            Some(block) if line.starts_with("  -> ") => *block += &format!("{line}\n"),
+            _ => blocks.push(format!("{line}\n")),
+        }
+    }
+    blocks.sort();
+    blocks.concat()
+}
+
+#[test]
+fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.ok(&format!("up {WIRE} --max-flows 1000"))?;
+    let mut missing = Missing::default();
+    let mut left_out: BTreeMap<Lacking, usize> = BTreeMap::new();
+    let (mut replayed, mut saved) = (0, Vec::new());
+    for record in records() {
+        let Some(words) = record.command.strip_prefix("ipvsadm") else {
+            *left_out.entry(Lacking::ProcFile).or_default() += 1;
+            if record.command == "cat /tmp/saved" {
+                saved.clone_from(&record.out);
+            }
+            continue;
+        };
+        let words = words.strip_prefix(' ').unwrap_or_default();
+        let words: Vec<&str> = if words.is_empty() { vec![] } else { words.split(' ').collect() };
+        let mut expected = Said { out: String::new(), err: lines(&record.err), code: Some(record.code) };
+        let (words, stdin) = if words.starts_with(&["-R", "<"]) {
+            // Lines that ask for what is missing are left out, with what was said about each where they all failed.
+            let mut kept = Vec::new();
+            let mut said = Vec::new();
+            for (index, line) in saved.iter().enumerate() {
+                let words: Vec<&str> = line.split(' ').collect();
+                let lacking = missing.lacking(&words);
+                missing.note(&words, lacking.is_some());
+                match lacking {
+                    Some(lacking) => *left_out.entry(lacking).or_default() += 1,
+                    None => {
+                        kept.push(*line);
+                        said.extend(record.err.get(index));
+                    }
+                }
+            }
+            assert!(record.err.is_empty() || record.err.len() == saved.len(), "line {}", record.line);
+            expected.err = lines(&said);
+            (vec!["-R"], kept)
+        } else {
+            let lacking = missing.lacking(&words).filter(|_| !is_about_words(&record));
+            missing.note(&words, lacking.is_some());
+            if let Some(lacking) = lacking {
+                *left_out.entry(lacking).or_default() += 1;
+                continue;
+            }
+            if record.stdin.first() == Some(&"# comment") {
+                // What cleared the table here is not among the records, but the list behind shows that something did.
+                assert_eq!(run(&stage, &["-C"], &[])?.code, Some(0));
+                missing = Missing::default();
+            }
+            for line in &record.stdin {
+                missing.note(&line.split(' ').collect::<Vec<_>>(), false);
+            }
+            (words, record.stdin.clone())
+        };
+        expected.out = lines(&missing.shown(&record.out));
+        let mut said = run(&stage, &words, &stdin)?;
+        if words.contains(&"--nosort") {
+            // ip_vs lists services in the order of a hash table that is different on every boot.
+            said.out = by_service(&said.out);
+            expected.out = by_service(&expected.out);
+        }
+        assert_eq!(said, expected, "line {}: {}", record.line, record.command);
+        replayed += 1;
+    }
+    let left_out: Vec<(Lacking, usize)> = left_out.into_iter().collect();
+    assert_eq!(
+        left_out,
+        [
+            (Lacking::ProcFile, 6),
+            (Lacking::Persistence, 16),
+            (Lacking::Mark, 16),
+            (Lacking::Sctp, 6),
+            (Lacking::Ipv6, 11),
+            (Lacking::OnePacket, 3),
+            (Lacking::SchedFlags, 6),
+            (Lacking::Engine, 4),
+            (Lacking::Scheduler, 3),
+            (Lacking::Thresholds, 1),
+            (Lacking::TunnelType, 6),
+            (Lacking::Rates, 3),
+            (Lacking::WeightOfWrr, 2),
+            (Lacking::MissingService, 1),
+        ]
+    );
+    assert_eq!(replayed, 115);
+    Ok(())
+}

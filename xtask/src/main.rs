@@ -1,1 +1,94 @@
-fn main(){}
+//! What a person types: `cargo xtask setup`, `build`, `demo`, `test` and `bench`.
+
+#![forbid(unsafe_code)]
+
+use std::{ffi::OsString, process::ExitCode};
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+use crate::{setup::Scope, toolchain::Kind};
+
+mod build;
+mod demo;
+mod machine;
+mod setup;
+mod step;
+mod test;
+mod toolchain;
+
+#[derive(Parser)]
+#[command(
+    name = "cargo xtask",
+    bin_name = "cargo xtask",
+    about = "Sets up, builds, shows, tests and measures xdpvs",
+    arg_required_else_help = true
+)]
+struct Arguments {
+    /// The tool chain for the eBPF programs; without this, the one that the machine offers
+    #[arg(long, global = true, env = "XDPVS_TOOLCHAIN", value_enum)]
+    toolchain: Option<Kind>,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Installs what the other tasks need and this machine lacks
+    Setup {
+        /// Only say what is missing, and fail if anything is
+        #[arg(long)]
+        check: bool,
+    },
+    /// Builds target/release/xdpvs, one file with the eBPF programs inside
+    Build,
+    /// Sends real requests through a director to three real servers, by NAT, DR and IPIP
+    Demo,
+    /// Checks formatting and lints, builds, and runs every test
+    Test,
+    /// Measures: the arguments go to the bench, try `cargo xtask bench --help`
+    #[command(disable_help_flag = true)]
+    Bench {
+        /// What the bench takes
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<OsString>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    match run(&arguments) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("xtask: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    let wanted = arguments.toolchain;
+    match &arguments.task {
+        Task::Setup { check: true } => setup::check(wanted),
+        Task::Setup { check: false } => setup::ensure(Scope::All, wanted).map(drop),
+        Task::Build => {
+            let tools = setup::ensure(Scope::Build, wanted)?;
+            build::everything(&tools)
+        }
+        Task::Demo => {
+            machine::check_privileges()?;
+            let tools = setup::ensure(Scope::Run, wanted)?;
+            demo::run(&tools)
+        }
+        Task::Test => {
+            machine::check_privileges()?;
+            let tools = setup::ensure(Scope::All, wanted)?;
+            test::run(&tools)
+        }
+        Task::Bench { arguments } => {
+            machine::check_privileges()?;
+            let tools = setup::ensure(Scope::Run, wanted)?;
+            build::bench(&tools, arguments)
+        }
+    }
+}

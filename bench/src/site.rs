@@ -37,7 +37,7 @@ const SERVERS: u8 = 8;
 
 /// The port of the service with this method and scheduler, which has eight real servers.
 pub(crate) const fn port(method: Method, scheduler: Scheduler) -> u16 {
-    1000 + 10 * method as u16 + scheduler as u16
+    1000 + 100 * method as u16 + scheduler as u16
 }
 
 /// The port of the masqueraded service that has one real server, `cast::server(0)`.

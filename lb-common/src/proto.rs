@@ -84,6 +84,20 @@ numbered! {
         Wlc = 3, "wlc";
         /// Source hashing.
         Sh = 4, "sh";
+        /// Least connection.
+        Lc = 5, "lc";
+        /// Shortest expected delay.
+        Sed = 6, "sed";
+        /// Never queue.
+        Nq = 7, "nq";
+        /// Destination hashing.
+        Dh = 8, "dh";
+        /// Weighted fail-over.
+        Fo = 9, "fo";
+        /// Weighted overflow.
+        Ovf = 10, "ovf";
+        /// Maglev hashing.
+        Mh = 11, "mh";
     }
 }
 

@@ -14,12 +14,72 @@ pub const fn sh_bucket(client: u32, port: u32) -> u32 {
     hash32(client.wrapping_add(port), SH_BUCKETS.trailing_zeros())
 }
 
+/// Buckets of the dh table.
+pub const DH_BUCKETS: u32 = 256;
+
+/// The dh bucket of a service's address, in host order.
+#[inline(always)]
+pub const fn dh_bucket(service: u32) -> u32 {
+    hash32(service, DH_BUCKETS.trailing_zeros())
+}
+
+/// Slots of the mh table, a prime.
+pub const MH_SLOTS: u32 = 4093;
+
+/// The mh slot of a client: its address and, with mh-port, its port (else 0), both in host order.
+#[inline(always)]
+pub const fn mh_slot(client: u32, port: u32) -> u32 {
+    mh_hash(MH_FIRST, client.wrapping_add(port)) % MH_SLOTS
+}
+
+/// Both halves of the keys of mh's two hashes.
+const MH_FIRST: u64 = 2_654_435_761;
+const MH_SECOND: u64 = 2_654_446_892;
+
+/// SipHash-1-3 (Aumasson and Bernstein, 2012) of the four bytes of `value`, with a key of two equal halves; its low half.
+#[inline(always)]
+const fn mh_hash(key: u64, value: u32) -> u32 {
+    sip_hash([key; 2], value)
+}
+
+#[inline(always)]
+const fn sip_hash(key: [u64; 2], value: u32) -> u32 {
+    let block = 4 << 56 | value as u64;
+    let mut v = [
+        0x736f_6d65_7073_6575 ^ key[0],
+        0x646f_7261_6e64_6f6d ^ key[1],
+        0x6c79_6765_6e65_7261 ^ key[0],
+        0x7465_6462_7974_6573 ^ key[1],
+    ];
+    v[3] ^= block;
+    v = sip_round(v);
+    v[0] ^= block;
+    v[2] ^= 0xff;
+    v = sip_round(sip_round(sip_round(v)));
+    (v[0] ^ v[1] ^ v[2] ^ v[3]) as u32
+}
+
+#[inline(always)]
+const fn sip_round([mut v0, mut v1, mut v2, mut v3]: [u64; 4]) -> [u64; 4] {
+    v0 = v0.wrapping_add(v1);
+    v1 = v1.rotate_left(13) ^ v0;
+    v0 = v0.rotate_left(32);
+    v2 = v2.wrapping_add(v3);
+    v3 = v3.rotate_left(16) ^ v2;
+    v0 = v0.wrapping_add(v3);
+    v3 = v3.rotate_left(21) ^ v0;
+    v2 = v2.wrapping_add(v1);
+    v1 = v1.rotate_left(17) ^ v2;
+    v2 = v2.rotate_left(32);
+    [v0, v1, v2, v3]
+}
+
 #[cfg(any(feature = "std", test))]
 pub use builders::*;
 
 #[cfg(any(feature = "std", test))]
 mod builders {
-    use super::SH_BUCKETS;
+    use super::{DH_BUCKETS, MH_FIRST, MH_SECOND, MH_SLOTS, SH_BUCKETS, mh_hash};
 
     /// Most entries of a wrr ring. A cycle that would be longer is built from weights scaled down.
     pub const WRR_RING_MAX: usize = 1 << 18;
@@ -35,6 +95,62 @@ mod builders {
             .flat_map(|(position, weight)| std::iter::repeat_n(position, (*weight).clamp(1, SH_BUCKETS) as usize))
             .take(SH_BUCKETS as usize)
             .collect()
+    }
+
+    /// The dh table of `count` destinations: for each bucket the list position of its destination; empty without
+    /// destinations. Weights do not matter.
+    pub fn dh_table(count: usize) -> Vec<usize> {
+        (0..count).cycle().take(DH_BUCKETS as usize).collect()
+    }
+
+    /// A destination as mh sees it.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct MhDest {
+        /// Its address, in host order.
+        pub address: u32,
+        /// Its port, in host order.
+        pub port: u16,
+        /// The latest of its weights that was not 0.
+        pub last_weight: u32,
+    }
+
+    /// The mh table: for each slot the list position of its destination; empty when no destination has ever had a weight.
+    /// `None` when there are more destinations than slots.
+    ///
+    /// Every destination claims slots in an order of its own, as many in a row as its share of the weights (Eisenbud et
+    /// al., "Maglev", NSDI 2016, section 3.4).
+    pub fn mh_table(dests: &[MhDest]) -> Option<Vec<usize>> {
+        /// Bits of the largest share.
+        const SHARE_BITS: u32 = 6;
+        if dests.len() > MH_SLOTS as usize {
+            return None;
+        }
+        let divisor = dests.iter().map(|dest| dest.last_weight).filter(|weight| *weight > 0).fold(0, gcd);
+        if divisor == 0 {
+            return Some(Vec::new());
+        }
+        let largest = dests.iter().map(|dest| dest.last_weight).max().unwrap_or(0) / divisor;
+        let shift = (u32::BITS - largest.leading_zeros()).saturating_sub(SHARE_BITS);
+        let share = |weight: u32| if weight == 0 { 0 } else { (weight / divisor >> shift).max(1) };
+        let hash = |key, dest: &MhDest| mh_hash(key, dest.address.wrapping_add(dest.port.into()));
+        let mut next: Vec<u32> = dests.iter().map(|dest| hash(MH_FIRST, dest) % MH_SLOTS).collect();
+        let mut table = vec![None; MH_SLOTS as usize];
+        let mut free = MH_SLOTS;
+        loop {
+            for (position, dest) in dests.iter().enumerate() {
+                let skip = hash(MH_SECOND, dest) % (MH_SLOTS - 1) + 1;
+                for _ in 0..share(dest.last_weight) {
+                    while table[next[position] as usize].is_some() {
+                        next[position] = (next[position] + skip) % MH_SLOTS;
+                    }
+                    table[next[position] as usize] = Some(position);
+                    free -= 1;
+                    if free == 0 {
+                        return table.into_iter().collect();
+                    }
+                }
+            }
+        }
     }
 
     /// The step and the highest threshold of wrr for these weights.
@@ -175,6 +291,35 @@ mod tests {
         assert_eq!(table[..8], [0, 0, 1, 2, 2, 2, 0, 0]);
         assert!(sh_table(&[]).is_empty());
         assert!(sh_table(&[u32::MAX, 1]).iter().all(|position| *position == 0));
+    }
+
+    #[test]
+    fn the_dh_table_takes_turns() {
+        let table = dh_table(3);
+        assert_eq!((table.len(), &table[..4]), (256, &[0, 1, 2, 0][..]));
+        assert!(dh_table(0).is_empty());
+    }
+
+    #[test]
+    fn the_hash_of_mh_is_siphash_1_3() {
+        // docs/ipvs.md, section 3.11.
+        assert_eq!(sip_hash([0x0706_0504_0302_0100, 0x0f0e_0d0c_0b0a_0908], 0x0302_0100), 0x88d3_8328);
+    }
+
+    #[test]
+    fn the_mh_table_is_shared_by_weight_and_hardly_moves() {
+        let dest = |number: u32, last_weight| MhDest { address: 0x0a02_000b + number, port: 80, last_weight };
+        let dests = [dest(0, 1), dest(1, 2), dest(2, 1), dest(3, 0)];
+        let table = mh_table(&dests).expect("room");
+        let count = |table: &[usize], position| table.iter().filter(|slot| **slot == position).count();
+        assert_eq!(table.len(), MH_SLOTS as usize);
+        assert_eq!([0, 1, 2, 3].map(|position| count(&table, position) / 100), [10, 20, 10, 0]);
+        // Without the last one, nearly all slots of the others stay theirs.
+        let fewer = mh_table(&dests[..2]).expect("room");
+        let moved = table.iter().zip(&fewer).filter(|(before, after)| **before < 2 && before != after).count();
+        assert!(moved < MH_SLOTS as usize / 10, "{moved} slots moved");
+        assert!(mh_table(&[dest(0, 0)]).is_some_and(|table| table.is_empty()));
+        assert!(mh_table(&vec![dest(0, 1); MH_SLOTS as usize + 1]).is_none());
     }
 
     #[test]

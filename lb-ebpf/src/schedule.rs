@@ -6,6 +6,7 @@ use lb_common::{
     proto::Scheduler,
     reason::Reason,
     sched,
+    sync::opaque,
 };
 
 use crate::{
@@ -16,14 +17,14 @@ use crate::{
 /// How often a round robin tries to move its cursor before it goes without.
 const CURSOR_ATTEMPTS: usize = 3;
 
-/// The number of the destination that the view's scheduler gives a new connection of `client`.
+/// The number of the destination that the view's scheduler gives a new connection of `client` to the address `service`.
 ///
 /// # Errors
 ///
 /// [`Reason::NoDestination`] when no destination is usable; [`Reason::ConfigurationChanged`] when the view was rewritten
 /// meanwhile, which takes two changes of the service during one packet.
 #[inline(never)]
-pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, client: Ip4) -> Result<u32, Reason> {
+pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, client: Ip4, service: Ip4) -> Result<u32, Reason> {
     let number = view;
     let view = tables.view(number).ok_or(Reason::Impossible)?;
     let version = view.version.load();
@@ -31,8 +32,12 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, client: Ip4) -> Res
     let dest = match scheduler {
         Scheduler::Rr => ring(tables, env, number, view, view.list.load(), view.list_len.load()),
         Scheduler::Wrr => ring(tables, env, number, view, view.ring.load(), view.ring_len.load()),
-        Scheduler::Wlc => least_loaded(tables, env, view),
         Scheduler::Sh => table(tables, view, sched::sh_bucket(client.number(), 0)),
+        Scheduler::Dh => table(tables, view, sched::dh_bucket(service.number())),
+        Scheduler::Mh => table(tables, view, sched::mh_slot(client.number(), 0)),
+        Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
+            least_loaded(tables, env, view, Measure::of(scheduler).hidden(tables))
+        }
     };
     if view.version.load() != version {
         return Err(Reason::ConfigurationChanged);
@@ -116,7 +121,7 @@ fn next_usable(tables: &impl Tables, env: &impl Env, start: u32, len: u32, index
     Some((scan.index, scan.found.checked_sub(1)?))
 }
 
-/// sh: the destination of a bucket, if it is usable.
+/// sh, dh and mh: the destination of a bucket, if it is usable.
 #[inline(always)]
 fn table(tables: &impl Tables, view: &View, bucket: u32) -> Option<u32> {
     if bucket >= view.ring_len.load() {
@@ -125,8 +130,57 @@ fn table(tables: &impl Tables, view: &View, bucket: u32) -> Option<u32> {
     usable_at(tables, view.ring.load() + bucket)
 }
 
+/// What a scanning scheduler compares destinations by: the least overhead for its weight is best. A destination with A
+/// active of T connections has the overhead `active * A + total * T + constant`.
+///
+/// Verifier: numbers instead of choices, so that it follows one loop for all schedulers, and one path in it.
+#[derive(Clone, Copy)]
+struct Measure {
+    active: u64,
+    total: u64,
+    constant: u64,
+    /// 1 to compare overheads as if all weights were equal.
+    unweighted: u64,
+    /// 1 when a destination without active connections has no overhead.
+    idle: u64,
+    /// 1 when a destination with more active connections than its weight is out of the question.
+    limited: u64,
+}
+
+impl Measure {
+    /// The same, unknown to the verifier, which would else follow the scan once for each scheduler.
+    #[inline(always)]
+    fn hidden(self, tables: &impl Tables) -> Self {
+        Self {
+            active: tables.hide(self.active),
+            total: tables.hide(self.total),
+            constant: tables.hide(self.constant),
+            unweighted: tables.hide(self.unweighted),
+            idle: tables.hide(self.idle),
+            limited: tables.hide(self.limited),
+        }
+    }
+
+    #[inline(always)]
+    const fn of(scheduler: Scheduler) -> Self {
+        // Inactive connections count a 256th of active ones, with inactive = T - A: 257 A + (T - A).
+        const LOAD: Measure = Measure { active: 256, total: 1, constant: 0, unweighted: 0, idle: 0, limited: 0 };
+        const DELAY: Measure = Measure { active: 1, total: 0, constant: 1, unweighted: 0, idle: 0, limited: 0 };
+        const WEIGHT: Measure = Measure { active: 0, total: 0, constant: 1, unweighted: 0, idle: 0, limited: 0 };
+        match scheduler {
+            Scheduler::Lc => Self { unweighted: 1, ..LOAD },
+            Scheduler::Sed => DELAY,
+            Scheduler::Nq => Self { idle: 1, ..DELAY },
+            Scheduler::Fo => WEIGHT,
+            Scheduler::Ovf => Self { limited: 1, ..WEIGHT },
+            _ => LOAD,
+        }
+    }
+}
+
 struct LeastLoaded<'t, T> {
     tables: &'t T,
+    measure: Measure,
     start: u32,
     /// The best destination so far, plus one; 0 before there is one.
     best: u32,
@@ -152,8 +206,16 @@ impl<T: Tables> LeastLoaded<'_, T> {
         }
         let weight = u64::from(dest.weight.load());
         let (active, total) = active_and_total(self.tables.dest_load(number)?.connections.load());
-        // 257 active + inactive, with inactive = total - active.
-        let overhead = 256 * u64::from(active) + u64::from(total);
+        let (active, total) = (u64::from(active), u64::from(total));
+        let measure = &self.measure;
+        // One where the first is less than the second, both below 2^63.
+        let less = |a: u64, b: u64| opaque(a.wrapping_sub(b)) >> 63;
+        if less(weight, active) & measure.limited != 0 {
+            return None;
+        }
+        let overhead = measure.active * active + measure.total * total + measure.constant;
+        let overhead = overhead * (less(active, 1) & measure.idle ^ 1);
+        let weight = weight * (measure.unweighted ^ 1) + measure.unweighted;
         // No division: self.overhead / self.weight > overhead / weight.
         if self.best == 0 || self.overhead * weight > overhead * self.weight {
             self.best = number + 1;
@@ -167,10 +229,10 @@ impl<T: Tables> LeastLoaded<'_, T> {
 /// Destinations that a scan looks at itself, before it has itself called for each.
 const SHORT_LIST: u32 = 16;
 
-/// wlc: the usable destination with the least overhead for its weight; of equals, the first in the list.
+/// The usable destination with the least overhead for its weight; of equals, the first in the list.
 #[inline(always)]
-fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View) -> Option<u32> {
-    let mut scan = LeastLoaded { tables, start: view.list.load(), best: 0, overhead: 0, weight: 0 };
+fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View, measure: Measure) -> Option<u32> {
+    let mut scan = LeastLoaded { tables, measure, start: view.list.load(), best: 0, overhead: 0, weight: 0 };
     let len = view.list_len.load();
     for index in 0..SHORT_LIST {
         if index >= len {

@@ -40,7 +40,7 @@ pub(crate) enum ServiceCommand {
     Add {
         #[command(flatten)]
         service: ServiceWords,
-        /// Who gets the next connection: rr, wrr, wlc or sh
+        /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh or mh
         #[arg(short, long, default_value = "wlc", value_name = "SCHED", value_parser = words::scheduler)]
         scheduler: Scheduler,
     },
@@ -48,7 +48,7 @@ pub(crate) enum ServiceCommand {
     Edit {
         #[command(flatten)]
         service: ServiceWords,
-        /// Who gets the next connection: rr, wrr, wlc or sh
+        /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh or mh
         #[arg(short, long, value_name = "SCHED", value_parser = words::scheduler)]
         scheduler: Scheduler,
     },

@@ -10,7 +10,7 @@ use lb_common::{
     addr::{Ip4, Port},
     hash::Seed,
     proto::{Protocol, Scheduler},
-    sched::{sh_table, wrr_cycle},
+    sched::{MhDest, dh_table, mh_table, sh_table, wrr_cycle},
 };
 
 use crate::control::{
@@ -127,8 +127,8 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
     let at = |position: usize, threshold: u32| SlotRecord { dest: list.get(position).copied().unwrap_or(0), threshold };
     let ring: Vec<SlotRecord> = match Scheduler::try_from(service.scheduler as u8) {
         Ok(Scheduler::Wrr) => wrr_cycle(&weights).iter().map(|turn| at(turn.position, turn.threshold)).collect(),
-        Ok(Scheduler::Sh) => sh_table(&weights).into_iter().map(|position| at(position, 0)).collect(),
-        _ => Vec::new(),
+        Ok(scheduler) => table(scheduler, state, list).ok_or(Refusal::MhDests(key))?,
+        Err(_) => Vec::new(),
     };
     let mut slots: Vec<SlotRecord> = (0..list.len()).map(|position| at(position, 0)).collect();
     slots.extend(&ring);
@@ -152,6 +152,27 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         _ => cursor::FRESH,
     };
     Ok(CompiledView { index: service.view, record, slots, cursor })
+}
+
+/// The table of a hashing scheduler, by list positions; empty for others. `None` when there are more destinations than it
+/// has room for.
+fn table(scheduler: Scheduler, state: &State, list: &[u32]) -> Option<Vec<SlotRecord>> {
+    let records = || list.iter().filter_map(|number| state.dests.get(number));
+    let positions = match scheduler {
+        Scheduler::Sh => sh_table(&records().map(|record| record.weight).collect::<Vec<_>>()),
+        Scheduler::Dh => dh_table(list.len()),
+        Scheduler::Mh => {
+            let dests = records().map(|record| MhDest {
+                address: Ip4::from_raw(record.addr[0]).number(),
+                port: Port::from_raw(record.port_method as u16).number(),
+                last_weight: record.last_weight,
+            });
+            mh_table(&dests.collect::<Vec<_>>())?
+        }
+        _ => Vec::new(),
+    };
+    let slot = |position: usize| SlotRecord { dest: list.get(position).copied().unwrap_or(0), threshold: 0 };
+    Some(positions.into_iter().map(slot).collect())
 }
 
 /// The cursor that goes on behind `pointer`, a destination plus one, in the pass with `threshold`; or, for no pointer, at

@@ -152,6 +152,9 @@ pub enum Refusal {
     /// No room for lists and rings.
     #[error("no room for the schedule of service {0}: use weights with a common divisor")]
     NoSlots(ServiceKey),
+    /// More destinations than a Maglev table has slots.
+    #[error("service {0}: mh is for at most 4093 destinations: use sh, or another service")]
+    MhDests(ServiceKey),
     /// No room in the endpoint table.
     #[error("no room for another address and port: `xdpvs down`, then `xdpvs up` with a higher --max-dests")]
     NoEndpoints,

@@ -221,8 +221,8 @@ record! {
         pointer: u32,
         /// wrr: the weight threshold in force. As of the last change.
         threshold: u32,
-        /// Zero.
-        reserved: u32,
+        /// Flags of the scheduler, [`crate::proto::sched_flag`].
+        flags: u32,
         /// Creation order; later is greater.
         order: u64,
         /// Connections, packets in, bytes in, packets out, bytes out of destinations that are gone.
@@ -352,8 +352,10 @@ record! {
         ring_len: u32,
         /// wrr: index in the ring where the pass with threshold 1 begins.
         ring_final: u32,
+        /// Flags of the scheduler, [`crate::proto::sched_flag`].
+        flags: u32,
         /// Zero.
-        reserved: [u32; 8],
+        reserved: [u32; 7],
     }
 }
 

@@ -108,6 +108,30 @@ impl Scheduler {
     }
 }
 
+/// Flags of a service's scheduler, by ip_vs's numbers (`docs/ipvs.md`, section 1.1).
+pub mod sched_flag {
+    use super::Scheduler;
+
+    /// sh and mh: look on when the destination that the hash names is not usable.
+    pub const FALLBACK: u32 = 1 << 3;
+    /// sh and mh: hash the client's port, too.
+    pub const PORT: u32 = 1 << 4;
+    /// Means nothing to any scheduler.
+    pub const THIRD: u32 = 1 << 5;
+
+    /// The flags of `scheduler` with their names as ipvsadm shows them.
+    pub const fn names(scheduler: Scheduler) -> &'static [(&'static str, u32)] {
+        match scheduler {
+            Scheduler::Sh => &[("sh-fallback", FALLBACK), ("sh-port", PORT)],
+            Scheduler::Mh => &[("mh-fallback", FALLBACK), ("mh-port", PORT)],
+            _ => GENERIC,
+        }
+    }
+
+    /// Names that the flags have for every scheduler.
+    pub const GENERIC: &[(&str, u32)] = &[("flag-1", FALLBACK), ("flag-2", PORT), ("flag-3", THIRD)];
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -8,10 +8,10 @@ use crate::hash::hash32;
 /// Buckets of the sh table.
 pub const SH_BUCKETS: u32 = 256;
 
-/// The sh bucket of a client: its address and, with sh-port, its port (else 0), both in host order.
+/// The sh bucket of a client: its address or, with sh-port, the sum of its address and port, in host order.
 #[inline(always)]
-pub const fn sh_bucket(client: u32, port: u32) -> u32 {
-    hash32(client.wrapping_add(port), SH_BUCKETS.trailing_zeros())
+pub const fn sh_bucket(client: u32) -> u32 {
+    hash32(client, SH_BUCKETS.trailing_zeros())
 }
 
 /// Buckets of the dh table.
@@ -26,10 +26,10 @@ pub const fn dh_bucket(service: u32) -> u32 {
 /// Slots of the mh table, a prime.
 pub const MH_SLOTS: u32 = 4093;
 
-/// The mh slot of a client: its address and, with mh-port, its port (else 0), both in host order.
+/// The mh slot of a client: its address or, with mh-port, the sum of its address and port, in host order.
 #[inline(always)]
-pub const fn mh_slot(client: u32, port: u32) -> u32 {
-    mh_hash(MH_FIRST, client.wrapping_add(port)) % MH_SLOTS
+pub const fn mh_slot(client: u32) -> u32 {
+    mh_hash(MH_FIRST, client) % MH_SLOTS
 }
 
 /// Both halves of the keys of mh's two hashes.
@@ -131,7 +131,7 @@ mod builders {
         }
         let largest = dests.iter().map(|dest| dest.last_weight).max().unwrap_or(0) / divisor;
         let shift = (u32::BITS - largest.leading_zeros()).saturating_sub(SHARE_BITS);
-        let share = |weight: u32| if weight == 0 { 0 } else { (weight / divisor >> shift).max(1) };
+        let share = |weight: u32| if weight == 0 { 0 } else { ((weight / divisor) >> shift).max(1) };
         let hash = |key, dest: &MhDest| mh_hash(key, dest.address.wrapping_add(dest.port.into()));
         let mut next: Vec<u32> = dests.iter().map(|dest| hash(MH_FIRST, dest) % MH_SLOTS).collect();
         let mut table = vec![None; MH_SLOTS as usize];
@@ -325,7 +325,7 @@ mod tests {
     #[test]
     fn sh_buckets_are_those_of_ip_vs() {
         // docs/ipvs.md, section 14.1.
-        assert_eq!(sh_bucket(u32::from_be_bytes([192, 168, 1, 100]), 0), 89);
-        assert_eq!(sh_bucket(u32::from_be_bytes([192, 168, 1, 100]), 12_345), 184);
+        assert_eq!(sh_bucket(u32::from_be_bytes([192, 168, 1, 100])), 89);
+        assert_eq!(sh_bucket(u32::from_be_bytes([192, 168, 1, 100]) + 12_345), 184);
     }
 }

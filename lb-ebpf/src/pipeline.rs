@@ -349,7 +349,7 @@ where
     if segment.source() == Port::new(20) {
         return Err(Reason::FtpDataSource.into());
     }
-    let number = match schedule::pick(tables, env, view, ip.source(), ip.destination()) {
+    let number = match schedule::pick(tables, env, view, *key) {
         Ok(number) => number,
         Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
         Err(reason) => return Err(reason.into()),

@@ -2,8 +2,8 @@
 
 use lb_common::{
     abi::{View, active_and_total, cursor},
-    addr::Ip4,
-    proto::Scheduler,
+    flow::Key4,
+    proto::{Scheduler, sched_flag},
     reason::Reason,
     sched,
     sync::opaque,
@@ -17,14 +17,14 @@ use crate::{
 /// How often a round robin tries to move its cursor before it goes without.
 const CURSOR_ATTEMPTS: usize = 3;
 
-/// The number of the destination that the view's scheduler gives a new connection of `client` to the address `service`.
+/// The number of the destination that the view's scheduler gives the new connection `key`.
 ///
 /// # Errors
 ///
 /// [`Reason::NoDestination`] when no destination is usable; [`Reason::ConfigurationChanged`] when the view was rewritten
 /// meanwhile, which takes two changes of the service during one packet.
 #[inline(never)]
-pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, client: Ip4, service: Ip4) -> Result<u32, Reason> {
+pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, key: Key4) -> Result<u32, Reason> {
     let number = view;
     let view = tables.view(number).ok_or(Reason::Impossible)?;
     let version = view.version.load();
@@ -32,9 +32,8 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, client: Ip4, servic
     let dest = match scheduler {
         Scheduler::Rr => ring(tables, env, number, view, view.list.load(), view.list_len.load()),
         Scheduler::Wrr => ring(tables, env, number, view, view.ring.load(), view.ring_len.load()),
-        Scheduler::Sh => table(tables, view, sched::sh_bucket(client.number(), 0)),
-        Scheduler::Dh => table(tables, view, sched::dh_bucket(service.number())),
-        Scheduler::Mh => table(tables, view, sched::mh_slot(client.number(), 0)),
+        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(key.vaddr().number())),
+        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, key),
         Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
             least_loaded(tables, env, view, Measure::of(scheduler).hidden(tables))
         }
@@ -121,9 +120,54 @@ fn next_usable(tables: &impl Tables, env: &impl Env, start: u32, len: u32, index
     Some((scan.index, scan.found.checked_sub(1)?))
 }
 
+/// sh and mh: what the client is hashed to, and how the search goes on from there.
+struct Hashed<'t, T> {
+    tables: &'t T,
+    view: &'t View,
+    /// 1 for mh, 0 for sh.
+    maglev: u64,
+    /// The client, and its port where that counts: what is hashed.
+    client: u32,
+    /// The bucket that the hash names.
+    first: u32,
+    /// The destination that was found, plus one.
+    found: u32,
+}
+
+impl<T: Tables> Scan for Hashed<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, probe: u32) -> bool {
+        let index = if self.maglev != 0 {
+            sched::mh_slot(self.client.wrapping_add((probe + self.first) % sched::MH_SLOTS))
+        } else {
+            (2 * self.first + probe) % sched::SH_BUCKETS
+        };
+        self.found = bucket(self.tables, self.view, index).map_or(0, |dest| dest + 1);
+        self.found == 0
+    }
+}
+
+/// sh and mh: the destination that the client is hashed to, or with the flag for it, the first usable one of a sequence of
+/// others that the hash begins.
+#[inline(always)]
+fn hashed(tables: &impl Tables, env: &impl Env, view: &View, key: Key4) -> Option<u32> {
+    let flags = view.flags.load();
+    let port = if flags & sched_flag::PORT != 0 { key.cport().number() } else { 0 };
+    let client = key.caddr().number().wrapping_add(port.into());
+    let maglev = view.scheduler.load() == Scheduler::Mh as u32;
+    let first = if maglev { sched::mh_slot(client) } else { sched::sh_bucket(client) };
+    let found = bucket(tables, view, first);
+    if found.is_some() || flags & sched_flag::FALLBACK == 0 || view.ring_len.load() == 0 {
+        return found;
+    }
+    let mut scan = Hashed { tables, view, maglev: maglev.into(), client, first, found: 0 };
+    env.scan(view.ring_len.load(), &mut scan);
+    scan.found.checked_sub(1)
+}
+
 /// sh, dh and mh: the destination of a bucket, if it is usable.
 #[inline(always)]
-fn table(tables: &impl Tables, view: &View, bucket: u32) -> Option<u32> {
+fn bucket(tables: &impl Tables, view: &View, bucket: u32) -> Option<u32> {
     if bucket >= view.ring_len.load() {
         return None;
     }

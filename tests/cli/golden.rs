@@ -62,20 +62,14 @@ enum Lacking {
     Ipv6,
     /// `-o`.
     OnePacket,
-    /// `-b`.
-    SchedFlags,
     /// `--pe`.
     Engine,
-    /// `-s` with a scheduler of ip_vs that xdpvs has not.
-    Scheduler,
     /// `-x`, `-y`.
     Thresholds,
     /// `--tun-type gue` and `gre`.
     TunnelType,
     /// `--rate`.
     Rates,
-    /// `-w` with a weight so large that the wrr sequence of the service has no room.
-    WeightOfWrr,
     /// A service that was made by a command left out, and so does not exist.
     MissingService,
 }
@@ -85,11 +79,7 @@ enum Lacking {
 struct Missing {
     services: BTreeSet<String>,
     dests: BTreeSet<(String, String)>,
-    wrr: BTreeSet<String>,
 }
-
-/// The largest weight in the records that a wrr service of xdpvs takes.
-const WRR_WEIGHT: u32 = 65_536;
 
 /// The word after one of `options`.
 fn after<'w>(words: &[&'w str], options: &[&str]) -> Option<&'w str> {
@@ -119,24 +109,17 @@ impl Missing {
     /// What the command needs that xdpvs has not.
     fn lacking(&self, words: &[&str]) -> Option<Lacking> {
         let has = |option| words.contains(&option);
-        let scheduler = after(words, &["-s"]);
-        let others = ["lc", "lblc", "lblcr", "dh", "sed", "nq", "fo", "ovf", "mh"];
-        let weight = after(words, &["-w"]).and_then(|weight| weight.parse::<u32>().ok());
         let service = service(words);
-        let is_wrr = service.as_ref().is_some_and(|service| self.wrr.contains(service));
         let found = match () {
             () if has("-p") => Lacking::Persistence,
             () if has("-f") => Lacking::Mark,
             () if has("--sctp-service") => Lacking::Sctp,
             () if words.iter().any(|word| word.starts_with('[')) => Lacking::Ipv6,
             () if has("-o") => Lacking::OnePacket,
-            () if scheduler.is_some_and(|name| others.contains(&name)) => Lacking::Scheduler,
-            () if has("-b") => Lacking::SchedFlags,
             () if has("--pe") => Lacking::Engine,
             () if has("-x") || has("-y") => Lacking::Thresholds,
             () if matches!(after(words, &["--tun-type"]), Some("gue" | "gre")) => Lacking::TunnelType,
             () if has("--rate") && !has("--stats") => Lacking::Rates,
-            () if is_wrr && weight.is_some_and(|weight| weight > WRR_WEIGHT) => Lacking::WeightOfWrr,
             () if service.is_some_and(|service| self.services.contains(&service)) => Lacking::MissingService,
             () => return None,
         };
@@ -152,13 +135,8 @@ impl Missing {
             return;
         };
         match words.first() {
-            Some(&"-A") => {
-                if after(words, &["-s"]) == Some("wrr") {
-                    self.wrr.insert(service.clone());
-                }
-                if left_out {
-                    self.services.insert(service);
-                }
+            Some(&"-A") if left_out => {
+                self.services.insert(service);
             }
             Some(&"-a") if left_out => self.dests.extend(dest(words, &service).map(|dest| (service, dest))),
             _ => {}
@@ -308,16 +286,13 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
             (Lacking::Sctp, 6),
             (Lacking::Ipv6, 11),
             (Lacking::OnePacket, 3),
-            (Lacking::SchedFlags, 6),
             (Lacking::Engine, 4),
-            (Lacking::Scheduler, 3),
             (Lacking::Thresholds, 1),
             (Lacking::TunnelType, 6),
             (Lacking::Rates, 3),
-            (Lacking::WeightOfWrr, 2),
             (Lacking::MissingService, 1),
         ]
     );
-    assert_eq!(replayed, 115);
+    assert_eq!(replayed, 118);
     Ok(())
 }

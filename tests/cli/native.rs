@@ -31,7 +31,7 @@ fn what_is_configured_is_listed() -> Result<()> {
     configure(&stage)?;
     for words in [
         "service add -u 10.9.9.9:53",
-        "service edit -u 10.9.9.9:53 -s sh",
+        "service edit -u 10.9.9.9:53 -s sh -b sh-port,sh-fallback",
         "dest add -u 10.9.9.9:53 -r 10.2.0.13 -i",
         "dest edit -u 10.9.9.9:53 -r 10.2.0.13 -w 7",
         "dest add -u 10.9.9.9:53 -r 10.2.0.14",
@@ -51,11 +51,12 @@ fn what_is_configured_is_listed() -> Result<()> {
             "mode": [{"interface": WIRE, "mode": "native"}],
             "services": [
                 {
-                    "protocol": "tcp", "address": "10.9.9.9:80", "scheduler": "rr",
+                    "protocol": "tcp", "address": "10.9.9.9:80", "scheduler": "rr", "flags": [],
                     "destinations": [dest("10.2.0.11:8080", "nat", 1), dest("10.2.0.12:80", "dr", 3)],
                 },
                 {
                     "protocol": "udp", "address": "10.9.9.9:53", "scheduler": "sh",
+                    "flags": ["sh-fallback", "sh-port"],
                     "destinations": [dest("10.2.0.13:53", "ipip", 7), dest("10.2.0.14:53", "nat", 1)],
                 },
             ],
@@ -65,12 +66,12 @@ fn what_is_configured_is_listed() -> Result<()> {
         stage.ok("list")?,
         format!(
             "Instance {} on {WIRE} (native)\n\
-             Service          Scheduler  Destination     Method  Weight  Active  Inactive\n\
-             tcp 10.9.9.9:80  rr\n                            \
-                                         10.2.0.11:8080  nat          1       0         0\n                            \
+             Service          Scheduler                 Destination     Method  Weight  Active  Inactive\n\
+             tcp 10.9.9.9:80  rr\n                                           \
+                                         10.2.0.11:8080  nat          1       0         0\n                                           \
                                          10.2.0.12:80    dr           3       0         0\n\
-             udp 10.9.9.9:53  sh\n                            \
-                                         10.2.0.13:53    ipip         7       0         0\n                            \
+             udp 10.9.9.9:53  sh (sh-fallback,sh-port)\n                                           \
+                                         10.2.0.13:53    ipip         7       0         0\n                                           \
                                          10.2.0.14:53    nat          1       0         0\n",
             stage.instance
         )
@@ -180,6 +181,11 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
             "service add -t 10.9.9.9",
             &format!("invalid value '10.9.9.9' {address}: a service has a port, write ADDRESS:PORT"),
             2,
+        ),
+        refusal(
+            "service add -t 10.9.9.9:81 -s rr -b sh-port",
+            "scheduler rr has no flag `sh-port`: leave it out",
+            1,
         ),
         refusal(
             "service add -t 10.9.9.9:81 -s fastest",
@@ -411,7 +417,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
         ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
         ("-A -t [fd00::1]:80", "IPv6 is not supported by xdpvs yet"),
         ("-A -u 10.9.9.9:81 -o", "one-packet scheduling (-o) is not supported by xdpvs yet"),
-        ("-A -t 10.9.9.9:81 -s sh -b sh-port", "scheduler flags (-b) are not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
         (
             "-A -t 10.9.9.9:81 -s lblc",

@@ -216,7 +216,7 @@ pub fn service(protocol: Transport, port: u16) -> ServiceKey {
 
 /// How a service is set that has this scheduler.
 pub const fn scheduled(scheduler: Scheduler) -> ServiceSpec {
-    ServiceSpec { scheduler }
+    ServiceSpec { scheduler, flags: 0 }
 }
 
 /// How a destination is set.

@@ -10,7 +10,7 @@ use lb_common::{
 use lb_userspace::{
     control::{
         change::Change,
-        model::{DestSpec, Refusal, ServiceKey, ServiceSpec, Transport},
+        model::{DestSpec, Refusal, ServiceKey, Transport},
         session::Session,
     },
     datapath::{
@@ -24,7 +24,7 @@ use crate::cli::{
     failure::Failure,
     instance::mode_word,
     output::{self, Form},
-    words::{self, DestWords, MethodWords, ServiceWords},
+    words::{self, DestWords, FlagWords, MethodWords, ServiceWords},
 };
 
 /// The weight of a destination unless another is given.
@@ -43,6 +43,8 @@ pub(crate) enum ServiceCommand {
         /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh or mh
         #[arg(short, long, default_value = "wlc", value_name = "SCHED", value_parser = words::scheduler)]
         scheduler: Scheduler,
+        #[command(flatten)]
+        flags: FlagWords,
     },
     /// Give a service another scheduler; connections stay where they are
     Edit {
@@ -51,6 +53,8 @@ pub(crate) enum ServiceCommand {
         /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh or mh
         #[arg(short, long, value_name = "SCHED", value_parser = words::scheduler)]
         scheduler: Scheduler,
+        #[command(flatten)]
+        flags: FlagWords,
     },
     /// Remove a service with its destinations; packets of its connections go nowhere from then on
     Del {
@@ -102,8 +106,8 @@ impl ServiceCommand {
     /// Changes the configuration.
     pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
         change(place, |change| match self {
-            Self::Add { service, scheduler } => change.add_service(service.key(), ServiceSpec { scheduler }),
-            Self::Edit { service, scheduler } => change.edit_service(service.key(), ServiceSpec { scheduler }),
+            Self::Add { service, scheduler, flags } => change.add_service(service.key(), flags.of(scheduler)?),
+            Self::Edit { service, scheduler, flags } => change.edit_service(service.key(), flags.of(scheduler)?),
             Self::Del { service } => change.delete_service(service.key()),
             Self::Flush => {
                 change.flush();
@@ -156,6 +160,9 @@ struct ListedService {
     protocol: Transport,
     address: SocketAddr,
     scheduler: &'static str,
+    flags: Vec<&'static str>,
+    #[serde(skip)]
+    schedule: String,
     destinations: Vec<ListedDest>,
 }
 
@@ -191,6 +198,8 @@ pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
             protocol: service.key.protocol,
             address: service.key.address,
             scheduler: service.spec.scheduler.as_str(),
+            flags: service.spec.flag_names(),
+            schedule: service.spec.describe(),
             destinations: dests.collect(),
         }
     });
@@ -205,8 +214,8 @@ fn text(list: &List<'_>) -> String {
     let head = format!("Instance {} on {modes}\n", list.instance);
     let heading = ["Service", "Scheduler", "Destination", "Method", "Weight", "Active", "Inactive"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
-    for ListedService { protocol, address, scheduler, destinations } in &list.services {
-        rows.push(vec![format!("{protocol} {address}"), (*scheduler).to_owned()]);
+    for ListedService { protocol, address, schedule, destinations, .. } in &list.services {
+        rows.push(vec![format!("{protocol} {address}"), schedule.clone()]);
         for ListedDest { address, method, weight, active, inactive } in destinations {
             let (address, method) = (address.to_string(), (*method).to_owned());
             let numbers = [weight, active, inactive].map(u32::to_string);

@@ -3,8 +3,8 @@
 use std::net::{IpAddr, SocketAddr};
 
 use clap::Args;
-use lb_common::proto::{Method, Scheduler};
-use lb_userspace::control::model::{ServiceKey, Transport};
+use lb_common::proto::{Method, Scheduler, sched_flag};
+use lb_userspace::control::model::{Refusal, ServiceKey, ServiceSpec, Transport};
 
 /// Which service.
 #[derive(Args, Clone, Copy, Debug)]
@@ -90,6 +90,26 @@ impl MethodWords {
 pub(crate) fn scheduler(word: &str) -> Result<Scheduler, String> {
     let names = || Scheduler::ALL.iter().map(|scheduler| scheduler.as_str()).collect::<Vec<_>>().join(", ");
     Scheduler::from_name(word).ok_or_else(|| format!("no such scheduler, use one of {}", names()))
+}
+
+/// How a service schedules.
+#[derive(Args, Clone, Debug)]
+pub(crate) struct FlagWords {
+    /// Flags of the scheduler, with commas between: sh-fallback, sh-port; mh-fallback, mh-port
+    #[arg(short = 'b', long = "sched-flags", value_delimiter = ',', value_name = "FLAGS")]
+    flags: Vec<String>,
+}
+
+impl FlagWords {
+    /// The scheduler with these flags.
+    pub(crate) fn of(self, scheduler: Scheduler) -> Result<ServiceSpec, Refusal> {
+        let mut flags = 0;
+        for name in self.flags {
+            let known = sched_flag::names(scheduler).iter().find(|(known, _)| *known == name);
+            flags |= known.map(|(_, flag)| flag).ok_or(Refusal::SchedFlag { scheduler, name })?;
+        }
+        Ok(ServiceSpec { scheduler, flags })
+    }
 }
 
 /// A weight. Beyond what fits, the control plane refuses it.

@@ -100,6 +100,7 @@ impl<'a> Change<'a> {
             addr,
             port_protocol: port | (key.protocol.protocol() as u32) << 16,
             scheduler: spec.scheduler as u32,
+            flags: spec.flags,
             // The first view of a slot that was used before must not be the one that packets may still look at.
             view: self.shared.services.get(slot as usize).map_or(2 * slot, |old| 2 * slot + (!old.load().view & 1)),
             order: self.next_order(),
@@ -122,9 +123,9 @@ impl<'a> Change<'a> {
         let slot = self.service(key)?;
         self.catch_up(slot);
         let top = WrrParameters::of(&self.state.weights(slot)).top;
-        if let Some(record) = self.state.services.get_mut(&slot)
-            && record.scheduler != spec.scheduler as u32
-        {
+        let Some(record) = self.state.services.get_mut(&slot) else { return Ok(()) };
+        record.flags = spec.flags;
+        if record.scheduler != spec.scheduler as u32 {
             record.scheduler = spec.scheduler as u32;
             record.pointer = 0;
             record.threshold = if spec.scheduler == Scheduler::Wrr { top } else { 0 };

@@ -144,7 +144,8 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         ring: start + list_len,
         ring_len: ring.len() as u32,
         ring_final: final_pass,
-        reserved: [0; 8],
+        flags: service.flags,
+        reserved: [0; 7],
     };
     let cursor = match Scheduler::try_from(service.scheduler as u8) {
         Ok(Scheduler::Rr) => first_cursor(&slots, service.pointer, 0),

@@ -2,7 +2,7 @@
 
 use std::{fmt, net::SocketAddr};
 
-use lb_common::proto::{Method, Protocol, Scheduler};
+use lb_common::proto::{Method, Protocol, Scheduler, sched_flag};
 
 /// What tells services apart (`docs/ipvs.md`, section 1.1).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -59,6 +59,24 @@ impl fmt::Display for ServiceKey {
 pub struct ServiceSpec {
     /// Who gets the next connection.
     pub scheduler: Scheduler,
+    /// Flags of the scheduler, [`sched_flag`].
+    pub flags: u32,
+}
+
+impl ServiceSpec {
+    /// The names of the scheduler's flags that are set, as far as they have one.
+    pub fn flag_names(self) -> Vec<&'static str> {
+        let names = sched_flag::names(self.scheduler).iter();
+        names.filter(|(_, flag)| self.flags & flag != 0).map(|(name, _)| *name).collect()
+    }
+
+    /// The scheduler and its flags as lists show them.
+    pub fn describe(self) -> String {
+        match self.flags {
+            0 => self.scheduler.to_string(),
+            _ => format!("{} ({})", self.scheduler, self.flag_names().join(",")),
+        }
+    }
 }
 
 /// What can be changed about a destination (`docs/ipvs.md`, section 1.2).
@@ -152,6 +170,14 @@ pub enum Refusal {
     /// No room for lists and rings.
     #[error("no room for the schedule of service {0}: use weights with a common divisor")]
     NoSlots(ServiceKey),
+    /// A flag of another scheduler.
+    #[error("scheduler {scheduler} has no flag `{name}`: leave it out")]
+    SchedFlag {
+        /// The scheduler.
+        scheduler: Scheduler,
+        /// The flag.
+        name: String,
+    },
     /// More destinations than a Maglev table has slots.
     #[error("service {0}: mh is for at most 4093 destinations: use sh, or another service")]
     MhDests(ServiceKey),

@@ -98,7 +98,12 @@ impl State {
             Some(Dest { address: dest_address(record), spec: dest_spec(record), number: *number })
         });
         let scheduler = Scheduler::try_from(record.scheduler as u8).unwrap_or(Scheduler::Wlc);
-        Service { key: service_key(record), spec: ServiceSpec { scheduler }, slot, dests: dests.collect() }
+        Service {
+            key: service_key(record),
+            spec: ServiceSpec { scheduler, flags: record.flags },
+            slot,
+            dests: dests.collect(),
+        }
     }
 
     /// Destinations of a service that count towards its traffic: configured ones, and removed ones that are remembered.

@@ -71,7 +71,6 @@ fn lacking(request: &Request) -> Option<String> {
         _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
         _ if service && kinds.has(Kind::Ops) => "one-packet scheduling (-o) is",
-        _ if service && request.sched_flags => "scheduler flags (-b) are",
         _ if dest && request.server.is_some_and(|server| server.is_ipv6()) => "IPv6 is",
         _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
         _ if dest && request.thresholds != [0; 2] => "connection thresholds (-x, -y) are",
@@ -159,7 +158,7 @@ fn service_spec(request: &Request) -> Result<ServiceSpec, Stop> {
             Stop::refusal("Scheduler or persistence engine not found")
         }
     })?;
-    Ok(ServiceSpec { scheduler })
+    Ok(ServiceSpec { scheduler, flags: request.sched_flags })
 }
 
 /// The name service, unless digits are wanted.
@@ -227,7 +226,7 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
         Ok(ServiceRow {
             protocol: service.key.protocol,
             address: print::address(service.key.address, datagram, names),
-            scheduler: service.spec.scheduler.as_str(),
+            spec: service.spec,
             traffic: Traffic::of_service(&state, counters, service.slot)?,
             dests,
         })

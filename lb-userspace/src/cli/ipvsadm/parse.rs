@@ -2,7 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
-use lb_common::proto::Method;
+use lb_common::proto::{Method, Scheduler, sched_flag};
 
 use super::{
     Stop,
@@ -53,8 +53,8 @@ pub(super) struct Request {
     pub(super) kinds: Kinds,
     pub(super) service: Option<Identity>,
     pub(super) scheduler: String,
-    /// Whether any flag of the scheduler was named.
-    pub(super) sched_flags: bool,
+    /// Flags of the scheduler, [`sched_flag`].
+    pub(super) sched_flags: u32,
     /// The real server, whose port is the service's unless the method translates it.
     pub(super) server: Option<SocketAddr>,
     pub(super) method: Method,
@@ -138,7 +138,7 @@ impl<'a> Line<'a> {
             kinds: Kinds::default(),
             service: None,
             scheduler: String::new(),
-            sched_flags: false,
+            sched_flags: 0,
             server: None,
             method: Method::Route,
             tunnel: Tunnel::Ipip,
@@ -293,16 +293,16 @@ fn finish_service(request: &mut Request, sched_flags: &str) -> Result<(), Stop> 
         DEFAULT_SCHEDULER.clone_into(&mut request.scheduler);
     }
     for flag in sched_flags.split(',').filter(|flag| !flag.is_empty()) {
-        let fits = match flag {
-            "sh-fallback" | "sh-port" => request.scheduler == "sh",
-            "mh-fallback" | "mh-port" => request.scheduler == "mh",
-            "flag-1" | "flag-2" | "flag-3" => true,
-            _ => return Err(Stop::misuse(format!("invalid scheduler flag `{flag}'"))),
+        let find = |names: &[(&str, u32)]| names.iter().find(|(name, _)| *name == flag).map(|(_, flag)| *flag);
+        let of_any = |scheduler| find(sched_flag::names(scheduler));
+        let of_this = Scheduler::from_name(&request.scheduler).and_then(of_any);
+        request.sched_flags |= match of_this.or_else(|| find(sched_flag::GENERIC)) {
+            Some(flag) => flag,
+            None if of_any(Scheduler::Sh).or(of_any(Scheduler::Mh)).is_some() => {
+                return Err(Stop::misuse(format!("incompatible scheduler flag `{flag}'")));
+            }
+            None => return Err(Stop::misuse(format!("invalid scheduler flag `{flag}'"))),
         };
-        if !fits {
-            return Err(Stop::misuse(format!("incompatible scheduler flag `{flag}'")));
-        }
-        request.sched_flags = true;
     }
     Ok(())
 }

@@ -8,7 +8,7 @@ use std::{
 use lb_common::proto::Method;
 use lb_userspace::control::{
     connections::Connection,
-    model::{Dest, Service, Transport},
+    model::{Dest, Service, ServiceSpec, Transport},
     settings::Timeouts,
     traffic::Traffic,
 };
@@ -48,7 +48,7 @@ pub(super) struct ServiceRow {
     pub(super) protocol: Transport,
     /// Address and port, or their names.
     pub(super) address: String,
-    pub(super) scheduler: &'static str,
+    pub(super) spec: ServiceSpec,
     pub(super) traffic: Traffic,
     pub(super) dests: Vec<DestRow>,
 }
@@ -73,7 +73,7 @@ pub(super) fn services(rows: &[ServiceRow], format: Format, all: bool) -> String
         let name = format!("{:<4} {}", upper(row.protocol), row.address);
         text += &match format {
             Format::Stats { exact } => format!("{}{}\n", column(&name, 33), amounts(&row.traffic, exact)),
-            _ => format!("{} {}\n", cut(&name, 33), row.scheduler),
+            _ => format!("{} {}\n", cut(&name, 33), row.spec.describe()),
         };
         for dest in &row.dests {
             text += &format!("  -> {}{}\n", column(&dest.address, 28), dest_cells(dest, format));
@@ -166,7 +166,11 @@ pub(super) fn saved(rows: &[ServiceRow]) -> String {
             Transport::Udp => "-u",
         };
         let service = format!("{option} {}", row.address);
-        text += &format!("-A {service} -s {}\n", row.scheduler);
+        let flags = match row.spec.flags {
+            0 => String::new(),
+            _ => format!(" -b {}", row.spec.flag_names().join(",")),
+        };
+        text += &format!("-A {service} -s {}{flags}\n", row.spec.scheduler);
         for DestRow { address, method, weight, .. } in &row.dests {
             let (method, tunnel) = match method {
                 Method::Masq => ("-m", ""),
@@ -252,6 +256,8 @@ fn merge_sort<T>(items: &mut Vec<T>, compare: &impl Fn(&T, &T) -> Ordering) {
 
 #[cfg(test)]
 mod tests {
+    use lb_common::proto::Scheduler;
+
     use super::*;
 
     fn row() -> ServiceRow {
@@ -265,7 +271,7 @@ mod tests {
         ServiceRow {
             protocol: Transport::Tcp,
             address: "192.168.100.200:443".into(),
-            scheduler: "rr",
+            spec: ServiceSpec { scheduler: Scheduler::Rr, flags: 0 },
             traffic: traffic(1_234_567_890),
             dests: vec![
                 DestRow {

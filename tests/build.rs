@@ -1,4 +1,4 @@
-//! Finds the eBPF object with the measuring programs, of which the laboratory uses one. `cargo xtask build` makes it.
+//! Finds the eBPF object with the measuring programs, for the bench as well as for tests. `cargo xtask build` makes it.
 
 use std::{env, path::Path};
 

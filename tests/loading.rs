@@ -7,13 +7,11 @@
 use std::collections::BTreeMap;
 
 use aya::{
-    Ebpf, EbpfLoader, include_bytes_aligned,
+    Ebpf, EbpfLoader,
     programs::{Program, ProgramInfo},
 };
 use lb_userspace::datapath::object;
-use xdpvs_tests::lab::require_root;
-
-static BENCH: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
+use xdpvs_tests::{bulk, lab::require_root};
 
 /// How many instructions the verifier may go through for each program: a fifth more than when this was written.
 const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
@@ -71,5 +69,5 @@ fn the_programs_of_the_real_server_load() {
 
 #[test]
 fn the_programs_that_measure_load() {
-    check(BENCH, BENCH_BUDGETS);
+    check(bulk::OBJECT, BENCH_BUDGETS);
 }

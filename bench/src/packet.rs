@@ -1,8 +1,8 @@
 //! Nanoseconds per packet by `BPF_PROG_TEST_RUN`, above the floor of the method.
 //!
-//! The kernel does not restore the packet between the runs of one test run. So a wrapper restores it, with the address
-//! and port of one of many clients, and tail-calls the program that is measured; what the wrapper costs with a program
-//! that does nothing behind it is the floor. Floor and case are measured in turn, and a case is quoted above its floor.
+//! Before every run a wrapper ([`xdpvs_tests::bulk`]) makes the packet that of one of many clients, and tail-calls the
+//! program that is measured; what the wrapper costs with a program that does nothing behind it is the floor. Floor and case
+//! are measured in turn, and a case is quoted above its floor.
 //!
 //! How much of a figure is the memory's is shown by a program that only looks at one cache line, picked by the client, of
 //! a table as large as the flow table.
@@ -14,33 +14,22 @@
 use std::{fmt::Write as _, io::Write as _};
 
 use anyhow::{Context as _, Result, ensure};
-use aya::{
-    Ebpf, EbpfLoader, include_bytes_aligned,
-    maps::ProgramArray,
-    programs::{ProgramFd, TestRun as _, TestRunOptions, Xdp, loaded_programs},
-};
+use aya::programs::{ProgramFd, loaded_programs};
 use lb_common::{
-    abi::{
-        Record as _,
-        bench::{Setup, SetupRecord, pick},
-    },
+    abi::bench::pick,
     checksum,
     flow::Bucket4,
     proto::{Method, Scheduler},
 };
-use lb_userspace::{
-    control::session::Session,
-    datapath::{
-        memory::{Access, Mapped},
-        run::Control,
-    },
-};
+use lb_userspace::{control::session::Session, datapath::run::Control};
 use serde::Serialize;
-use xdpvs_tests::{cast, frames::Frame};
+use xdpvs_tests::{
+    bulk::{Bulk, Clients},
+    cast,
+    frames::Frame,
+};
 
 use crate::site::{SINGLE, Site, port};
-
-static OBJECT: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
 
 /// Runs of one measurement.
 const RUNS: u32 = 1_000_000;
@@ -120,12 +109,13 @@ enum Kind {
 }
 
 impl Case {
-    fn order(&self) -> u32 {
-        match self.kind {
+    fn clients(&self) -> Clients {
+        let order = match self.kind {
             Kind::New => pick::SEQUENTIAL,
             _ if self.flows == 1 => pick::SAME,
             _ => pick::RANDOM,
-        }
+        };
+        Clients { first: cast::CLIENT, number: self.flows, order, reply: self.reply }
     }
 
     fn runs(&self) -> u32 {
@@ -145,13 +135,8 @@ struct Figure {
 }
 
 struct Bench {
-    ebpf: Ebpf,
-    setup: Mapped<Setup>,
-    measured: ProgramArray<aya::maps::MapData>,
+    bulk: Bulk,
     director: ProgramFd,
-    wire: u32,
-    /// Cache lines of the flow table.
-    lines: u32,
 }
 
 /// Measures and prints.
@@ -208,65 +193,19 @@ fn row(figure: &Figure) -> String {
 impl Bench {
     fn new(site: &Site, buckets: u32) -> Result<Self> {
         let lines = buckets * (size_of::<Bucket4>() / CACHE_LINE) as u32;
-        let mut ebpf = EbpfLoader::new().map_max_entries("LINES", lines).load(OBJECT)?;
-        for program in ["reset", "floor_transmit", "floor_push", "floor_pass", TOUCH] {
-            xdp(&mut ebpf, program)?.load()?;
-        }
-        let setup = ebpf.take_map("SETUP").context("map SETUP")?;
-        let aya::maps::Map::Array(setup) = setup else { anyhow::bail!("SETUP is no array") };
-        let setup = Mapped::new(&setup, "SETUP", Access::Write)?;
-        let measured = ProgramArray::try_from(ebpf.take_map("MEASURED").context("map MEASURED")?)?;
+        let programs = ["floor_transmit", "floor_push", "floor_pass", TOUCH];
+        let bulk = Bulk::new(site.wire, lines, &programs)?;
         let pinned = aya::programs::ProgramInfo::from_pin(site.place.programs()?.join("xdpvs"))?;
         let director =
             loaded_programs().flatten().find(|program| program.id() == pinned.id()).context("the director")?;
-        Ok(Self { ebpf, setup, measured, director: director.fd()?, wire: site.wire, lines })
+        Ok(Self { bulk, director: director.fd()? })
     }
 
     fn put(&mut self, program: Option<&'static str>) -> Result<()> {
-        let fd = match program {
-            Some(name) => xdp(&mut self.ebpf, name)?.fd()?.try_clone()?,
-            None => self.director.try_clone()?,
-        };
-        self.measured.set(0, &fd, 0)?;
-        Ok(())
-    }
-
-    /// Lets runs begin with `frame`, from or to one of `flows` clients.
-    fn set_up(&self, frame: &[u8], flows: u32, reply: bool, order: u32) {
-        let mut header: [u8; 20] = frame[14..34].try_into().expect("twenty bytes");
-        let client = if reply { 16..20 } else { 12..16 };
-        header[10..12].fill(0);
-        header[client].fill(0);
-        let next_flow = self.setup[0].next_flow.load();
-        self.setup[0].store(&SetupRecord {
-            len: frame.len() as u32,
-            order,
-            mask: flows - 1,
-            next_flow,
-            first_addr: cast::CLIENT.into(),
-            reply: reply.into(),
-            header_sum: u32::from(checksum::fold(checksum::sum(&header))),
-            head: head(frame),
-            frame_type: u32::from(u16::from_ne_bytes([frame[12], frame[13]])),
-            lines: self.lines,
-        });
-    }
-
-    /// Runs the measured program. Returns nanoseconds per run, the return value and the last frame.
-    fn repeat(&mut self, frame: &[u8], runs: u32) -> Result<(f64, u32, Vec<u8>)> {
-        let mut out = vec![0; 2048];
-        // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
-        let context = [0, frame.len() as u32, 0, self.wire, 0, 0].map(u32::to_ne_bytes).concat();
-        let result = xdp(&mut self.ebpf, "reset")?.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ctx_in: Some(&context),
-            repeat: runs,
-            ..TestRunOptions::new()
-        })?;
-        out.truncate(result.data_size_out as usize);
-        // The kernel answers with the mean of all runs, in whole nanoseconds.
-        Ok((result.duration.as_nanos() as f64, result.return_value, out))
+        match program {
+            Some(name) => self.bulk.put_own(name),
+            None => self.bulk.put(&self.director),
+        }
     }
 
     fn case(&mut self, case: &Case, rounds: usize, control: &Control, buckets: u32) -> Result<Figure> {
@@ -275,16 +214,16 @@ impl Bench {
         }
         let (mut floors, mut figures) = (Vec::new(), Vec::new());
         for _ in 0..rounds {
-            self.set_up(&case.frame, case.flows, case.reply, case.order());
+            self.bulk.set_up(&case.frame, case.clients());
             self.put(Some(case.floor.program()))?;
-            floors.push(self.repeat(&case.frame, case.runs())?.0);
+            floors.push(self.bulk.repeat(&case.frame, case.runs())?.nanoseconds as f64);
             if case.kind == Kind::New {
                 control.flush(buckets, None)?;
             }
             self.put((case.kind == Kind::Line).then_some(TOUCH))?;
-            let (figure, result, frame) = self.repeat(&case.frame, case.runs())?;
-            check(case, result, &frame)?;
-            figures.push(figure);
+            let ran = self.bulk.repeat(&case.frame, case.runs())?;
+            check(case, ran.action, &ran.frame)?;
+            figures.push(ran.nanoseconds as f64);
         }
         let [floor_min, _] = least_and_median(&mut floors);
         let [min, median] = least_and_median(&mut figures);
@@ -310,26 +249,12 @@ impl Bench {
         };
         for flags in ["S", "A", "A"] {
             let frame = request_frame(port, flags);
-            self.setup[0].next_flow.store(u32::MAX);
-            self.set_up(&frame, case.flows, false, pick::SEQUENTIAL);
-            self.repeat(&frame, case.flows)?;
+            self.bulk.begin_with(0);
+            self.bulk.set_up(&frame, Clients { order: pick::SEQUENTIAL, reply: false, ..case.clients() });
+            self.bulk.repeat(&frame, case.flows)?;
         }
         Ok(())
     }
-}
-
-fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
-    Ok(ebpf.program_mut(name).with_context(|| format!("program {name}"))?.try_into()?)
-}
-
-/// The first words of a frame, less its type.
-fn head(frame: &[u8]) -> [u32; 14] {
-    let mut head = [0; 14];
-    let words = frame[..12].chunks_exact(4).chain(frame[14..].chunks_exact(4));
-    for (head, word) in head.iter_mut().zip(words) {
-        *head = u32::from_ne_bytes(word.try_into().expect("four bytes"));
-    }
-    head
 }
 
 fn least_and_median(values: &mut [f64]) -> [f64; 2] {

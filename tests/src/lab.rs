@@ -13,13 +13,13 @@ use std::{
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
-    Ebpf, include_bytes_aligned,
+    Ebpf,
     programs::{Xdp, XdpMode},
 };
 use lb_userspace::datapath::place::{Place, remove_tree};
 use nix::sched::{CloneFlags, setns};
 
-static OBJECT: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
+use crate::bulk;
 
 /// Where `ip netns` keeps its namespaces.
 const NAMESPACES: &str = "/run/netns";
@@ -235,7 +235,7 @@ impl Passing {
     ///
     /// When the kernel refuses.
     pub fn new() -> Result<Self> {
-        let mut passing = Self { ebpf: Ebpf::load(OBJECT)? };
+        let mut passing = Self { ebpf: Ebpf::load(bulk::OBJECT)? };
         passing.program()?.load()?;
         Ok(passing)
     }

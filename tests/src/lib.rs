@@ -1,6 +1,7 @@
 //! What the tests of xdpvs share.
 
 pub mod audit;
+pub mod bulk;
 pub mod cases;
 pub mod cast;
 pub mod executor;

@@ -35,6 +35,7 @@ use lb_userspace::{
 };
 
 use crate::{
+    bulk::Bulk,
     cast::{self, special},
     executor::{DESTS, Executor, Outcome, SERVERS, SERVICES, Verdict, Wire, mtu},
     lab::{self, End, NetNs, cable},
@@ -175,6 +176,17 @@ impl<'a> Kernel<'a> {
     /// The namespace that the director routes in.
     pub fn namespace(&self) -> &NetNs {
         self.namespace
+    }
+
+    /// Packets of many clients for the director's program, which come in by `wire`.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn bulk(&self, wire: Wire) -> Result<Bulk> {
+        let mut bulk = Bulk::new(self.index(wire), 1, &[])?;
+        bulk.put(self.program.fd()?)?;
+        Ok(bulk)
     }
 
     /// The instance's maps.

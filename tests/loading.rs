@@ -18,6 +18,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("xdpvs", 33_000),
     ("request", 17_000),
     ("open", 67_000),
+    ("overflow", 62_000),
     ("reply", 33_000),
     ("observe", 3_500),
     ("icmp", 60_000),

@@ -714,11 +714,14 @@ pub enum Stage {
     Unusual,
     /// A client's packet of which no connection is known.
     Open,
+    /// A client's packet of which no connection is known, where there may be no room for one or where it may not open one.
+    Overflow,
 }
 
 impl Stage {
     /// Every stage, in the order of their numbers.
-    pub const ALL: [Self; 6] = [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open];
+    pub const ALL: [Self; 7] =
+        [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open, Self::Overflow];
 
     /// The name of its program.
     pub const fn program(self) -> &'static str {
@@ -729,6 +732,7 @@ impl Stage {
             Self::Icmp => "icmp",
             Self::Unusual => "unusual",
             Self::Open => "open",
+            Self::Overflow => "overflow",
         }
     }
 }
@@ -884,6 +888,8 @@ pub const LAYOUT: u32 = {
         size_of::<JournalSlot>(),
         size_of::<crate::flow::Bucket4>(),
         crate::reason::Reason::ALL.len(),
+        crate::event::Event::ALL.len(),
+        Stage::ALL.len(),
     ];
     // FNV-1a over the sizes.
     let mut hash = 0x811c_9dc5u32;

@@ -17,7 +17,8 @@
 //! ```
 //!
 //! Every arrow is one compare-exchange of the word, and only the CPU whose exchange succeeds acts on it (adds the
-//! connection to its destination's counters, takes it off again). Claiming increments the version.
+//! connection to its destination's counters, takes it off again). Claiming increments the version. A LIVE entry is claimed
+//! like a FREE one when its connection is over, or makes room ([`Yield`]): that exchange is its release, too.
 //!
 //! # Where an entry may stand
 //!
@@ -32,11 +33,11 @@ use bytemuck::Zeroable;
 use crate::{
     abi::Dest,
     addr::{Ip4, Port},
-    hash::{Seed, scale},
+    hash::{Seed, mix, scale},
     jiffies::Jiffies,
     proto::{Method, Protocol},
     sync::{Shared32, Shared64, opaque},
-    tcp::Transition,
+    tcp::{self, State, Transition},
 };
 
 /// The status of an entry: bits 0-1 of its word.
@@ -219,6 +220,98 @@ impl Word {
     #[inline(always)]
     pub const fn expired(self, now: Jiffies, hz: u32) -> bool {
         now.reached(self.expires().after(hz))
+    }
+}
+
+/// Which connections make room for others when both buckets of a new one are full, and in which order.
+///
+/// A connection that has been established is none of them, nor is a UDP one whose last packet is not long ago: whoever
+/// floods the director with opening packets ends only connections that nobody has answered, and those that are over but
+/// for a wait.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+#[repr(u8)]
+pub enum Yield {
+    /// Never.
+    Never = 0,
+    /// First: TCP connections that have not been established yet.
+    HalfOpen = 1,
+    /// Then: TCP connections that were reset, or closed by both sides.
+    Closed = 2,
+    /// Then: TCP connections that one side has closed, as far as the director sees.
+    Closing = 3,
+    /// Last: UDP connections of which no packet has been seen for long.
+    Idle = 4,
+}
+
+impl Yield {
+    /// When a TCP connection in the state numbered `state` makes room.
+    #[inline(always)]
+    pub const fn of_tcp(state: u8) -> u8 {
+        /// Four bits for each state, from the lowest.
+        const OF_STATES: u64 = {
+            let mut states = 0;
+            let mut index = 0;
+            while index < tcp::State::ALL.len() {
+                let state = tcp::State::ALL[index];
+                let yields = match state {
+                    State::Established => Yield::Never,
+                    State::None | State::SynSent | State::SynRecv | State::Listen | State::SynAck => Yield::HalfOpen,
+                    State::TimeWait | State::Close | State::LastAck => Yield::Closed,
+                    State::FinWait | State::CloseWait => Yield::Closing,
+                };
+                states |= (yields as u64) << (4 * state as u32);
+                index += 1;
+            }
+            states
+        };
+        (OF_STATES >> (4 * (state & 0xf)) & 0xf) as u8
+    }
+}
+
+/// Which entry of a place is to be used for a new connection: the least one.
+///
+/// One word, for the verifier: the index of the entry in bits 0-7, counted on from the first bucket to the second; what is
+/// left of the time of the connection, in ticks, in bits 8-39; when it makes room, a [`Yield`], in bits 40-47, 0 if the
+/// entry is free or its connection is over.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub struct Candidate(pub u64);
+
+impl Candidate {
+    /// There is none.
+    pub const NONE: Self = Self(u64::MAX);
+
+    /// An entry that nobody has to make room in.
+    #[inline(always)]
+    pub const fn unused(index: u64) -> Self {
+        Self(index)
+    }
+
+    /// The entry with this index, which is used.
+    #[inline(always)]
+    pub const fn used(index: u64, word: Word, now: Jiffies, hz: u32, idle: u32) -> Self {
+        // Not over: so this is not negative, with the second that connections live longer.
+        let left = word.expires().after(hz).since(now).cast_unsigned();
+        let yields = match (word.status(), word.protocol()) {
+            (Status::Live, Protocol::Tcp) => Yield::of_tcp(word.state()),
+            (Status::Live, Protocol::Udp) if left <= idle => Yield::Idle as u8,
+            _ => Yield::Never as u8,
+        };
+        if yields == Yield::Never as u8 {
+            return Self::NONE;
+        }
+        Self((yields as u64) << 40 | (left as u64) << 8 | index)
+    }
+
+    /// The index of the entry.
+    #[inline(always)]
+    pub const fn index(self) -> u64 {
+        self.0 & 0xff
+    }
+
+    /// Whether a connection has to make room.
+    #[inline(always)]
+    pub const fn evicts(self) -> bool {
+        self.0 >> 40 != 0
     }
 }
 
@@ -431,6 +524,8 @@ pub trait Entry: Zeroable + 'static {
     fn hash(key: &Self::Key, seed: &Seed) -> u64;
     /// A number that tells the connections with one hash apart, nearly always.
     fn tag(key: &Self::Key, hash: u64) -> u32;
+    /// Hashes all of a connection without a secret: alike on every director.
+    fn common_hash(key: &Self::Key) -> u64;
 }
 
 impl Entry for Entry4 {
@@ -498,6 +593,11 @@ impl Entry for Entry4 {
     #[inline(always)]
     fn tag(key: &Key4, hash: u64) -> u32 {
         (hash >> 16) as u32 ^ key.rest as u32 ^ (key.peer >> 48) as u32
+    }
+
+    #[inline(always)]
+    fn common_hash(key: &Key4) -> u64 {
+        mix(mix(key.peer) ^ key.rest)
     }
 }
 
@@ -621,6 +721,52 @@ mod tests {
         assert!(word.expired(Jiffies(1250), 250));
     }
 
+    const NOW: Jiffies = Jiffies(u32::MAX - 5);
+    const IDLE: u32 = 1000;
+
+    fn candidate(protocol: Protocol, state: u8, left: u32) -> Candidate {
+        let word = Word(0).claimed(1).live(Word::born(protocol, state, 1, 0, NOW.after(left)));
+        Candidate::used(7, word, NOW, 250, IDLE)
+    }
+
+    #[test]
+    fn connections_make_room_in_their_order() {
+        use State::*;
+        let tcp = |state: State, left| candidate(Protocol::Tcp, state as u8, left);
+        assert_eq!(tcp(Established, 0), Candidate::NONE);
+        let classes =
+            [&[None, SynSent, SynRecv, Listen, SynAck][..], &[TimeWait, Close, LastAck], &[FinWait, CloseWait]];
+        // What is left of its time counts only among connections of one class.
+        for (earlier, later) in classes.iter().zip(&classes[1..]) {
+            for (earlier, later) in earlier.iter().flat_map(|&state| later.iter().map(move |&other| (state, other))) {
+                assert!(tcp(earlier, 1 << 20) < tcp(later, 0), "{earlier:?} before {later:?}");
+            }
+        }
+        for state in classes.concat() {
+            assert!(tcp(state, 0) < tcp(state, 1) && tcp(state, 1 << 20) < Candidate::NONE);
+            assert!(tcp(state, 5).evicts() && Candidate::unused(19) < tcp(state, 0));
+            assert_eq!(tcp(state, 5).index(), 7);
+        }
+        // A number that is no state is nobody's to end.
+        assert_eq!(candidate(Protocol::Tcp, 11, 0), Candidate::NONE);
+    }
+
+    #[test]
+    fn udp_connections_make_room_when_they_have_been_idle_for_long() {
+        let udp = |left| candidate(Protocol::Udp, 0, left);
+        // Written down is a second less.
+        assert_eq!(udp(IDLE - 249), Candidate::NONE);
+        assert!(udp(IDLE - 250).evicts());
+        assert!(udp(0) < udp(1) && udp(0) > candidate(Protocol::Tcp, State::CloseWait as u8, 1 << 20));
+    }
+
+    #[test]
+    fn an_entry_that_is_being_filled_in_makes_no_room() {
+        for word in [Word(0).claimed(0), Word(0).claimed(0).killed()] {
+            assert_eq!(Candidate::used(0, word, NOW, 250, u32::MAX), Candidate::NONE);
+        }
+    }
+
     const CLIENT: (Ip4, Port) = (Ip4::new([198, 51, 100, 7]), Port::new(54_321));
     const SERVICE: (Ip4, Port) = (Ip4::new([203, 0, 113, 1]), Port::new(443));
 
@@ -656,6 +802,14 @@ mod tests {
         let server = (Ip4::new([10, 0, 0, 5]), Port::new(8080));
         assert_eq!(hash(key), hash(Key4::new(Protocol::Tcp, CLIENT, server)));
         assert_ne!(hash(key), hash(Key4::new(Protocol::Udp, CLIENT, SERVICE)));
+        for other in [
+            Key4::new(Protocol::Udp, CLIENT, SERVICE),
+            Key4::new(Protocol::Tcp, CLIENT, server),
+            Key4::new(Protocol::Tcp, CLIENT, (SERVICE.0, Port::new(8443))),
+            Key4::new(Protocol::Tcp, (CLIENT.0, Port::new(1)), SERVICE),
+        ] {
+            assert_ne!(Entry4::common_hash(&key), Entry4::common_hash(&other));
+        }
         assert_ne!(Entry4::tag(&key, 0), Entry4::tag(&Key4::new(Protocol::Tcp, CLIENT, server), 0));
     }
 

@@ -53,6 +53,15 @@ impl core::fmt::Debug for Seed {
     }
 }
 
+/// Mixes a word, so that every bit of the result depends on every bit of it: the finaliser of SplitMix64 (Steele, Lea and
+/// Flood 2014). It holds no secret, so every director mixes alike.
+#[inline(always)]
+pub const fn mix(word: u64) -> u64 {
+    let word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
 /// Scales the 32-bit `hash` to 0..`buckets` without a division.
 #[inline(always)]
 pub const fn scale(hash: u32, buckets: u32) -> u32 {

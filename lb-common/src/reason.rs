@@ -84,7 +84,7 @@ reasons! {
     Dropped MetadataUnsupported = 25, "metadata-unsupported",
         "needs a link-layer address that is unknown, on an interface whose driver cannot hand it to the host";
     Dropped HeadroomExhausted = 26, "headroom-exhausted", "could not be encapsulated for want of room before it";
-    Dropped TableFull = 27, "table-full", "opens a connection that the flow table has no room for";
+    Dropped TableFull = 27, "table-full", "opens a connection to a masqueraded server that the flow table has no room for";
     Dropped LoopbackDestination = 28, "loopback-destination", "came from outside and would go to a loopback address";
     Dropped LocalMasquerade = 29, "local-masquerade",
         "came from outside for a masqueraded server on the director itself, whose replies XDP does not see";

@@ -3,7 +3,7 @@
 //! The loader builds rings and tables from a service's destinations *in list order*, newest first; the data plane only
 //! indexes them. Positions here are positions in that list.
 
-use crate::hash::hash32;
+use crate::hash::{hash32, mix};
 
 /// Buckets of the sh table.
 pub const SH_BUCKETS: u32 = 256;
@@ -72,6 +72,73 @@ const fn sip_round([mut v0, mut v1, mut v2, mut v3]: [u64; 4]) -> [u64; 4] {
     v1 = v1.rotate_left(17) ^ v2;
     v2 = v2.rotate_left(32);
     [v0, v1, v2, v3]
+}
+
+/// What a connection would have of a destination, for the choice that all directors make alike.
+///
+/// Every director draws the same number for a connection and a destination, and the highest wins (rendezvous hashing,
+/// Thaler and Ravishankar 1998), so that a change of the destinations moves only the connections of those that come or go.
+/// With weights it is the least of `-log(draw) / weight` that wins, by which each destination wins as often as its weight says
+/// (Schindelhauer and Schomaker 2005).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Bid {
+    draw: u64,
+    distance: u64,
+    weight: u64,
+}
+
+impl Bid {
+    /// Of nobody: every other bid is better.
+    pub const NONE: Self = Self { draw: 0, distance: 1, weight: 0 };
+
+    /// The bid for a connection with this hash of a destination with this address and port, as one word, and this weight,
+    /// which is not 0.
+    #[inline(always)]
+    pub const fn new(connection: u64, dest: u64, weight: u32) -> Self {
+        let draw = mix(connection ^ mix(dest));
+        Self { draw, distance: distance(draw), weight: weight as u64 }
+    }
+
+    /// The bid of a destination with this weight, which is not 0, for any connection: the greatest weight is best, and of
+    /// equals none is better than another.
+    #[inline(always)]
+    pub const fn of_weight(weight: u32) -> Self {
+        Self { draw: 0, distance: 1, weight: weight as u64 }
+    }
+
+    /// Whether this bid is the better one.
+    ///
+    /// Which of two bids wins does not depend on their order, for directors may have their destinations in any.
+    #[inline(always)]
+    pub const fn beats(&self, other: &Self) -> bool {
+        // No division: self.distance / self.weight < other.distance / other.weight.
+        let (own, others) = (self.distance * other.weight, other.distance * self.weight);
+        own < others || own == others && self.draw > other.draw
+    }
+}
+
+/// Bits of a [`distance`] behind the point.
+const FRACTION: u32 = 24;
+
+/// `-log2(draw / 2^64)`, with [`FRACTION`] bits behind the point, at least the smallest such number.
+///
+/// Of the whole part the number of leading zeros says everything. The logarithm of the rest, 1 + f, is taken from a cubic
+/// in f that is exact, and has the slope of the logarithm, at both ends; it is nowhere wrong by more than 0.006.
+#[inline(always)]
+const fn distance(draw: u64) -> u64 {
+    /// 1 / ln 2 - 1, the slope at 0 less that of a straight line.
+    const AT_ZERO: u64 = 7_427_190;
+    /// 1 - 1 / (2 ln 2), that of a straight line less the slope at 1.
+    const AT_ONE: u64 = 4_675_013;
+    let draw = draw | 1;
+    let zeros = draw.leading_zeros();
+    // The leading one falls out at the top.
+    let f = ((draw << zeros) << 1) >> (64 - FRACTION);
+    let rest = (1 << FRACTION) - f;
+    let bow = (f * rest) >> FRACTION;
+    let slope = (AT_ZERO * rest + AT_ONE * f) >> FRACTION;
+    let log = f + ((bow * slope) >> FRACTION);
+    ((zeros as u64 + 1) << FRACTION) - log
 }
 
 #[cfg(any(feature = "std", test))]
@@ -327,5 +394,85 @@ mod tests {
         // docs/ipvs.md, section 14.1.
         assert_eq!(sh_bucket(u32::from_be_bytes([192, 168, 1, 100])), 89);
         assert_eq!(sh_bucket(u32::from_be_bytes([192, 168, 1, 100]) + 12_345), 184);
+    }
+
+    /// The position of the destination that wins a connection, of destinations with these numbers and weights.
+    fn winner(connection: u64, dests: &[(u64, u32)]) -> usize {
+        let mut best = (0, Bid::NONE);
+        for (position, &(dest, weight)) in dests.iter().enumerate() {
+            let bid = Bid::new(mix(connection), dest, weight);
+            if bid.beats(&best.1) {
+                best = (position, bid);
+            }
+        }
+        best.0
+    }
+
+    const CONNECTIONS: u64 = 100_000;
+
+    #[test]
+    fn destinations_win_as_often_as_their_weights_say() {
+        let many: Vec<_> = (0..500).map(|dest| (dest, 1 + (dest % 3) as u32)).collect();
+        let few = [(1, 1), (2, 2), (3, 5), (4, u32::MAX >> 1)];
+        for dests in [&[(7, 1), (8, 1)][..], &few[..3], &many, &few] {
+            let mut won = vec![0u64; dests.len()];
+            (0..CONNECTIONS).for_each(|connection| won[winner(connection, dests)] += 1);
+            let weights: f64 = dests.iter().map(|&(_, weight)| f64::from(weight)).sum();
+            for (&(dest, weight), won) in dests.iter().zip(won) {
+                let share = f64::from(weight) / weights;
+                let mean = CONNECTIONS as f64 * share;
+                let deviation = (mean * (1.0 - share)).sqrt();
+                let off = (won as f64 - mean).abs();
+                assert!(off <= 5.0 * deviation + 0.02 * mean, "{dest} of weight {weight} wins {won}, not {mean:.0}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_destination_that_goes_or_comes_moves_no_other_connections() {
+        let all: Vec<_> = (0..20).map(|dest| (dest << 32, 1 + dest as u32 % 4)).collect();
+        for gone in [0, 7, 19] {
+            let mut rest = all.clone();
+            rest.remove(gone);
+            for connection in 0..CONNECTIONS / 10 {
+                let before = winner(connection, &all);
+                if before != gone {
+                    assert_eq!(rest[winner(connection, &rest)], all[before]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_choice_does_not_depend_on_the_order_of_destinations() {
+        let dests: Vec<_> = (0..50).map(|dest| (dest, 1 + dest as u32 % 3)).collect();
+        let reversed: Vec<_> = dests.iter().rev().copied().collect();
+        for connection in 0..CONNECTIONS / 10 {
+            assert_eq!(dests[winner(connection, &dests)], reversed[winner(connection, &reversed)]);
+        }
+    }
+
+    #[test]
+    fn bids_of_weight_go_by_weight() {
+        let [light, heavy] = [1, 2].map(Bid::of_weight);
+        assert!(heavy.beats(&light) && !light.beats(&heavy) && !light.beats(&light));
+        assert!(light.beats(&Bid::NONE) && Bid::new(1, 2, 1).beats(&Bid::NONE) && !Bid::NONE.beats(&light));
+    }
+
+    #[test]
+    fn distances_are_logarithms() {
+        let unit = f64::from(1 << FRACTION);
+        for step in 1..100_000u64 {
+            let draw = step.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let exact = 64.0 - (draw as f64).log2();
+            assert!((distance(draw) as f64 / unit - exact).abs() < 0.006, "{draw:#x}: {exact}");
+        }
+        // Where many destinations compete, the winner is near the end of the range.
+        for step in 1..1000 {
+            let draw = u64::MAX - (step << 48);
+            let exact = 64.0 - (draw as f64).log2();
+            assert!((distance(draw) as f64 / unit / exact - 1.0).abs() < 0.01, "{draw:#x}: {exact}");
+        }
+        assert_eq!((distance(u64::MAX), distance(0)), (1, 64 << FRACTION));
     }
 }

@@ -14,7 +14,9 @@
 
 use lb_common::{
     abi::{ONE_ACTIVE, ONE_CONNECTION},
-    flow::{Bucket, ENTRIES_PER_BUCKET, Entry, PAIRS, Place, Status, Word, flag, nonzero},
+    event::Event,
+    flow::{Bucket, Candidate, ENTRIES_PER_BUCKET, Entry, PAIRS, Place, Status, Word, flag, nonzero},
+    jiffies::Jiffies,
     sync::opaque,
 };
 
@@ -254,10 +256,15 @@ pub struct Insert<E: Entry> {
 /// Creates the connection, which [`find`] did not find.
 #[inline(always)]
 pub fn insert<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Inserted {
-    let claim = match claim(tables, insert) {
-        Ok(claim) => claim,
-        Err(result) => return result,
-    };
+    match claim(tables, insert) {
+        Ok(claim) => publish(tables, insert, claim),
+        Err(result) => result,
+    }
+}
+
+/// Creates the connection in an entry that has been claimed for it.
+#[inline(always)]
+fn publish<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, claim: Claim) -> Inserted {
     let Some(entry) = claim.entry(tables, insert.place) else { return Inserted::Contended };
     let busy = Word(entry.word().load());
     if busy.status() != Status::Busy || rivalled(tables, insert, claim) {
@@ -385,6 +392,76 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Result<Claim
         }
     }
     Err(Inserted::Contended)
+}
+
+/// Whether there is room for a connection with this place without another having to go.
+#[inline(always)]
+pub fn has_room<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock) -> bool {
+    // How long UDP connections have been idle is of no importance here.
+    !candidate(tables, place.hash(), clock.now.0, clock.hz, 0).evicts()
+}
+
+/// Creates the connection, which [`find`] did not find, in place of the one that shall make room first, unless there is
+/// room after all. UDP connections make room when they have no more than `idle` ticks left.
+///
+/// The exchange that claims the entry is the one that ends the connection: it fails when a packet of that connection has
+/// moved it meanwhile, so that none is ended that has just been established.
+#[inline(always)]
+pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, idle: u32) -> Inserted {
+    let (clock, place) = (insert.clock, insert.place);
+    let tag = E::tag(&insert.key, place.hash());
+    for _ in 0..CLAIM_ATTEMPTS {
+        let candidate = Candidate(tables.hide(candidate(tables, place.hash(), clock.now.0, clock.hz, idle).0));
+        if candidate == Candidate::NONE {
+            return Inserted::Full;
+        }
+        let claim = Claim(candidate.index());
+        let Some(entry) = claim.entry(tables, place) else { return Inserted::Full };
+        let word = Word(entry.word().load());
+        let dest = entry.dest().load();
+        let now = consider(candidate.index(), word, clock, idle);
+        if now != Candidate::NONE && entry.word().compare_exchange(word.0, word.claimed(tag).0).is_ok() {
+            if word.is_live() {
+                settle(tables, word, dest);
+            }
+            if now.evicts() {
+                tables.count_event(Event::Evicted);
+            }
+            return publish(tables, insert, claim);
+        }
+    }
+    Inserted::Contended
+}
+
+/// The entry to be used for a connection with this hash.
+///
+/// A function of its own, with numbers for arguments, so that it takes up no stack of its caller.
+#[inline(never)]
+fn candidate<E: Entry>(tables: &impl Buckets<E>, hash: u64, now: u32, hz: u32, idle: u32) -> Candidate {
+    let (place, clock) = (Place::of(hash), Clock { now: Jiffies(now), hz });
+    let buckets = tables.flow_buckets();
+    let mut best = Candidate::NONE;
+    for second in [false, true] {
+        let number = if second { place.second(buckets) } else { place.first(buckets) };
+        let Some(bucket) = tables.bucket(number) else { break };
+        for index in 0..turns(ENTRIES_PER_BUCKET) {
+            let Some(entry) = bucket.entry(index) else { break };
+            let this = consider(Claim::new(second, index).0, Word(entry.word().load()), clock, idle);
+            // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
+            best = Candidate(tables.hide(best.min(this).0));
+        }
+    }
+    best
+}
+
+/// Whether the entry with this index and word may be used for a new connection, and how much sooner than others.
+#[inline(always)]
+fn consider(index: u64, word: Word, clock: Clock, idle: u32) -> Candidate {
+    if is_used(word, clock) == 0 {
+        Candidate::unused(index)
+    } else {
+        Candidate::used(index, word, clock.now, clock.hz, idle)
+    }
 }
 
 /// Whether another entry has the connection that is being inserted: an earlier claim, or a published connection. Kills

@@ -57,6 +57,7 @@ impl Halt {
             4 => Some(Stage::Icmp),
             5 => Some(Stage::Unusual),
             6 => Some(Stage::Open),
+            7 => Some(Stage::Overflow),
             _ => None,
         }
     }

@@ -13,6 +13,7 @@ use lb_common::{
     },
     addr::Ip4,
     checksum,
+    event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Entry4},
     hash::Seed,
     jiffies::Jiffies,
@@ -156,10 +157,8 @@ pub struct HostTables {
     pub adjacency_cpus: Box<[NextHop]>,
     /// The budget of ICMP errors.
     pub limiter: Box<[Limiter]>,
-    /// Packets not forwarded, by reason.
-    pub reasons: Box<[Cell<u64>]>,
-    /// ICMP errors sent.
-    pub icmp_sent: Cell<u64>,
+    /// Packets not forwarded, by reason, and from the end backwards events.
+    pub counters: Box<[Cell<u64>]>,
 }
 
 /// Sizes of [`HostTables`].
@@ -196,8 +195,7 @@ impl HostTables {
             adjacency: zeroed(ADJACENCIES),
             adjacency_cpus: zeroed(ADJACENCIES),
             limiter: zeroed(1),
-            reasons: zeroed(Reason::ALL.len() as u32),
-            icmp_sent: Cell::new(0),
+            counters: zeroed(COUNTERS),
         };
         let mut instance = tables.instance[0].load();
         instance.hz = hz;
@@ -257,13 +255,13 @@ impl Tables for HostTables {
     }
 
     fn count(&self, reason: u8) {
-        if let Some(counter) = self.reasons.get(usize::from(reason)) {
+        if let Some(counter) = self.counters.get(usize::from(reason)) {
             counter.set(counter.get() + 1);
         }
     }
 
-    fn count_icmp(&self) {
-        self.icmp_sent.set(self.icmp_sent.get() + 1);
+    fn count_event(&self, event: Event) {
+        self.count(event as u8);
     }
 }
 

@@ -4,6 +4,7 @@ use lb_common::{
     abi::{Config, EndpointKey4, PathMtu, Target},
     addr::{Ip4, Port},
     checksum::{self, Delta},
+    event::Event,
     flow::{Entry, Entry4, Key4, Place},
     jiffies::Jiffies,
     proto::{Method, Protocol},
@@ -120,7 +121,7 @@ pub fn answer<P: Packet + HandOver>(
     let kind = [complaint.kind, complaint.code, 0, 0];
     let rest = u32::from(complaint.mtu).to_be();
     write_error(packet, env.jiffies(), (ip.destination(), ip.source()), (u32::from_ne_bytes(kind), rest), quote)?;
-    tables.count_icmp();
+    tables.count_event(Event::IcmpSent);
     forward::send(packet, env, hop).ok()
 }
 
@@ -314,7 +315,7 @@ where
     packet.truncate(EthHdr::LEN + BEFORE_QUOTE + quote).ok_or(Reason::Impossible)?;
     let header = (u32::from_ne_bytes([kind, code, 0, 0]), rest);
     write_error(packet, env.jiffies(), (service, client), header, quote).ok_or(Reason::Impossible)?;
-    tables.count_icmp();
+    tables.count_event(Event::IcmpSent);
     forward::send(packet, env, hop)
 }
 

@@ -3,9 +3,11 @@
 use lb_common::{
     abi::{Config, Dest, DestCpu, EndpointKey4, NextHop, Stage, Target},
     addr::{Ip4, Port},
+    event::Event,
     flow::{Entry, Entry4, Key4, Place, Server4, Word, flag},
-    proto::Method,
+    proto::{Method, Protocol},
     reason::Reason,
+    timeout,
 };
 
 use crate::{
@@ -70,6 +72,7 @@ where
         Stage::Icmp => icmp::relay(packet, tables, env),
         Stage::Unusual => unusual(packet, tables, env),
         Stage::Open => open(packet, tables, env),
+        Stage::Overflow => overflow(packet, tables, env),
     };
     finish(packet, tables, env, result)
 }
@@ -198,7 +201,8 @@ const TUNNEL: u8 = Method::Tunnel as u8;
 const ROUTE: u8 = Method::Route as u8;
 
 /// What a packet needs to know of its connection in order to be forwarded: number of the destination in bits 0-31,
-/// number of the forwarding method in bits 32-39, and bit 40 if the destination is reached at the service's port.
+/// number of the forwarding method in bits 32-39, bit 40 if the destination is reached at the service's port, and bit 41 if the
+/// connection is stored nowhere.
 #[derive(Clone, Copy)]
 pub struct Connection(u64);
 
@@ -219,6 +223,18 @@ impl Connection {
     #[inline(always)]
     pub const fn method(self) -> u8 {
         (self.0 >> 32) as u8
+    }
+
+    /// The connection, which is stored nowhere.
+    #[inline(always)]
+    const fn stateless(self) -> Self {
+        Self(self.0 | 1 << 41)
+    }
+
+    /// Whether the connection is stored nowhere.
+    #[inline(always)]
+    const fn is_stateless(self) -> bool {
+        self.0 >> 41 & 1 != 0
     }
 
     /// The port the destination is reached at.
@@ -339,7 +355,7 @@ where
     let key = &request_key(ip, segment);
     let place = Place::of(Entry4::hash(key, &tables.seed()));
     if !segment.opens() {
-        return Err(Reason::NoConnection.into());
+        return Err(Halt::go_on(Stage::Overflow));
     }
     let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
     let view = to.view().ok_or(Reason::NotService)?;
@@ -367,10 +383,101 @@ where
             cpu.counters.connections.update(|connections| connections + 1);
             Ok(Connection::of(birth, number))
         }
-        Inserted::Full => Err(Reason::TableFull.into()),
+        Inserted::Full => Err(Halt::go_on(Stage::Overflow)),
         // Another CPU has just opened it with a packet of the same client, or is about to.
         Inserted::Contended => join(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
     }
+}
+
+/// A packet of a client for a service, of which no connection is known, where there is no room for one, or which opens
+/// none.
+///
+/// Where both buckets are full, a destination is chosen that depends on nothing but the connection and the configuration, by
+/// [`schedule::pick_alike`]. A packet that may open a connection does so in the place of one that makes room. Every other
+/// one is forwarded all the same. So a connection that could not be stored, or that has made room before it was
+/// established, goes on at one destination, as long as its buckets stay full.
+///
+/// # Errors
+///
+/// Why it does not get to a destination.
+#[inline(always)]
+fn overflow<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    P: Packet + HandOver,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let connection = make_room(packet, tables, env, now)?;
+    let connection = Connection(tables.hide(connection.0));
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    let exit = to_server(packet, tables, env, ip, Some(segment), connection, now)?;
+    if connection.is_stateless() {
+        tables.count_event(Event::Stateless);
+    }
+    Ok(exit)
+}
+
+/// The connection of a packet of which none is known: another has made room for it, or it is stored nowhere.
+#[inline(always)]
+fn make_room<P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
+where
+    P: Packet,
+    T: Buckets<Entry4>,
+    E: Env,
+{
+    let ip = &parse::ipv4(packet)?;
+    let segment = ip.segment(packet)?;
+    let key = &request_key(ip, segment);
+    let place = Place::of(Entry4::hash(key, &tables.seed()));
+    let opens = segment.opens();
+    // What was asked of a packet that opens a connection has not been asked of others.
+    let is_strange = !ip.source().is_host() || ip.source().is_loopback() || segment.source() == Port::new(20);
+    if !opens && (is_strange || flow_table::has_room(tables, place, now.clock)) {
+        return Err(Reason::NoConnection.into());
+    }
+    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    let view = to.view().ok_or(if opens { Reason::NotService } else { Reason::NoConnection })?;
+    let number = match schedule::pick_alike(tables, env, view, *key) {
+        Ok(number) => number,
+        Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
+        Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
+        Err(reason) => return Err(reason.into()),
+    };
+    let number = tables.hide(number.into()) as u32;
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    if ip.source().is_loopback() {
+        stays_here(tables, env, now, dest, number)?;
+    }
+    let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
+    let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
+    if opens {
+        let insert = Insert { key: *key, place, dest: number, birth, clock: now.clock };
+        match flow_table::displace(tables, &insert, idle(now)) {
+            Inserted::New => {
+                let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
+                cpu.counters.connections.update(|connections| connections + 1);
+                return Ok(Connection::of(birth, number));
+            }
+            Inserted::Full => {}
+            Inserted::Contended => {
+                return join(tables, segment, key, place, now).ok_or(Reason::FlowContended.into());
+            }
+        }
+    }
+    if dest.method() == MASQ {
+        // The replies could not be translated.
+        return Err(if opens { Reason::TableFull } else { Reason::NoConnection }.into());
+    }
+    Ok(Connection::of(birth, number).stateless())
+}
+
+/// How many ticks a UDP connection has left when half its time has passed without a packet.
+#[inline(always)]
+fn idle(now: &Now<'_>) -> u32 {
+    const UDP: usize = timeout::index(Protocol::Udp, 0);
+    now.config.timeouts[UDP].load() / 2
 }
 
 /// Checks that a destination is this host: packets from a loopback address go nowhere else (`docs/ipvs.md`, section 5.1).

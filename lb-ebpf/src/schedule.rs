@@ -2,10 +2,10 @@
 
 use lb_common::{
     abi::{View, active_and_total, cursor},
-    flow::Key4,
+    flow::{Entry as _, Entry4, Key4},
     proto::{Scheduler, sched_flag},
     reason::Reason,
-    sched,
+    sched::{self, Bid},
     sync::opaque,
 };
 
@@ -268,6 +268,75 @@ impl<T: Tables> LeastLoaded<'_, T> {
         }
         Some(())
     }
+}
+
+struct Bids<'t, T> {
+    tables: &'t T,
+    start: u32,
+    /// The connection's common hash.
+    connection: u64,
+    /// Whether weights alone count.
+    by_weight: bool,
+    /// The best destination so far, plus one; 0 before there is one.
+    best: u32,
+    bid: Bid,
+}
+
+impl<T: Tables> Scan for Bids<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, index: u32) -> bool {
+        self.consider(index);
+        true
+    }
+}
+
+impl<T: Tables> Bids<'_, T> {
+    #[inline(always)]
+    fn consider(&mut self, index: u32) -> Option<()> {
+        let number = self.tables.slot(self.start + index)?.dest();
+        let dest = self.tables.dest(number)?;
+        if !dest.usable() {
+            return None;
+        }
+        let address = u64::from(dest.addr4().raw()) | u64::from(dest.port().raw()) << 32;
+        let weight = dest.weight.load();
+        let bid = if self.by_weight { Bid::of_weight(weight) } else { Bid::new(self.connection, address, weight) };
+        if bid.beats(&self.bid) {
+            self.best = number + 1;
+            self.bid = bid;
+        }
+        Some(())
+    }
+}
+
+/// The number of the destination that every director with the same configuration gives the connection `key`.
+///
+/// Schedulers that go by nothing but addresses, ports and weights (sh, dh, mh, fo) choose it themselves; the others go by
+/// what each director counts, so rendezvous hashing chooses for them.
+///
+/// # Errors
+///
+/// As those of [`pick`].
+#[inline(never)]
+pub fn pick_alike(tables: &impl Tables, env: &impl Env, view: u32, key: Key4) -> Result<u32, Reason> {
+    let view = tables.view(view).ok_or(Reason::Impossible)?;
+    let version = view.version.load();
+    let scheduler = Scheduler::try_from(view.scheduler.load() as u8).map_err(|_| Reason::Impossible)?;
+    let dest = match scheduler {
+        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(key.vaddr().number())),
+        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, key),
+        _ => {
+            let (start, connection, by_weight) =
+                (view.list.load(), Entry4::common_hash(&key), scheduler == Scheduler::Fo);
+            let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid: Bid::NONE };
+            env.scan(view.list_len.load(), &mut bids);
+            bids.best.checked_sub(1)
+        }
+    };
+    if view.version.load() != version {
+        return Err(Reason::ConfigurationChanged);
+    }
+    dest.ok_or(Reason::NoDestination)
 }
 
 /// Destinations that a scan looks at itself, before it has itself called for each.

@@ -2,6 +2,7 @@
 
 use lb_common::{
     abi::{Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Limiter, NextHop, Slot, View},
+    event::Event,
     flow::Bucket4,
     hash::Seed,
 };
@@ -48,6 +49,6 @@ pub trait Tables {
 
     /// Counts a packet that is not forwarded, by the number of the reason.
     fn count(&self, reason: u8);
-    /// Counts an ICMP error sent.
-    fn count_icmp(&self);
+    /// Counts something that the director has done.
+    fn count_event(&self, event: Event);
 }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_common::reason::Reason;
+use lb_common::{event::Event, reason::Reason};
 use serde_json::{Value, json};
 use xdpvs_tests::cast;
 
@@ -100,6 +100,9 @@ fn connections_are_listed_counted_and_ended() -> Result<()> {
     assert_eq!(stats["total"]["connections"], json!(12));
     for reason in Reason::ALL {
         assert!(stats["reasons"][reason.as_str()].is_u64(), "{} in {stats}", reason.as_str());
+    }
+    for event in Event::ALL {
+        assert_eq!(stats["events"][event.as_str()], json!(0), "{} in {stats}", event.as_str());
     }
     let text = stage.ok("stats")?;
     assert!(text.contains("udp 10.9.9.9:53"), "{text}");

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 use lb_common::{
     abi::{Config, Record as _, active_and_total, slot},
     addr::Ip4,
+    event::Event,
     flow::Bucket4,
     jiffies::Jiffies,
     reason::Reason,
@@ -117,6 +118,10 @@ pub struct Counts {
     pub reasons: BTreeMap<&'static str, i64>,
     /// ICMP errors sent.
     pub icmp_sent: i64,
+    /// Connections ended to make room.
+    pub evicted: i64,
+    /// Packets forwarded without a connection.
+    pub stateless: i64,
     /// Destinations, by address.
     pub dests: BTreeMap<Ipv4Addr, DestCounts>,
 }
@@ -124,7 +129,12 @@ pub struct Counts {
 impl Counts {
     /// What has been added since `before`.
     pub fn since(&self, before: &Self) -> Self {
-        let mut added = Self { icmp_sent: self.icmp_sent - before.icmp_sent, ..Self::default() };
+        let mut added = Self {
+            icmp_sent: self.icmp_sent - before.icmp_sent,
+            evicted: self.evicted - before.evicted,
+            stateless: self.stateless - before.stateless,
+            ..Self::default()
+        };
         for (reason, count) in &self.reasons {
             let difference = count - before.reasons.get(reason).copied().unwrap_or_default();
             if difference != 0 {
@@ -170,11 +180,8 @@ pub trait Executor {
     /// Whether the host forwards what no local socket has sent: `net.ipv4.conf.lo.forwarding`.
     fn set_forwarding(&mut self, on: bool);
 
-    /// Packets not forwarded for the reason with this number.
-    fn reason(&self, number: u8) -> u64;
-
-    /// ICMP errors sent.
-    fn icmp_sent(&self) -> u64;
+    /// How often the reason or event with this number has been counted.
+    fn counter(&self, number: u8) -> u64;
 
     /// The five counters of a destination.
     fn traffic(&self, dest: u32) -> [u64; 5];
@@ -215,9 +222,15 @@ pub trait Executor {
 
     /// Every counter.
     fn counts(&self) -> Counts {
-        let mut counts = Counts { icmp_sent: self.icmp_sent().cast_signed(), ..Counts::default() };
+        let counter = |number| self.counter(number).cast_signed();
+        let mut counts = Counts {
+            icmp_sent: counter(Event::IcmpSent as u8),
+            evicted: counter(Event::Evicted as u8),
+            stateless: counter(Event::Stateless as u8),
+            ..Counts::default()
+        };
         for reason in Reason::ALL {
-            counts.reasons.insert(reason.as_str(), self.reason(*reason as u8).cast_signed());
+            counts.reasons.insert(reason.as_str(), counter(*reason as u8));
         }
         let shared = self.shared();
         for (number, record) in State::load(&shared).dests {

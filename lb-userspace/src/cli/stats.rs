@@ -2,7 +2,10 @@
 
 use std::net::SocketAddr;
 
-use lb_common::reason::{Fate, Reason};
+use lb_common::{
+    event::Event,
+    reason::{Fate, Reason},
+};
 use lb_userspace::{
     control::{
         model::Transport,
@@ -22,8 +25,10 @@ use crate::cli::{
 struct Stats {
     services: Vec<ServiceTraffic>,
     total: Traffic,
-    #[serde(serialize_with = "by_name")]
+    #[serde(serialize_with = "by_reason")]
     reasons: Vec<(Reason, u64)>,
+    #[serde(serialize_with = "by_event")]
+    events: Vec<(Event, u64)>,
 }
 
 #[derive(Serialize)]
@@ -42,8 +47,12 @@ struct DestTraffic {
     traffic: Traffic,
 }
 
-fn by_name<S: Serializer>(reasons: &[(Reason, u64)], serializer: S) -> Result<S::Ok, S::Error> {
+fn by_reason<S: Serializer>(reasons: &[(Reason, u64)], serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_map(reasons.iter().map(|(reason, count)| (reason.as_str(), count)))
+}
+
+fn by_event<S: Serializer>(events: &[(Event, u64)], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_map(events.iter().map(|(event, count)| (event.as_str(), count)))
 }
 
 /// Prints what services and destinations have carried, in the order of their addresses.
@@ -71,8 +80,9 @@ pub(crate) fn stats(place: &Place, form: Form) -> Result<(), Failure> {
     for slot in state.services.keys() {
         total += Traffic::of_service(&state, counters, *slot)?;
     }
-    let reasons = traffic::reasons(&open::reasons(place)?)?;
-    form.print(&Stats { services, total, reasons }, text)
+    let counted = open::reasons(place)?;
+    let (reasons, events) = (traffic::reasons(&counted)?, traffic::events(&counted)?);
+    form.print(&Stats { services, total, reasons, events }, text)
 }
 
 fn text(stats: &Stats) -> String {
@@ -98,9 +108,15 @@ fn text(stats: &Stats) -> String {
             vec![reason.as_str().to_owned(), count.to_string(), fate.to_owned(), reason.describe().to_owned()]
         })
         .collect();
-    let traffic = output::table(&rows, &[1, 2, 3, 4, 5]);
-    if reasons.is_empty() {
-        return traffic;
+    let done = stats.events.iter().filter(|(_, count)| *count > 0);
+    let events: Vec<Vec<String>> = done
+        .map(|(event, count)| vec![event.as_str().to_owned(), count.to_string(), event.describe().to_owned()])
+        .collect();
+    let mut text = output::table(&rows, &[1, 2, 3, 4, 5]);
+    for (heading, rows) in [("Not forwarded:", reasons), ("Besides:", events)] {
+        if !rows.is_empty() {
+            text.push_str(&format!("\n{heading}\n{}", output::table(&rows, &[1])));
+        }
     }
-    format!("{traffic}\nNot forwarded:\n{}", output::table(&reasons, &[1]))
+    text
 }

@@ -2,7 +2,7 @@
 
 use std::ops::AddAssign;
 
-use lb_common::{abi::ServiceRecord, reason::Reason};
+use lb_common::{abi::ServiceRecord, event::Event, reason::Reason};
 use serde::Serialize;
 
 use crate::{
@@ -75,4 +75,13 @@ impl Traffic {
 /// When the kernel does not say.
 pub fn reasons(counters: &PerCpu<u64>) -> Result<Vec<(Reason, u64)>, Error> {
     Reason::ALL.iter().map(|&reason| Ok((reason, counters.get(reason as u32)?.iter().sum()))).collect()
+}
+
+/// How often the director has done something.
+///
+/// # Errors
+///
+/// When the kernel does not say.
+pub fn events(counters: &PerCpu<u64>) -> Result<Vec<(Event, u64)>, Error> {
+    Event::ALL.iter().map(|&event| Ok((event, counters.get(event as u32)?.iter().sum()))).collect()
 }

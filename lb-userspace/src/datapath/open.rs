@@ -154,7 +154,7 @@ pub fn dest_cpus(place: &Place) -> Result<PerCpu<DestCpuRecord>, Error> {
     PerCpu::open(place, map::DEST_CPUS)
 }
 
-/// Packets not forwarded, by reason.
+/// Packets not forwarded, by the number of the reason, and what else is counted, by the number of the event.
 pub fn reasons(place: &Place) -> Result<PerCpu<u64>, Error> {
     PerCpu::open(place, map::REASONS)
 }

@@ -16,6 +16,7 @@ pub(super) fn cases() -> Vec<Case> {
     for method in METHODS {
         cases.extend([ended_by_time_tcp(method), ended_by_time_udp(method), removed_destination(method)]);
         cases.extend([removed_service(method), quiescent(method), mode_changed(method)]);
+        cases.extend([full_table(method), making_room(method), idle_udp_makes_room(method)]);
     }
     cases.extend([
         kept_by_replies(),
@@ -29,7 +30,7 @@ pub(super) fn cases() -> Vec<Case> {
         replies_of_a_removed_destination(),
         in_turn(),
         one_client_port_to_two_services(),
-        full_table(),
+        full_table_on_this_host(),
         wrong_ip_checksums(),
     ]);
     cases
@@ -300,29 +301,136 @@ fn one_client_port_to_two_services() -> Case {
     case
 }
 
-/// Twenty connections fill the table. One whose time is over makes room, an open one does not.
-fn full_table() -> Case {
-    let mut case = one("a full table", TCP, Method::Route);
-    let client = |number: u16| Frame { from: (cast::CLIENT, CLIENT_PORT + number), ..REQUEST };
+/// A client of the cases of full tables, in which all connections have the same two buckets.
+fn numbered(number: u16) -> Frame {
+    Frame { from: (cast::CLIENT, CLIENT_PORT + number), ..REQUEST }
+}
+
+/// Opens a TCP connection and establishes it. The first packet counts as `opened` says.
+fn established(case: Case, method: Method, number: u16, opened: Counts) -> Case {
+    let out = forwarded(method, 0, PORT, numbered(number), tcp("S"));
+    let case = case.arrives(Wire::Outside, numbered(number).tcp("S", b""), INSIDE, out, opened);
+    passes(case, method, numbered(number), tcp("A"), segment("A"))
+}
+
+/// A packet that there is no room for is forwarded all the same, unless its answer would have to be translated: then it stops
+/// for `reason`.
+fn has_no_room(case: Case, method: Method, request: Frame, build: impl Fn(Frame) -> Vec<u8>, reason: Reason) -> Case {
+    let frame = build(request);
+    if method == Method::Masq {
+        return case.stops(Wire::Outside, frame, reason);
+    }
+    let counts = Counts { stateless: 1, ..Counts::none().at(0, DestCounts::input(&frame)) };
+    case.arrives(Wire::Outside, frame, INSIDE, forwarded(method, 0, PORT, request, build), counts)
+}
+
+/// Twenty established connections fill the table. One whose time is over makes room, no other does.
+fn full_table(method: Method) -> Case {
+    let mut case = one(format!("{method}: a full table"), TCP, method);
     for number in 0..20 {
-        case = passes(case, Method::Route, client(number), tcp("S"), segment("S").opening_active());
+        case = established(case, method, number, Counts::none().at(0, segment("S").opening_active()));
     }
-    case = case.stops(Wire::Outside, client(20).tcp("S", b""), Reason::TableFull).pass(30);
-    // Ten of them go on.
-    for number in 0..10 {
-        case = passes(case, Method::Route, client(number), tcp("A"), segment("A"));
+    case = has_no_room(case, method, numbered(20), tcp("S"), Reason::TableFull);
+    // All that follows goes the same way, also what opens no connection.
+    for flags in ["A", "FA", "R"] {
+        case = has_no_room(case, method, numbered(20), tcp(flags), Reason::NoConnection);
     }
-    case = case.stops(Wire::Outside, client(20).tcp("S", b""), Reason::TableFull).pass(32);
-    for number in 20..30 {
-        // Each takes the place of one that is over.
-        let counts = DestCounts { active: 0, ..segment("S").opening_active() };
-        case = passes(case, Method::Route, client(number), tcp("S"), counts);
+    // Strangers cannot be answered, in a full table or not.
+    for from in [(Ipv4Addr::UNSPECIFIED, 1), (Ipv4Addr::LOCALHOST, 1), (cast::CLIENT, 20)] {
+        case = case.stops(Wire::Outside, Frame { from, ..REQUEST }.tcp("A", b""), Reason::NoConnection);
     }
-    case = case.stops(Wire::Outside, client(30).tcp("S", b""), Reason::TableFull);
-    for number in (0..10).chain(20..30) {
-        case = passes(case, Method::Route, client(number), tcp("A"), segment("A"));
+    case = case.pass(800);
+    for number in 1..20 {
+        case = passes(case, method, numbered(number), tcp("A"), segment("A"));
+    }
+    // There is room when the first is over: for what opens a connection.
+    case = case.pass(102).stops(Wire::Outside, numbered(20).tcp("A", b""), Reason::NoConnection);
+    let counts = DestCounts { active: 0, ..segment("S").opening_active() };
+    case = established(case, method, 20, Counts::none().at(0, counts));
+    case = has_no_room(case, method, numbered(0), tcp("A"), Reason::NoConnection);
+    for number in 1..21 {
+        case = passes(case, method, numbered(number), tcp("A"), segment("A"));
+    }
+    // Nowhere to go: what opens a connection is told, what does not is the host's.
+    case = case.change(move |change| change.edit_dest(key(TCP), at(0, PORT), dest(method, 0)).expect("there"));
+    case = no_destination(case, numbered(0), tcp("S"));
+    case = case.stops(Wire::Outside, numbered(0).tcp("A", b""), Reason::NoConnection);
+    passes(case, method, numbered(1), tcp("A"), segment("A"))
+}
+
+/// Connections that are not established make room: those that have not been yet before those that no longer are.
+fn making_room(method: Method) -> Case {
+    let mut case = one(format!("{method}: connections make room"), TCP, method);
+    for number in 0..16 {
+        case = established(case, method, number, Counts::none().at(0, segment("S").opening_active()));
+    }
+    let open = |case, number| passes(case, method, numbered(number), tcp("S"), segment("S").opening_active());
+    // Half-closed, reset, and two that are half-open.
+    for (number, flags) in [(16, "FA"), (17, "R")] {
+        case = established(case, method, number, Counts::none().at(0, segment("S").opening_active()));
+        case = passes(case, method, numbered(number), tcp(flags), segment(flags).calming());
+    }
+    case = open(case, 18).pass(5);
+    case = open(case, 19);
+    // Whoever makes room was active, or was not.
+    let evicting = |active: i64, inactive: i64| {
+        let counts = DestCounts { active: 1 - active, inactive: -inactive, ..segment("S").opening_active() };
+        Counts { evicted: 1, ..Counts::none().at(0, counts) }
+    };
+    for (turn, evicted) in [18, 19, 17, 16].into_iter().enumerate() {
+        let counts = if evicted >= 18 { evicting(1, 0) } else { evicting(0, 1) };
+        case = established(case, method, 20 + turn as u16, counts);
+        case = has_no_room(case, method, numbered(evicted), tcp("A"), Reason::NoConnection);
+    }
+    case = has_no_room(case, method, numbered(24), tcp("S"), Reason::TableFull);
+    for number in (0..16).chain(20..24) {
+        case = passes(case, method, numbered(number), tcp("A"), segment("A"));
     }
     case
+}
+
+/// UDP connections make room when half their time has passed without a packet.
+fn idle_udp_makes_room(method: Method) -> Case {
+    let mut case = one(format!("{method}: UDP connections make room"), UDP, method);
+    let build = |frame: Frame| frame.udp(b"hello");
+    let counts = DestCounts::input(&build(REQUEST));
+    for number in 0..20 {
+        case = passes(case, method, numbered(number), build, counts.opening_inactive());
+    }
+    case = has_no_room(case, method, numbered(20), build, Reason::TableFull).pass(timeout::UDP_S / 2 - 5);
+    case = has_no_room(case, method, numbered(20), build, Reason::TableFull);
+    for number in 1..20 {
+        case = passes(case, method, numbered(number), build, counts);
+    }
+    case = case.pass(10);
+    let out = forwarded(method, 0, PORT, numbered(20), build);
+    let counts = DestCounts { inactive: 0, ..counts.opening_inactive() };
+    let counts = Counts { evicted: 1, ..Counts::none().at(0, counts) };
+    case = case.arrives(Wire::Outside, build(numbered(20)), INSIDE, out, counts);
+    has_no_room(case, method, numbered(0), build, Reason::TableFull)
+}
+
+/// A client on the director itself, for whom there is no room, gets to servers on it and to no other.
+fn full_table_on_this_host() -> Case {
+    let request = |number: u16| Frame { from: (Ipv4Addr::LOCALHOST, CLIENT_PORT + number), ..REQUEST };
+    let server = cast::special::LOCAL;
+    let mut case = Case::new("a full table, and a client on the director");
+    case = case.service(TCP, PORT, &[(server, PORT, Method::Route, 1)]);
+    for number in 0..20 {
+        for (flags, counts) in [("S", segment("S").opening_active()), ("A", segment("A"))] {
+            let counts = Counts::of(Reason::LocalDelivery).at(server, counts);
+            let frame = request(number).tcp(flags, b"");
+            case = case.arrives(Wire::Loopback, frame.clone(), Verdict::Pass, frame, counts);
+        }
+    }
+    let frame = request(20).tcp("S", b"");
+    let counts = Counts { stateless: 1, ..Counts::of(Reason::LocalDelivery).at(server, segment("S")) };
+    case = case.arrives(Wire::Loopback, frame.clone(), Verdict::Pass, frame, counts);
+    case = case.change(move |change| {
+        change.add_dest(key(TCP), at(0, PORT), dest(Method::Route, 1)).expect("new");
+        change.delete_dest(key(TCP), at(server, PORT)).expect("there");
+    });
+    case.stops(Wire::Loopback, request(20).tcp("S", b""), Reason::SourceAddress)
 }
 
 /// A packet for a service, and a masqueraded server's, with a wrong IP header checksum: nothing about it can be believed.

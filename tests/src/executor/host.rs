@@ -162,12 +162,8 @@ impl Executor for Host {
         }
     }
 
-    fn reason(&self, number: u8) -> u64 {
-        self.world.tables.reasons[usize::from(number)].get()
-    }
-
-    fn icmp_sent(&self) -> u64 {
-        self.world.tables.icmp_sent.get()
+    fn counter(&self, number: u8) -> u64 {
+        self.world.tables.counters[usize::from(number)].get()
     }
 
     fn traffic(&self, dest: u32) -> [u64; 5] {

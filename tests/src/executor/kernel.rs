@@ -41,9 +41,6 @@ use crate::{
     lab::{self, End, NetNs, cable},
 };
 
-/// The entry of the map of reasons that counts ICMP errors sent.
-const ICMP_SENT: u32 = 63;
-
 /// A director in the kernel, as seen from a thread in its network namespace.
 pub struct Kernel<'a> {
     namespace: &'a NetNs,
@@ -297,12 +294,8 @@ impl Executor for Kernel<'_> {
         self.namespace.sysctl("net.ipv4.conf.lo.forwarding", value).expect("a setting of every kernel");
     }
 
-    fn reason(&self, number: u8) -> u64 {
-        self.reasons.get(number.into()).expect("a reason").iter().sum()
-    }
-
-    fn icmp_sent(&self) -> u64 {
-        self.reasons.get(ICMP_SENT).expect("a counter").iter().sum()
+    fn counter(&self, number: u8) -> u64 {
+        self.reasons.get(number.into()).expect("a counter").iter().sum()
     }
 
     fn traffic(&self, dest: u32) -> [u64; 5] {

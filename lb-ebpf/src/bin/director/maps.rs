@@ -16,9 +16,9 @@ use lb_common::{
         ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4,
         Instance, JournalSlot, Limiter, NextHop, Service, Slot, Stage, View,
     },
+    event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Entry4},
     hash::Seed,
-    reason::Reason,
 };
 use lb_ebpf::{
     env::Clock,
@@ -60,20 +60,15 @@ static ADJACENCY: Array<Adjacency, { ADJACENCIES as usize }> = Array::new();
 static ADJACENCY_CPUS: PerCpuArray<NextHop, { ADJACENCIES as usize }> = PerCpuArray::new();
 #[btf_map]
 static LIMITER: Array<Limiter, 1> = Array::new();
-/// Packets not forwarded, by [`Reason`] number; the last entry counts ICMP errors sent.
+/// Packets not forwarded, by the number of the [`lb_common::reason::Reason`], and what else is counted, by the number of the
+/// [`Event`].
 #[btf_map]
-static REASONS: PerCpuArray<Cell<u64>, { REASON_SLOTS as usize }> = PerCpuArray::new();
+static REASONS: PerCpuArray<Cell<u64>, { COUNTERS as usize }> = PerCpuArray::new();
 #[btf_map]
 pub(crate) static AGEING: Array<Ageing, 1> = Array::new();
 /// The program of each [`Stage`].
 #[btf_map]
 pub(crate) static STAGES: ProgramArray<{ Stage::ALL.len() }> = ProgramArray::new();
-
-/// Entries of the `REASONS` map.
-const REASON_SLOTS: u32 = 64;
-/// The entry of the `REASONS` map that counts ICMP errors sent.
-const ICMP_SENT: u32 = REASON_SLOTS - 1;
-const _: () = assert!(Reason::ALL.len() < ICMP_SENT as usize);
 
 /// The ageing timer and where it stands; see [`lb_common::abi::AgeingValue`].
 #[repr(C)]
@@ -175,8 +170,8 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn count_icmp(&self) {
-        increment(ICMP_SENT);
+    fn count_event(&self, event: Event) {
+        increment(event as u32);
     }
 }
 

@@ -43,6 +43,8 @@ stage! {
     unusual: Unusual;
     /// [`Stage::Open`].
     open: Open;
+    /// [`Stage::Overflow`].
+    overflow: Overflow;
 }
 
 impl Stages<XdpPacket, Maps> for Kernel {
@@ -59,6 +61,7 @@ impl Stages<XdpPacket, Maps> for Kernel {
                 Stage::Icmp => STAGES.tail_call(&ctx, Stage::Icmp as u32),
                 Stage::Unusual => STAGES.tail_call(&ctx, Stage::Unusual as u32),
                 Stage::Open => STAGES.tail_call(&ctx, Stage::Open as u32),
+                Stage::Overflow => STAGES.tail_call(&ctx, Stage::Overflow as u32),
             }
         }
         tables.count(Reason::Impossible as u8);

@@ -20,6 +20,8 @@ pub mod decapsulation;
 pub mod event;
 pub mod flow;
 pub mod hash;
+#[cfg(all(feature = "interleave", not(target_arch = "bpf")))]
+pub mod interleave;
 pub mod jiffies;
 pub mod proto;
 pub mod reason;

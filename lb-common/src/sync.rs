@@ -77,9 +77,17 @@ macro_rules! shared {
 
         #[cfg(not(target_arch = "bpf"))]
         impl $name {
+            /// Lets a test's scheduler change threads before an access.
+            #[inline(always)]
+            fn announce(&self, _writes: bool) {
+                #[cfg(feature = "interleave")]
+                crate::interleave::before(self, _writes);
+            }
+
             /// Reads the word; later reads see at least what its writer had written before it.
             #[inline(always)]
             pub fn load(&self) -> $int {
+                self.announce(false);
                 self.cell.load(core::sync::atomic::Ordering::Acquire)
             }
 
@@ -88,12 +96,14 @@ macro_rules! shared {
             pub fn store(&self, value: $int) {
                 #[cfg(feature = "crash")]
                 crate::crash::step();
+                self.announce(true);
                 self.cell.store(value, core::sync::atomic::Ordering::Release);
             }
 
             /// Adds, wrapping, and returns the value before.
             #[inline(always)]
             pub fn fetch_add(&self, value: $int) -> $int {
+                self.announce(true);
                 self.cell.fetch_add(value, core::sync::atomic::Ordering::SeqCst)
             }
 
@@ -105,6 +115,7 @@ macro_rules! shared {
             #[inline(always)]
             pub fn compare_exchange(&self, current: $int, new: $int) -> Result<$int, $int> {
                 use core::sync::atomic::Ordering::SeqCst;
+                self.announce(true);
                 self.cell.compare_exchange(current, new, SeqCst, SeqCst)
             }
         }

@@ -20,6 +20,8 @@
 #![deny(unsafe_code)]
 
 pub mod ageing;
+#[cfg(not(target_arch = "bpf"))]
+pub mod audit;
 pub mod decapsulate;
 pub mod endpoint;
 pub mod env;

@@ -1,0 +1,78 @@
+//! Counting the flow table, to compare it with the counters that the data plane keeps. For tests.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use lb_common::{
+    abi::{DestLoad, active_and_total},
+    flow::{Bucket, Entry, Status, Word, flag},
+};
+
+/// Active and all connections of destinations, by number; none without connections.
+pub type Connections = BTreeMap<u32, (u32, u32)>;
+
+/// The connections that the table holds, whether or not their time is over: their keys, words and destinations.
+///
+/// # Errors
+///
+/// When an entry is neither free nor a connection, or two are the same connection: at rest, none may be.
+pub fn connections<E: Entry>(flows: &[Bucket<E>]) -> Result<Vec<(E::Key, Word, u32)>, String>
+where
+    E::Key: core::fmt::Debug,
+{
+    let (mut found, mut names) = (Vec::new(), BTreeSet::new());
+    for entry in flows.iter().flat_map(Bucket::entries) {
+        let word = Word(entry.word().load());
+        match word.status() {
+            Status::Free => {}
+            Status::Live => {
+                let key = entry.key(word);
+                if !names.insert(format!("{key:?}")) {
+                    return Err(format!("a connection with several entries: {key:?}"));
+                }
+                found.push((key, word, entry.dest().load()));
+            }
+            Status::Busy | Status::Killed => return Err(format!("an entry is still {word:?}")),
+        }
+    }
+    Ok(found)
+}
+
+/// What the table holds.
+///
+/// # Errors
+///
+/// Those of [`connections`].
+pub fn recount<E: Entry>(flows: &[Bucket<E>]) -> Result<Connections, String>
+where
+    E::Key: core::fmt::Debug,
+{
+    let mut found = Connections::new();
+    for (_, word, dest) in connections(flows)? {
+        let (active, total) = found.entry(dest).or_default();
+        *active += u32::from(!word.has(flag::INACTIVE));
+        *total += 1;
+    }
+    Ok(found)
+}
+
+/// What the counters say.
+pub fn counted(loads: &[DestLoad]) -> Connections {
+    let loads = (0..).zip(loads).map(|(number, load)| (number, load.connections.load()));
+    loads.filter(|(_, connections)| *connections != 0).map(|(number, load)| (number, active_and_total(load))).collect()
+}
+
+/// Compares the two. To be called while no packet passes.
+///
+/// # Errors
+///
+/// Those of [`connections`], and when the two differ.
+pub fn check<E: Entry>(flows: &[Bucket<E>], loads: &[DestLoad]) -> Result<Connections, String>
+where
+    E::Key: core::fmt::Debug,
+{
+    let (found, counted) = (recount(flows)?, counted(loads));
+    if found != counted {
+        return Err(format!("the table holds {found:?}, the counters say {counted:?} (active, all)"));
+    }
+    Ok(found)
+}

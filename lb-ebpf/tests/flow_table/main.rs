@@ -1,0 +1,5 @@
+//! The flow table, alone: against a plain map, under every interleaving of a few accesses, and on the CPUs of this machine.
+
+mod interleavings;
+mod scheduler;
+mod table;

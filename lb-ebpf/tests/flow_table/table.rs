@@ -1,0 +1,235 @@
+//! A small flow table with everything that the code under test asks of the tables around it.
+
+use bytemuck::{Zeroable, allocation::zeroed_slice_box};
+use lb_common::{
+    abi::{
+        Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointBucket4, Limiter, NextHop, Record as _,
+        Slot, View, slot,
+    },
+    addr::{Ip4, Port},
+    event::Event,
+    flow::{Bucket, Bucket4, Entry as _, Entry4, Key4, Place, Server4, Word},
+    hash::Seed,
+    jiffies::Jiffies,
+    proto::{Method, Protocol},
+    tcp, timeout,
+};
+use lb_ebpf::{
+    ageing::{Sweep, What},
+    audit,
+    env::Clock,
+    flow_table::{self, Buckets, Found, Insert, Inserted},
+    pipeline::Now,
+    tables::Tables,
+    track::{self, From, Gone},
+};
+
+/// Ticks per second.
+pub(crate) const HZ: u32 = 250;
+/// How many destinations there are. Their addresses are 10.0.0.NUMBER.
+pub(crate) const DESTS: u32 = 64;
+
+/// The table, its counters, its destinations and its settings.
+pub(crate) struct Table {
+    flows: Box<[Bucket4]>,
+    loads: Box<[DestLoad]>,
+    dests: Box<[Dest]>,
+    config: Box<[Config]>,
+}
+
+/// A connection to be opened: who, and to which destination.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Opening {
+    pub(crate) key: Key4,
+    pub(crate) place: Place,
+    pub(crate) dest: u32,
+    /// The flags of its first segment; none for UDP.
+    pub(crate) tcp_flags: u8,
+}
+
+/// What a packet came to.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Packet {
+    /// It belongs to a connection to this destination.
+    To(u32),
+    /// It opened a connection to this destination.
+    Opened(u32),
+    /// It belongs to none, and there was no room for one, or others were quicker.
+    Lost(Inserted),
+}
+
+/// The connections of `protocol` between a client and a service, by their numbers.
+pub(crate) fn key(protocol: Protocol, client: u8, service: u8) -> Key4 {
+    let client = (Ip4::new([10, 1, 0, client]), Port::new(40_000));
+    Key4::new(protocol, client, (Ip4::new([10, 9, 9, service]), Port::new(80)))
+}
+
+/// Where the destination with this number listens.
+pub(crate) fn server(dest: u32) -> Server4 {
+    Server4::new(Ip4::new([10, 0, 0, dest as u8]), Port::new(8080))
+}
+
+/// The time `ticks` after the clock began, which wraps soon after.
+pub(crate) fn clock(ticks: u32) -> Clock {
+    Clock { now: Jiffies((u32::MAX - 500).wrapping_add(ticks)), hz: HZ }
+}
+
+impl Table {
+    /// An empty table.
+    pub(crate) fn new(buckets: usize) -> Self {
+        let table = Self {
+            flows: zeroed_slice_box(buckets),
+            loads: zeroed_slice_box(DESTS as usize),
+            dests: zeroed_slice_box(DESTS as usize),
+            config: zeroed_slice_box(1),
+        };
+        for (number, dest) in (0..).zip(&table.dests) {
+            let addr = Ip4::new([10, 0, 0, number]).raw();
+            let port_method = u32::from(Port::new(8080).raw()) | u32::from(Method::Masq as u8) << 16;
+            let record =
+                DestRecord { addr: [addr, 0, 0, 0], port_method, weight: 1, state: slot::USED, ..Zeroable::zeroed() };
+            dest.store(&record);
+        }
+        for (shared, timeout) in table.config[0].timeouts.iter().zip(timeout::defaults(HZ)) {
+            shared.store(timeout);
+        }
+        table.config[0].conn_reuse_mode.store(1);
+        table
+    }
+
+    /// Makes it as new. Every word keeps its address.
+    pub(crate) fn clear(&self) {
+        for entry in self.flows.iter().flat_map(Bucket::entries) {
+            entry.fill(&key(Protocol::Tcp, 0, 0), 0);
+            entry.word().store(0);
+        }
+        self.loads.iter().for_each(|load| load.connections.store(0));
+    }
+
+    fn now(&self, clock: Clock) -> Now<'_> {
+        Now { config: &self.config[0], clock }
+    }
+
+    /// Creates a connection that has not been found.
+    pub(crate) fn insert(&self, opening: &Opening, clock: Clock) -> Inserted {
+        let Opening { key, place, dest, tcp_flags } = *opening;
+        let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, 0);
+        flow_table::insert(self, &Insert { key, place, dest, birth, clock })
+    }
+
+    /// The connection, if there is one; it may be past its time.
+    pub(crate) fn find(&self, key: &Key4, place: Place) -> Option<Found<'_, Entry4>> {
+        flow_table::find(self, key, place)
+    }
+
+    /// The connection between the client of `key` and the destination with this number, and its whole key.
+    pub(crate) fn find_reply(&self, key: &Key4, place: Place, dest: u32) -> Option<(Found<'_, Entry4>, Key4)> {
+        flow_table::find_reply(self, key, place, server(dest))
+    }
+
+    /// Lets a packet change the connection that was found for it.
+    pub(crate) fn step(
+        &self,
+        found: &Found<'_, Entry4>,
+        tcp_flags: u8,
+        from: From,
+        clock: Clock,
+    ) -> Result<Word, Gone> {
+        track::step(self, found, (tcp_flags, from), &self.now(clock))
+    }
+
+    /// Does what the pipeline does with a packet of a client.
+    pub(crate) fn packet(&self, opening: &Opening, clock: Clock) -> Packet {
+        let join = || {
+            let found = self.find(&opening.key, opening.place)?;
+            self.step(&found, opening.tcp_flags, From::Client, clock).ok()?;
+            Some(found.dest)
+        };
+        if let Some(dest) = join() {
+            return Packet::To(dest);
+        }
+        match self.insert(opening, clock) {
+            Inserted::New => Packet::Opened(opening.dest),
+            Inserted::Contended => join().map_or(Packet::Lost(Inserted::Contended), Packet::To),
+            Inserted::Full => Packet::Lost(Inserted::Full),
+        }
+    }
+
+    /// Ends connections of all buckets. Returns how many.
+    pub(crate) fn sweep(&self, what: What) -> u64 {
+        let mut sweep = Sweep { tables: self, first: 0, what, ended: 0 };
+        (0..self.flow_buckets()).for_each(|index| sweep.bucket::<Entry4>(index));
+        sweep.ended
+    }
+
+    /// Active and all connections of every destination, which must be what the counters say.
+    pub(crate) fn audit(&self) -> audit::Connections {
+        audit::check(&self.flows, &self.loads).expect("at rest, the table and its counters agree")
+    }
+}
+
+/// The first segment of a connection.
+pub(crate) const SYN: u8 = tcp::flag::SYN;
+/// A segment in the middle of one.
+pub(crate) const ACK: u8 = tcp::flag::ACK;
+/// The last segment of one side.
+pub(crate) const FIN: u8 = tcp::flag::FIN | tcp::flag::ACK;
+
+impl Tables for Table {
+    fn seed(&self) -> Seed {
+        Seed::new([0; 3])
+    }
+    fn flow_buckets(&self) -> u32 {
+        self.flows.len() as u32
+    }
+    fn endpoint_buckets(&self) -> u32 {
+        0
+    }
+    fn config(&self) -> Option<&Config> {
+        self.config.first()
+    }
+    fn limiter(&self) -> Option<&Limiter> {
+        None
+    }
+    fn endpoints4(&self, _: u32) -> Option<&EndpointBucket4> {
+        None
+    }
+    fn view(&self, _: u32) -> Option<&View> {
+        None
+    }
+    fn cursor(&self, _: u32) -> Option<&Cursor> {
+        None
+    }
+    fn slot(&self, _: u32) -> Option<&Slot> {
+        None
+    }
+    fn dest(&self, index: u32) -> Option<&Dest> {
+        self.dests.get(index as usize)
+    }
+    fn dest_load(&self, index: u32) -> Option<&DestLoad> {
+        self.loads.get(index as usize)
+    }
+    fn dest_cpu(&self, _: u32) -> Option<&DestCpu> {
+        None
+    }
+    fn flows4(&self, index: u32) -> Option<&Bucket4> {
+        self.flows.get(index as usize)
+    }
+    fn adjacency(&self, _: u32) -> Option<&Adjacency> {
+        None
+    }
+    fn adjacency_cpu(&self, _: u32) -> Option<&NextHop> {
+        None
+    }
+    fn hide(&self, value: u64) -> u64 {
+        value
+    }
+    fn count(&self, _: u8) {}
+    fn count_event(&self, _: Event) {}
+}
+
+impl Buckets<Entry4> for Table {
+    fn bucket(&self, index: u32) -> Option<&Bucket4> {
+        self.flows4(index)
+    }
+}

@@ -505,8 +505,10 @@ fn has_it<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, entry: &E, wor
     let (tag, earlier) = claim;
     match word.status() {
         Status::Busy if word.tag() == tag => {
-            // A later claim that was published instead of being killed stands in the way like an earlier one.
-            earlier || entry.word().compare_exchange(word.0, word.killed().0).is_err()
+            // A later claim that was published instead of being killed stands in the way like an earlier one. One that was
+            // given up does not: if both gave up, there would be none.
+            let killed = |word: Word| entry.word().compare_exchange(word.0, word.killed().0);
+            earlier || killed(word).is_err_and(|found| Word(found).is_live())
         }
         Status::Live if entry.is(&insert.key, word) => {
             let over = word.expired(insert.clock.now, insert.clock.hz);

@@ -3,6 +3,7 @@
 //! * No wrong destination: what a look-up returns is the destination that the connection was given.
 //! * No lost counter: at rest, active and all connections of every destination equal a recount.
 //! * One entry per connection; at rest, none that is being filled in.
+//! * Of packets that open one connection at once, one does, if there is room.
 //! * A connection that stands in the table all the time is found all the time.
 
 use std::sync::Arc;
@@ -80,6 +81,54 @@ fn sweep(what: What) -> Work<Option<Packet>> {
 /// The destination that the table has for a connection.
 fn destination(table: &Table, key: &Key4) -> Option<u32> {
     table.find(key, place(number(key))).map(|found| found.dest)
+}
+
+/// Checks that packets of one connection agree about its destination, which the table has, and that not all were lost.
+fn agree(table: &Table, key: &Key4, said: &[Option<Packet>]) {
+    let dest = destination(table, key);
+    assert!(dest.is_some(), "of all that open the connection, one does: {said:?}");
+    for packet in said.iter().flatten() {
+        match packet {
+            Packet::To(to) | Packet::Opened(to) => assert_eq!(Some(*to), dest, "{said:?}"),
+            Packet::Lost(how) => assert_eq!(*how, Inserted::Contended, "{said:?}"),
+        }
+    }
+    let opened = said.iter().flatten().filter(|packet| matches!(packet, Packet::Opened(_))).count();
+    assert_eq!(opened, 1, "{said:?}");
+}
+
+#[test]
+fn two_packets_open_one_connection_once() {
+    // With five connections the first claim is in the first bucket and the next one in the other; with six, the other way
+    // round; with fifteen, both are nearly full.
+    for occupied in [0, 1, 5, 6, 15] {
+        explore(
+            Table::new(2),
+            2,
+            move |table| occupy(table, occupied),
+            vec![packet(opening(1, 1), BEGIN), packet(opening(1, 2), BEGIN)],
+            move |table, said| {
+                agree(table, &tcp(1), said);
+                assert_eq!(table.audit().len(), usize::from(occupied) + 1);
+            },
+        );
+    }
+}
+
+#[test]
+fn three_packets_open_one_connection_once() {
+    for occupied in [0, 5, 6] {
+        explore(
+            Table::new(2),
+            1,
+            move |table| occupy(table, occupied),
+            vec![packet(opening(1, 1), BEGIN), packet(opening(1, 2), BEGIN), packet(opening(1, 3), BEGIN)],
+            |table, said| {
+                agree(table, &tcp(1), said);
+                table.audit();
+            },
+        );
+    }
 }
 
 #[test]
@@ -201,6 +250,27 @@ fn a_connection_that_is_over_goes_on_or_makes_room_but_not_both() {
             assert_eq!(table.audit().len(), 20);
         },
     );
+}
+
+/// A connection is over, and packets of the same client and port open it anew while the timer ends it.
+#[test]
+fn a_connection_that_is_over_is_opened_again_once() {
+    for occupied in [0, 5] {
+        explore(
+            Table::new(2),
+            1,
+            move |table| {
+                occupy(table, occupied);
+                open(table, &opening(1, 9));
+            },
+            vec![packet(opening(1, 1), END), packet(opening(1, 2), END), sweep(What::Over(clock(END)))],
+            |table, said| {
+                agree(table, &tcp(1), said);
+                assert_ne!(destination(table, &tcp(1)), Some(9));
+                table.audit();
+            },
+        );
+    }
 }
 
 /// What [`lb_ebpf::track::step`] says of a connection whose entry has another life is that it is gone.

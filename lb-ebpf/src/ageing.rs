@@ -10,6 +10,9 @@ use crate::{
     flow_table::{self, Buckets},
 };
 
+/// How often the end of a connection is tried again after a packet has changed it.
+const END_ATTEMPTS: usize = 3;
+
 /// Ends connections in a range of buckets.
 pub struct Sweep<'t, T> {
     /// The tables.
@@ -40,10 +43,16 @@ impl<T> Sweep<'_, T> {
     {
         let Some(bucket) = self.tables.bucket(self.first + index) else { return };
         for entry in bucket.entries() {
-            let word = Word(entry.word().load());
-            let dest = entry.dest().load();
-            if word.is_live() && self.ends(word, dest) && flow_table::release(self.tables, entry, word, dest) {
-                self.ended += 1;
+            for _ in 0..END_ATTEMPTS {
+                let word = Word(entry.word().load());
+                let dest = entry.dest().load();
+                if !word.is_live() || !self.ends(word, dest) {
+                    break;
+                }
+                if flow_table::release(self.tables, entry, word, dest) {
+                    self.ended += 1;
+                    break;
+                }
             }
         }
     }

@@ -174,6 +174,50 @@ fn a_look_up_finds_nothing_or_the_connection_while_it_is_opened() {
     }
 }
 
+/// The entry of a connection becomes another's, or the same one's to another server, while it is looked at.
+#[test]
+fn a_look_up_never_mixes_two_connections_of_one_entry() {
+    for next in [opening(2, 2), opening(1, 2)] {
+        let look: Work<Option<Packet>> = Arc::new(move |table| {
+            for key in [tcp(1), tcp(2)] {
+                if let Some(found) = table.find(&key, place(number(&key))) {
+                    let dests: &[u32] = if key == next.key && key == tcp(1) { &[1, 2] } else { &[number(&key).into()] };
+                    assert!(dests.contains(&found.dest), "{key:?} to {}", found.dest);
+                    // If the word is of another life than the destination, this moves the wrong counter.
+                    drop(table.step(&found, FIN, From::Client, clock(BEGIN)));
+                }
+            }
+            None
+        });
+        let reply: Work<Option<Packet>> = Arc::new(move |table| {
+            for dest in [1, 2] {
+                if let Some((found, key)) = table.find_reply(&tcp(1), place(1), dest) {
+                    assert_eq!((key, found.dest), (tcp(1), dest));
+                    drop(table.step(&found, FIN, From::Server, clock(BEGIN)));
+                }
+            }
+            None
+        });
+        let replace: Work<Option<Packet>> = Arc::new(move |table| {
+            table.sweep(What::Dest(1));
+            Some(table.packet(&next, clock(BEGIN)))
+        });
+        for looker in [look, reply] {
+            explore(
+                Table::new(2),
+                2,
+                |table| open(table, &opening(1, 1)),
+                vec![looker, Arc::clone(&replace)],
+                move |table, said| {
+                    assert_eq!(said[1], Some(Packet::Opened(2)));
+                    assert_eq!(destination(table, &next.key), Some(2));
+                    assert_eq!(table.audit().len(), 1);
+                },
+            );
+        }
+    }
+}
+
 #[test]
 fn a_connection_that_stays_is_found_whatever_happens_around_it() {
     // It stands beside the entry that changes, or in its first bucket, or in the second.
@@ -271,6 +315,25 @@ fn a_connection_that_is_over_is_opened_again_once() {
             },
         );
     }
+}
+
+#[test]
+fn a_flush_ends_connections_that_are_being_opened_and_moved() {
+    explore(
+        Table::new(2),
+        2,
+        |table| open(table, &opening(2, 2)),
+        vec![
+            packet(opening(1, 1), BEGIN),
+            segment(tcp(2), FIN, From::Server, BEGIN),
+            sweep(What::Dest(lb_common::abi::control::ANY.into())),
+        ],
+        |table, said| {
+            assert_eq!(said[0], Some(Packet::Opened(1)));
+            assert_eq!(destination(table, &tcp(2)), None);
+            table.audit();
+        },
+    );
 }
 
 /// What [`lb_ebpf::track::step`] says of a connection whose entry has another life is that it is gone.

@@ -296,6 +296,37 @@ fn a_connection_that_is_over_goes_on_or_makes_room_but_not_both() {
     );
 }
 
+/// The table is full, and a connection that is to make room becomes established, or is looked at, meanwhile.
+#[test]
+fn a_connection_makes_room_or_becomes_established_but_not_both() {
+    let displace: Work<Option<Packet>> = Arc::new(|table| {
+        Some(match table.displace(&opening(2, 2), clock(BEGIN)) {
+            Inserted::New => Packet::Opened(2),
+            other => Packet::Lost(other),
+        })
+    });
+    let look: Work<Option<Packet>> = Arc::new(|table| {
+        let found = table.find(&tcp(1), place(1))?;
+        assert_eq!(found.dest, 1);
+        Some(Packet::To(1))
+    });
+    explore(
+        Table::new(2),
+        2,
+        |table| {
+            open(table, &opening(1, 1));
+            occupy(table, 19);
+        },
+        vec![displace, segment(tcp(1), ACK, From::Client, BEGIN), look],
+        |table, said| {
+            assert_eq!(said[0], Some(Packet::Opened(2)), "{said:?}");
+            // The packet was the connection's, so it stays; or it was too late.
+            assert_eq!(destination(table, &tcp(1)).map(Packet::To), said[1]);
+            assert_eq!(table.audit().values().map(|(_, all)| all).sum::<u32>(), 20);
+        },
+    );
+}
+
 /// A connection is over, and packets of the same client and port open it anew while the timer ends it.
 #[test]
 fn a_connection_that_is_over_is_opened_again_once() {

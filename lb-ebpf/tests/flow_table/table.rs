@@ -26,6 +26,8 @@ use lb_ebpf::{
 
 /// Ticks per second.
 pub(crate) const HZ: u32 = 250;
+/// What is left of the time of a UDP connection that makes room, in ticks.
+pub(crate) const IDLE: u32 = 100 * HZ;
 /// How many destinations there are. Their addresses are 10.0.0.NUMBER.
 pub(crate) const DESTS: u32 = 64;
 
@@ -110,11 +112,20 @@ impl Table {
         Now { config: &self.config[0], clock }
     }
 
-    /// Creates a connection that has not been found.
-    pub(crate) fn insert(&self, opening: &Opening, clock: Clock) -> Inserted {
+    fn birth(&self, opening: &Opening, clock: Clock) -> Insert<Entry4> {
         let Opening { key, place, dest, tcp_flags } = *opening;
         let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, 0);
-        flow_table::insert(self, &Insert { key, place, dest, birth, clock })
+        Insert { key, place, dest, birth, clock }
+    }
+
+    /// Creates a connection that has not been found.
+    pub(crate) fn insert(&self, opening: &Opening, clock: Clock) -> Inserted {
+        flow_table::insert(self, &self.birth(opening, clock))
+    }
+
+    /// Creates a connection that has not been found and that there is no room for.
+    pub(crate) fn displace(&self, opening: &Opening, clock: Clock) -> Inserted {
+        flow_table::displace(self, &self.birth(opening, clock), IDLE)
     }
 
     /// The connection, if there is one; it may be past its time.
@@ -160,6 +171,11 @@ impl Table {
         let mut sweep = Sweep { tables: self, first: 0, what, ended: 0 };
         (0..self.flow_buckets()).for_each(|index| sweep.bucket::<Entry4>(index));
         sweep.ended
+    }
+
+    /// The connections that the table holds, whether or not their time is over.
+    pub(crate) fn connections(&self) -> Vec<(Key4, Word, u32)> {
+        audit::connections(&self.flows).expect("at rest, every connection has one entry")
     }
 
     /// Active and all connections of every destination, which must be what the counters say.

@@ -1,0 +1,354 @@
+//! The flow table does what a plain map does, with any hashes.
+
+use std::collections::BTreeMap;
+
+use lb_common::{
+    flow::{ENTRIES_PER_BUCKET, Entry as _, Key4, Place, Word, flag},
+    proto::Protocol,
+    tcp::{self, Direction, Transition},
+    timeout,
+};
+use lb_ebpf::{
+    ageing::What,
+    flow_table::{Buckets as _, Inserted},
+    tables::Tables as _,
+    track::From,
+};
+use proptest::{prelude::*, test_runner::Config};
+
+use crate::table::{ACK, FIN, HZ, IDLE, Opening, SYN, Table, clock, key};
+
+const CLIENTS: usize = 24;
+const SERVICES: u8 = 3;
+const FLAGS: [u8; 5] = [SYN, ACK, FIN, tcp::flag::RST, SYN | ACK];
+/// Ticks: within the second that a connection's word may be behind, about it, and about timeouts of states.
+const SPANS: [u32; 10] = [1, 100, HZ - 1, HZ, HZ + 1, 10 * HZ, 60 * HZ, 61 * HZ, 120 * HZ, 900 * HZ];
+
+/// Something that happens to the table. Clients, services and destinations by their numbers.
+#[derive(Clone, Copy, Debug)]
+enum Action {
+    /// A packet of a client: joins its connection or opens one. If there is no room, others may have to make some.
+    Packet { udp: bool, client: usize, service: u8, dest: u32, flags: usize, displace: bool },
+    /// An attempt to create a connection without a look whether there is one.
+    Insert { udp: bool, client: usize, service: u8, dest: u32 },
+    /// A packet of a destination to a client.
+    Reply { udp: bool, client: usize, dest: u32, flags: usize },
+    /// Time passes.
+    Pass(usize),
+    /// The timer looks at everything.
+    Age,
+    /// The connections to a destination are ended.
+    Flush(u32),
+}
+
+fn action() -> impl Strategy<Value = Action> {
+    let (udp, client, service, dest) = (prop::bool::weighted(0.2), 0..CLIENTS, 0..SERVICES, 0..8u32);
+    prop_oneof![
+        20 => (udp, client.clone(), service.clone(), dest.clone(), 0..FLAGS.len(), any::<bool>()).prop_map(
+            |(udp, client, service, dest, flags, displace)| Action::Packet { udp, client, service, dest, flags, displace }
+        ),
+        3 => (udp, client.clone(), service, dest.clone())
+            .prop_map(|(udp, client, service, dest)| Action::Insert { udp, client, service, dest }),
+        6 => (udp, client, dest.clone(), 0..FLAGS.len())
+            .prop_map(|(udp, client, dest, flags)| Action::Reply { udp, client, dest, flags }),
+        2 => (0..SPANS.len()).prop_map(Action::Pass),
+        1 => Just(Action::Age),
+        1 => dest.prop_map(Action::Flush),
+    ]
+}
+
+/// Hashes of clients, for either protocol: good ones, and the worst there are.
+fn hashes() -> impl Strategy<Value = Vec<u64>> {
+    let number = 2 * CLIENTS;
+    // Hashes of different clients differ, if only in bits that nothing but the tag of a claim looks at.
+    let alike = any::<u64>().prop_map(move |hash| (0..number as u64).map(|client| hash ^ client << 12).collect());
+    let few = prop::collection::vec(any::<u64>(), 3).prop_map(move |hashes| {
+        (0..number).map(|client| hashes[client % hashes.len()] ^ (client as u64) << 12).collect()
+    });
+    // One bucket from both halves, and every pair.
+    let one_bucket = Just((0..number as u64).map(|client| client << 12 | (client * 43) & 0x3ff).collect());
+    let any = prop::collection::vec(any::<u64>(), number);
+    prop_oneof![any, alike, few, one_bucket]
+}
+
+/// What the model knows of a connection. All are masqueraded.
+#[derive(Clone, Copy, Debug)]
+struct Connection {
+    dest: u32,
+    state: u8,
+    active: bool,
+    /// When it is over, if no packet follows: not before this, and not a second later.
+    over: u32,
+}
+
+struct Model {
+    table: Table,
+    hashes: Vec<u64>,
+    timeouts: [u32; 64],
+    now: u32,
+    connections: BTreeMap<[u8; 13], (Key4, Connection)>,
+}
+
+/// What tells keys apart, in an order.
+fn name(key: &Key4) -> [u8; 13] {
+    let mut name = [0; 13];
+    name[..4].copy_from_slice(&key.caddr().octets());
+    name[4..6].copy_from_slice(&key.cport().raw().to_ne_bytes());
+    name[6..10].copy_from_slice(&key.vaddr().octets());
+    name[10..12].copy_from_slice(&key.vport().raw().to_ne_bytes());
+    name[12] = key.protocol() as u8;
+    name
+}
+
+fn protocol(udp: bool) -> Protocol {
+    if udp { Protocol::Udp } else { Protocol::Tcp }
+}
+
+impl Model {
+    fn new(buckets: usize, hashes: Vec<u64>) -> Self {
+        let timeouts = timeout::defaults(HZ);
+        Self { table: Table::new(buckets), hashes, timeouts, now: 0, connections: BTreeMap::new() }
+    }
+
+    fn place(&self, key: &Key4) -> Place {
+        let client = usize::from(key.caddr().octets()[3]);
+        Place::of(self.hashes[client + if key.protocol() == Protocol::Udp { CLIENTS } else { 0 }])
+    }
+
+    fn opening(&self, key: Key4, dest: u32, tcp_flags: u8) -> Opening {
+        Opening { key, place: self.place(&key), dest, tcp_flags }
+    }
+
+    /// The connection, if it is in the table and a packet of now belongs to it; `Err` if that is uncertain, for its last
+    /// second has begun.
+    fn alive(&self, key: &Key4) -> Result<Option<Connection>, Connection> {
+        match self.connections.get(&name(key)) {
+            Some((_, connection)) if self.now < connection.over => Ok(Some(*connection)),
+            Some((_, connection)) if self.now < connection.over + HZ => Err(*connection),
+            _ => Ok(None),
+        }
+    }
+
+    /// What a packet makes of a connection, or of none.
+    fn moved(
+        &self,
+        key: &Key4,
+        before: Option<Connection>,
+        dest: u32,
+        tcp_flags: u8,
+        direction: Direction,
+    ) -> Connection {
+        let (state, active) = match key.protocol() {
+            Protocol::Udp => (0, false),
+            Protocol::Tcp => {
+                let moved = Transition::of(before.map_or(0, |before| before.state), tcp_flags, direction);
+                (moved.state(), moved.is_active())
+            }
+        };
+        let timeout = self.timeouts[timeout::index(key.protocol(), state)];
+        Connection { dest: before.map_or(dest, |before| before.dest), state, active, over: self.now + timeout }
+    }
+
+    fn remember(&mut self, key: Key4, connection: Connection) {
+        self.connections.insert(name(&key), (key, connection));
+    }
+
+    /// Whether a SYN begins another connection: `docs/ipvs.md`, section 4.8.
+    fn is_reused(connection: &Connection, tcp_flags: u8) -> bool {
+        tcp_flags & (SYN | tcp::flag::RST) == SYN
+            && [tcp::State::TimeWait as u8, tcp::State::Close as u8].contains(&connection.state)
+    }
+
+    /// Both buckets of this place are full of connections that are not over, or may be not.
+    fn is_full(&self, place: Place) -> bool {
+        let buckets = self.table.flow_buckets();
+        [place.first(buckets), place.second(buckets)].into_iter().all(|number| {
+            let bucket = self.table.bucket(number).expect("a bucket");
+            let used = bucket.entries().iter().filter(|entry| {
+                let word = Word(entry.word().load());
+                word.is_live() && !word.expired(clock(self.now).now, HZ)
+            });
+            used.count() == ENTRIES_PER_BUCKET
+        })
+    }
+
+    /// Creates a connection. Returns whether there was room.
+    fn create(&mut self, opening: &Opening, displace: bool) -> Result<bool, TestCaseError> {
+        let full = self.is_full(opening.place);
+        let mut inserted = self.table.insert(opening, clock(self.now));
+        prop_assert_eq!(inserted, if full { Inserted::Full } else { Inserted::New });
+        if full && displace {
+            let before = self.table.connections();
+            inserted = self.table.displace(opening, clock(self.now));
+            if inserted == Inserted::New {
+                self.check_displaced(&before)?;
+            } else {
+                prop_assert_eq!(inserted, Inserted::Full);
+            }
+        }
+        if inserted == Inserted::New {
+            let connection = self.moved(&opening.key, None, opening.dest, opening.tcp_flags, Direction::Input);
+            self.remember(opening.key, connection);
+        }
+        Ok(inserted == Inserted::New)
+    }
+
+    /// One connection has made room, and none that has been established or idle for less than it takes.
+    fn check_displaced(&mut self, before: &[(Key4, Word, u32)]) -> Result<(), TestCaseError> {
+        let after = self.table.connections();
+        let gone: Vec<_> = before
+            .iter()
+            .filter(|(key, ..)| !after.iter().any(|(other, ..)| other == key))
+            .map(|(key, ..)| *key)
+            .collect();
+        prop_assert_eq!(gone.len(), 1, "{:?}", gone);
+        let Some((key, connection)) = self.connections.remove(&name(&gone[0])) else { return Ok(()) };
+        match key.protocol() {
+            Protocol::Tcp => prop_assert_ne!(connection.state, tcp::State::Established as u8, "{:?}", key),
+            Protocol::Udp => prop_assert!(connection.over <= self.now + IDLE + HZ, "{:?}: {:?}", key, connection),
+        }
+        Ok(())
+    }
+
+    fn act(&mut self, action: Action) -> Result<(), TestCaseError> {
+        let now = clock(self.now);
+        match action {
+            Action::Packet { udp, client, service, dest, flags, displace } => {
+                let key = key(protocol(udp), client as u8, service);
+                let flags = FLAGS[flags];
+                let opening = self.opening(key, dest, flags);
+                let before = match self.alive(&key) {
+                    Err(connection) => self.join(&opening).then_some(connection),
+                    Ok(None) => {
+                        prop_assert!(!self.join(&opening), "a packet of nobody joined {:?}", key);
+                        None
+                    }
+                    Ok(Some(connection)) => {
+                        let joined = self.join(&opening);
+                        let reused = !udp && Self::is_reused(&connection, flags);
+                        prop_assert_eq!(joined, !reused, "{:?} {:?}", key, connection);
+                        joined.then_some(connection)
+                    }
+                };
+                match before {
+                    Some(connection) => {
+                        let moved = self.moved(&key, Some(connection), dest, flags, Direction::Input);
+                        self.remember(key, moved);
+                    }
+                    None => {
+                        self.connections.remove(&name(&key));
+                        self.create(&opening, displace)?;
+                    }
+                }
+            }
+            Action::Insert { udp, client, service, dest } => {
+                let key = key(protocol(udp), client as u8, service);
+                let opening = self.opening(key, dest, SYN);
+                if self.table.find(&key, opening.place).is_some_and(|found| !found.word.expired(now.now, HZ)) {
+                    // There is one: whether or not there is room for another, none is made.
+                    prop_assert_ne!(self.table.insert(&opening, now), Inserted::New);
+                } else {
+                    self.connections.remove(&name(&key));
+                    self.create(&opening, false)?;
+                }
+            }
+            Action::Reply { udp, client, dest, flags } => {
+                let client = key(protocol(udp), client as u8, 0);
+                let of_client = |other: &Key4| (other.protocol(), other.caddr()) == (client.protocol(), client.caddr());
+                let certain = self
+                    .connections
+                    .values()
+                    .any(|(key, connection)| of_client(key) && connection.dest == dest && self.now < connection.over);
+                match self.table.find_reply(&client, self.place(&client), dest) {
+                    None => prop_assert!(!certain, "a reply of {} to {:?} belongs to nobody", dest, client),
+                    Some((found, key)) => {
+                        prop_assert_eq!(found.dest, dest);
+                        let known = self.connections.get(&name(&key)).copied();
+                        let Some((_, connection)) = known else { return Err(TestCaseError::fail("found nobody")) };
+                        prop_assert_eq!(connection.dest, dest);
+                        let alive = self.now < connection.over;
+                        let over = self.now >= connection.over + HZ;
+                        match self.table.step(&found, FLAGS[flags], From::Server, now) {
+                            Ok(_) => {
+                                prop_assert!(!over);
+                                let moved = self.moved(&key, Some(connection), dest, FLAGS[flags], Direction::Output);
+                                self.remember(key, moved);
+                            }
+                            Err(_) => {
+                                prop_assert!(!alive);
+                                self.connections.remove(&name(&key));
+                            }
+                        }
+                    }
+                }
+            }
+            Action::Pass(span) => self.now += SPANS[span],
+            Action::Age => {
+                self.table.sweep(What::Over(now));
+                let now = self.now;
+                self.connections.retain(|_, (_, connection)| now < connection.over + HZ);
+                prop_assert_eq!(self.check()?, self.table.connections().len());
+            }
+            Action::Flush(dest) => {
+                self.table.sweep(What::Dest(dest.into()));
+                self.connections.retain(|_, (_, connection)| connection.dest != dest);
+                prop_assert!(self.table.audit().keys().all(|left| *left != dest));
+            }
+        }
+        self.check().map(drop)
+    }
+
+    /// Whether a packet of a client belongs to a connection, which it moves then.
+    fn join(&self, opening: &Opening) -> bool {
+        let Some(found) = self.table.find(&opening.key, opening.place) else { return false };
+        let known = self.connections.get(&name(&opening.key)).map(|(_, connection)| connection.dest);
+        assert_eq!(Some(found.dest), known, "{:?}", opening.key);
+        self.table.step(&found, opening.tcp_flags, From::Client, clock(self.now)).is_ok()
+    }
+
+    /// Compares all of the table with all of the model. Returns how many connections they have in common.
+    fn check(&mut self) -> Result<usize, TestCaseError> {
+        self.table.audit();
+        let mut found = BTreeMap::new();
+        for (key, word, dest) in self.table.connections() {
+            found.insert(name(&key), ());
+            // A connection that is over may be in the table still, whatever the model has forgotten of it.
+            let Some((_, connection)) = self.connections.get(&name(&key)) else {
+                prop_assert!(word.expired(clock(self.now).now, HZ), "{:?} {:?} is of nobody", key, word);
+                continue;
+            };
+            prop_assert_eq!(dest, connection.dest);
+            prop_assert_eq!(
+                (word.state(), !word.has(flag::INACTIVE)),
+                (connection.state, connection.active),
+                "{:?}",
+                key
+            );
+            let behind = clock(connection.over).now.since(word.expires());
+            prop_assert!((0..=HZ as i32).contains(&behind), "{:?} is {} ticks behind", key, behind);
+        }
+        // What is not over is there; what is over may have made room.
+        let now = self.now;
+        for (name, (key, connection)) in &self.connections {
+            prop_assert!(now >= connection.over || found.contains_key(name), "{:?} {:?} is lost", key, connection);
+        }
+        self.connections.retain(|name, _| found.contains_key(name));
+        Ok(self.connections.len())
+    }
+}
+
+proptest! {
+    #![proptest_config(Config { failure_persistence: None, ..Config::with_cases(if cfg!(miri) { 4 } else { 400 }) })]
+
+    #[test]
+    fn the_table_is_a_map(
+        buckets in prop_oneof![Just(2usize), Just(4), Just(6)],
+        hashes in hashes(),
+        actions in prop::collection::vec(action(), 1..if cfg!(miri) { 40 } else { 300 }),
+    ) {
+        let mut model = Model::new(buckets, hashes);
+        for action in actions {
+            model.act(action)?;
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! The flow table on the CPUs of this machine, at full speed; or on those of Miri, whose memory is as weak as the language
+//! allows.
+
+use std::thread;
+
+use lb_common::{abi::control, proto::Protocol};
+use lb_ebpf::{ageing::What, track::From};
+
+use crate::table::{ACK, FIN, HZ, Opening, Packet, SYN, Table, clock, key};
+
+const THREADS: u64 = 4;
+const ROUNDS: u32 = if cfg!(miri) { 3 } else { 50 };
+const ACTIONS: u32 = if cfg!(miri) { 30 } else { 2_000 };
+/// Connections that the threads are at: a few more than the table holds.
+const CLIENTS: u8 = 30;
+/// Destinations of each.
+const SERVERS: u32 = 2;
+
+/// A generator of numbers that look random (xorshift64).
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u32) -> u32 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (((self.0 >> 32) * u64::from(end)) >> 32) as u32
+    }
+}
+
+/// The destination of a connection tells whose it is: a packet that goes to another's is on a wrong way.
+fn opening(client: u8, server: u32, tcp_flags: u8) -> Opening {
+    let key = key(Protocol::Tcp, client, 1);
+    // All in two buckets, in pairs of their own.
+    let hash = u64::from(client) << 16 | (u64::from(client) * 80) & 0x3ff;
+    Opening { key, place: lb_common::flow::Place::of(hash), dest: u32::from(client) * SERVERS + server, tcp_flags }
+}
+
+fn act(table: &Table, random: &mut Random, begin: u32) {
+    let client = random.below(CLIENTS.into()) as u8;
+    let ticks = begin + random.below(62 * HZ);
+    let flags = [SYN, SYN, ACK, ACK, FIN][random.below(5) as usize];
+    let packet = opening(client, random.below(SERVERS), flags);
+    let is_own = |dest: u32| assert_eq!(dest / SERVERS, u32::from(client), "a packet went to another client's server");
+    match random.below(24) {
+        0 => drop(table.sweep(What::Dest(u64::from(random.below(SERVERS * u32::from(CLIENTS)))))),
+        1 => drop(table.sweep(What::Over(clock(ticks)))),
+        2 | 3 => drop(table.displace(&packet, clock(ticks))),
+        4..8 => {
+            if let Some((found, key)) = table.find_reply(&packet.key, packet.place, packet.dest) {
+                assert_eq!((key, found.dest), (packet.key, packet.dest));
+                drop(table.step(&found, flags, From::Server, clock(ticks)));
+            }
+        }
+        _ => match table.packet(&packet, clock(ticks)) {
+            Packet::To(dest) | Packet::Opened(dest) => is_own(dest),
+            Packet::Lost(_) => {}
+        },
+    }
+}
+
+#[test]
+fn threads_leave_an_exact_table() {
+    let table = Table::new(2);
+    for round in 0..ROUNDS {
+        thread::scope(|scope| {
+            for thread in 1..=THREADS {
+                let (table, mut random) = (&table, Random(u64::from(round) * THREADS + thread));
+                scope.spawn(move || (0..ACTIONS).for_each(|_| act(table, &mut random, round * HZ)));
+            }
+        });
+        table.audit();
+    }
+    table.sweep(What::Dest(control::ANY.into()));
+    assert_eq!(table.audit(), [].into(), "what is left when all have ended");
+}

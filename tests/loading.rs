@@ -23,7 +23,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("observe", 3_500),
     ("icmp", 60_000),
     ("unusual", 46_000),
-    ("control", 8_500),
+    ("control", 46_000),
     ("neighbour", 40),
 ];
 const BENCH_BUDGETS: &[(&str, u32)] =

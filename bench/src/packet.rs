@@ -21,7 +21,10 @@ use lb_common::{
     flow::Bucket4,
     proto::{Method, Scheduler},
 };
-use lb_userspace::{control::session::Session, datapath::run::Control};
+use lb_userspace::{
+    control::session::Session,
+    datapath::run::{Control, Ending},
+};
 use serde::Serialize;
 use xdpvs_tests::{
     bulk::{Bulk, Clients},
@@ -170,7 +173,7 @@ fn measure(site: &Site, cases: &[Case], options: &Options) -> Result<()> {
     let mut bench = Bench::new(site, buckets)?;
     let mut stdout = std::io::stdout().lock();
     for case in cases {
-        control.flush(buckets, None)?;
+        control.flush(buckets, Ending::All)?;
         let figure = bench.case(case, options.rounds, &control, buckets).with_context(|| case.name.clone())?;
         let line = if options.json { serde_json::to_string(&figure)? } else { row(&figure) };
         writeln!(stdout, "{line}")?;
@@ -218,7 +221,7 @@ impl Bench {
             self.put(Some(case.floor.program()))?;
             floors.push(self.bulk.repeat(&case.frame, case.runs())?.nanoseconds as f64);
             if case.kind == Kind::New {
-                control.flush(buckets, None)?;
+                control.flush(buckets, Ending::All)?;
             }
             self.put((case.kind == Kind::Line).then_some(TOUCH))?;
             let ran = self.bulk.repeat(&case.frame, case.runs())?;

@@ -779,10 +779,10 @@ pub struct ControlRequest {
     pub operation: u32,
     /// The first bucket it is about.
     pub first: u32,
-    /// The number of buckets it is about.
+    /// The number of buckets it is about, or of connections.
     pub count: u32,
-    /// The destination it is about, or [`control::ANY`].
-    pub dest: u32,
+    /// The destination it is about, or [`control::ANY`]; or the slot of the service.
+    pub subject: u32,
     /// What the program answers; its meaning depends on the operation.
     pub answer: u64,
     /// Nanoseconds between two ticks of the ageing timer.
@@ -795,10 +795,50 @@ pub mod control {
     pub const START_AGEING: u32 = 1;
     /// Answers with the time, in ticks.
     pub const CLOCK: u32 = 2;
-    /// Ends the connections to `dest` in `count` buckets from `first` on. Answers with their number.
+    /// Ends the connections to the destination `subject` in `count` buckets from `first` on. Answers with their number.
     pub const FLUSH: u32 = 3;
+    /// Ends those to any destination of the service in slot `subject`.
+    pub const FLUSH_SERVICE: u32 = 4;
+    /// Creates `count` connections, at most [`super::CONNECTIONS_MAX`]: the [`super::ConnectionRecord`]s that follow the
+    /// request. Answers with the number of each [`super::Brought`], of sixteen bits, the first in the lowest.
+    pub const INSERT: u32 = 5;
     /// Every destination.
     pub const ANY: u32 = u32::MAX;
+}
+
+/// A connection that no packet opens: another director has had it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ConnectionRecord {
+    /// Client address as it stands in a packet.
+    pub client: u32,
+    /// Service address as it stands in a packet.
+    pub service: u32,
+    /// Client port in the low half, service port in the high half, each as it stands in a packet.
+    pub ports: u32,
+    /// Number of the destination, which says the forwarding method.
+    pub dest: u32,
+    /// Protocol number in bits 0-7, number of the TCP state in bits 8-15 (0 for UDP).
+    pub protocol_state: u32,
+    /// Ticks until it expires if no packet comes, below 2^30.
+    pub remaining: u32,
+}
+
+/// Most connections of one [`control::INSERT`]. With them the frame is as long as the kernel takes them, nearly.
+pub const CONNECTIONS_MAX: usize = 128;
+
+/// What has become of a [`ConnectionRecord`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum Brought {
+    /// The connection was created.
+    New,
+    /// It was there already, and has been left as it is.
+    Known,
+    /// There is no room for it.
+    Full,
+    /// It cannot be: no such protocol, state or destination.
+    Refused,
 }
 
 record! {
@@ -886,6 +926,7 @@ pub const LAYOUT: u32 = {
         size_of::<Adjacency>(),
         size_of::<EndpointBucket4>(),
         size_of::<JournalSlot>(),
+        size_of::<AgeingValue>(),
         size_of::<crate::flow::Bucket4>(),
         crate::reason::Reason::ALL.len(),
         crate::event::Event::ALL.len(),

@@ -8,6 +8,7 @@ use lb_common::{
 use crate::{
     env::{Clock, Scan},
     flow_table::{self, Buckets},
+    tables::Tables,
 };
 
 /// How often the end of a connection is tried again after a packet has changed it.
@@ -32,9 +33,11 @@ pub enum What {
     Over(Clock),
     /// Those of this destination, or of any for [`control::ANY`].
     Dest(u64),
+    /// Those of any destination of the service in this slot.
+    Service(u64),
 }
 
-impl<T> Sweep<'_, T> {
+impl<T: Tables> Sweep<'_, T> {
     /// Ends the connections of one bucket.
     #[inline(always)]
     pub fn bucket<E: Entry>(&mut self, index: u32)
@@ -62,6 +65,9 @@ impl<T> Sweep<'_, T> {
         match self.what {
             What::Over(clock) => word.expired(clock.now, clock.hz),
             What::Dest(wanted) => wanted == u64::from(control::ANY) || wanted == u64::from(dest),
+            What::Service(wanted) => {
+                self.tables.dest(dest).is_some_and(|dest| u64::from(dest.service.load()) == wanted)
+            }
         }
     }
 }

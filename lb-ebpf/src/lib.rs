@@ -22,6 +22,7 @@
 pub mod ageing;
 #[cfg(not(target_arch = "bpf"))]
 pub mod audit;
+pub mod bring;
 pub mod decapsulate;
 pub mod endpoint;
 pub mod env;

@@ -6,6 +6,7 @@
 //! the next. [`compile`] derives from the records what packets read, beside what they read now; one store per service
 //! puts it in force.
 
+pub mod bulk;
 pub mod change;
 pub mod compile;
 pub mod connections;

@@ -11,7 +11,11 @@ use lb_userspace::{
         connections::{Connection, Reader},
         session::Session,
     },
-    datapath::{open::Maps, place::Place, run::Control},
+    datapath::{
+        open::Maps,
+        place::Place,
+        run::{Control, Ending},
+    },
 };
 use serde::{Serialize, Serializer};
 
@@ -38,7 +42,7 @@ impl ConnCommand {
                 let lock = place.lock()?;
                 let mut session = Session::open(place)?;
                 session.recover(&lock)?;
-                let ended = Control::open(place)?.flush(session.maps().instance().flow_buckets, None)?;
+                let ended = Control::open(place)?.flush(session.maps().instance().flow_buckets, Ending::All)?;
                 output::print(&format!("{ended} connections ended\n"))
             }
         }

@@ -1,6 +1,9 @@
 //! Services and destinations as people speak of them.
 
-use std::{fmt, net::SocketAddr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+};
 
 use lb_common::proto::{Method, Protocol, Scheduler, sched_flag};
 
@@ -51,6 +54,43 @@ impl fmt::Display for Transport {
 impl fmt::Display for ServiceKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.protocol, self.address)
+    }
+}
+
+/// Addresses that begin alike.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Prefix {
+    /// The address they begin like, all later bits 0.
+    address: IpAddr,
+    /// In how many bits.
+    length: u8,
+}
+
+impl Prefix {
+    /// The addresses that begin like `address` in `length` bits; `None` when it has not as many.
+    pub fn new(address: IpAddr, length: u8) -> Option<Self> {
+        let longest = if address.is_ipv4() { 32 } else { 128 };
+        (length <= longest).then(|| Self { address: Self::cut(address, length), length })
+    }
+
+    /// Whether `address` is one of them.
+    pub fn contains(&self, address: IpAddr) -> bool {
+        address.is_ipv4() == self.address.is_ipv4() && Self::cut(address, self.length) == self.address
+    }
+
+    /// The first `length` bits of an address.
+    fn cut(address: IpAddr, length: u8) -> IpAddr {
+        let length = u32::from(length);
+        match address {
+            IpAddr::V4(address) => {
+                let mask = u32::MAX.checked_shl(32 - length).unwrap_or(0);
+                Ipv4Addr::from_bits(address.to_bits() & mask).into()
+            }
+            IpAddr::V6(address) => {
+                let mask = u128::MAX.checked_shl(128 - length).unwrap_or(0);
+                Ipv6Addr::from_bits(address.to_bits() & mask).into()
+            }
+        }
     }
 }
 
@@ -127,6 +167,9 @@ pub enum Refusal {
     /// The destination does not exist.
     #[error("service {0} has no destination {1}: see `xdpvs list`")]
     NoDest(ServiceKey, SocketAddr),
+    /// No service has or had such a destination.
+    #[error("no destination {}: see `xdpvs conn list`", host(.0, *.1))]
+    NoSuchDest(IpAddr, Option<u16>),
     /// An address no host can have.
     #[error("destination {0}: not the address of one host")]
     NotUnicast(SocketAddr),
@@ -184,4 +227,27 @@ pub enum Refusal {
     /// No room in the endpoint table.
     #[error("no room for another address and port: `xdpvs down`, then `xdpvs up` with a higher --max-dests")]
     NoEndpoints,
+}
+
+fn host(address: &IpAddr, port: Option<u16>) -> String {
+    port.map_or_else(|| address.to_string(), |port| SocketAddr::new(*address, port).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_has_the_addresses_that_begin_like_it() {
+        let holds = |prefix: &str, length, address: &str| {
+            let [prefix, address] = [prefix, address].map(|word| word.parse().expect("an address"));
+            Prefix::new(prefix, length).is_some_and(|prefix| prefix.contains(address))
+        };
+        assert!(holds("10.1.2.3", 32, "10.1.2.3") && !holds("10.1.2.3", 32, "10.1.2.2"));
+        assert!(holds("10.1.2.3", 15, "10.0.0.1") && !holds("10.1.2.3", 15, "10.2.0.1"));
+        assert!(holds("10.1.2.3", 0, "255.255.255.255") && !holds("10.1.2.3", 0, "fd00::1"));
+        assert!(holds("fd00::1", 8, "fdff::") && !holds("fd00::1", 8, "fe00::"));
+        assert!(holds("fd00::1", 128, "fd00::1") && holds("::", 0, "fd00::1") && !holds("::", 0, "0.0.0.0"));
+        assert_eq!(Prefix::new([10, 0, 0, 1].into(), 33), None);
+    }
 }

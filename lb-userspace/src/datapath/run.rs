@@ -7,7 +7,7 @@ use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
 use bytemuck::Zeroable as _;
 use lb_common::{
-    abi::{ControlRequest, control},
+    abi::{Brought, CONNECTIONS_MAX, ConnectionRecord, ControlRequest, control},
     jiffies::Jiffies,
 };
 
@@ -19,8 +19,46 @@ use crate::{
 /// Buckets that one run looks at: about a millisecond's worth.
 const FLUSH_SLICE: u32 = 16_384;
 
+/// Bytes of the longest frame that the control program is run with.
+const FRAME_MAX: usize = size_of::<ControlRequest>() + CONNECTIONS_MAX * size_of::<ConnectionRecord>();
+
 /// What the control program returns when it has done what it was asked.
 const XDP_PASS: u32 = 2;
+
+/// Which connections are ended.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Ending {
+    /// All.
+    All,
+    /// Those to the destination with this number.
+    Dest(u32),
+    /// Those to any destination of the service in this slot.
+    Service(u32),
+}
+
+/// How many connections have come to what.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Insertions {
+    /// Created.
+    pub created: u64,
+    /// Left as they are, because they were there already.
+    pub known: u64,
+    /// Not created, because neither of their buckets had room.
+    pub full: u64,
+    /// Not created, because no connection can be as they say.
+    pub refused: u64,
+}
+
+impl Insertions {
+    /// Adds what the control program has answered.
+    fn add(&mut self, answer: u64) {
+        let count = |brought: Brought| answer >> (16 * brought as u32) & 0xffff;
+        self.created += count(Brought::New);
+        self.known += count(Brought::Known);
+        self.full += count(Brought::Full);
+        self.refused += count(Brought::Refused);
+    }
+}
 
 /// The control program of an instance.
 pub struct Control {
@@ -41,14 +79,17 @@ impl Control {
     }
 
     fn request(&self, request: ControlRequest) -> Result<u64, Error> {
-        let mut answer = ControlRequest::zeroed();
-        let options = TestRunOptions {
-            data_in: Some(bytemuck::bytes_of(&request)),
-            data_out: Some(bytemuck::bytes_of_mut(&mut answer)),
-            ..TestRunOptions::new()
-        };
+        self.run(bytemuck::bytes_of(&request))
+    }
+
+    /// Runs the program with a frame, which is a request and what follows it.
+    fn run(&self, frame: &[u8]) -> Result<u64, Error> {
+        let mut out = [0; FRAME_MAX];
+        let options =
+            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out[..frame.len()]), ..TestRunOptions::new() };
         let result =
             self.program.test_run(options).map_err(|source| Error::program("run", program::CONTROL, source))?;
+        let answer: ControlRequest = bytemuck::pod_read_unaligned(&out[..size_of::<ControlRequest>()]);
         if result.return_value == XDP_PASS { Ok(answer.answer) } else { Err(Error::ControlRefused) }
     }
 
@@ -78,22 +119,51 @@ impl Control {
         self.request(request).map(|_| ())
     }
 
-    /// Ends all connections, or those to one destination, in a table of `buckets` buckets. Returns their number.
+    /// Ends connections in a table of `buckets` buckets. Returns their number.
     ///
     /// # Errors
     ///
     /// When the kernel does not run the program.
-    pub fn flush(&self, buckets: u32, dest: Option<u32>) -> Result<u64, Error> {
+    pub fn flush(&self, buckets: u32, which: Ending) -> Result<u64, Error> {
+        let (operation, subject) = match which {
+            Ending::All => (control::FLUSH, control::ANY),
+            Ending::Dest(number) => (control::FLUSH, number),
+            Ending::Service(slot) => (control::FLUSH_SERVICE, slot),
+        };
         let mut ended = 0;
         for first in (0..buckets).step_by(FLUSH_SLICE as usize) {
-            ended += self.request(ControlRequest {
-                operation: control::FLUSH,
-                first,
-                count: FLUSH_SLICE.min(buckets - first),
-                dest: dest.unwrap_or(control::ANY),
-                ..ControlRequest::zeroed()
-            })?;
+            let count = FLUSH_SLICE.min(buckets - first);
+            ended += self.request(ControlRequest { operation, first, count, subject, ..ControlRequest::zeroed() })?;
         }
         Ok(ended)
+    }
+
+    /// Creates connections, by the protocol that packets create theirs by, so that packets may pass meanwhile. Each run of
+    /// the program is carried out to its end even when this process is killed.
+    ///
+    /// The caller holds the instance's lock, so that destinations keep their numbers.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel does not run the program; those of earlier runs are there then.
+    pub fn insert(&self, connections: impl IntoIterator<Item = ConnectionRecord>) -> Result<Insertions, Error> {
+        let mut connections = connections.into_iter();
+        let mut insertions = Insertions::default();
+        let mut frame = Vec::with_capacity(FRAME_MAX);
+        loop {
+            frame.clear();
+            frame.extend_from_slice(&[0; size_of::<ControlRequest>()]);
+            let mut count = 0;
+            for record in connections.by_ref().take(CONNECTIONS_MAX) {
+                frame.extend_from_slice(bytemuck::bytes_of(&record));
+                count += 1;
+            }
+            if count == 0 {
+                return Ok(insertions);
+            }
+            let request = ControlRequest { operation: control::INSERT, count, ..ControlRequest::zeroed() };
+            frame[..size_of::<ControlRequest>()].copy_from_slice(bytemuck::bytes_of(&request));
+            insertions.add(self.run(&frame)?);
+        }
     }
 }

@@ -27,7 +27,7 @@ use lb_userspace::{
         object::{map, program},
         open::{self, Maps, PerCpu},
         place::{Place, remove_tree},
-        run::Control,
+        run::{Control, Ending},
         sizes::Capacity,
     },
     error::Error,
@@ -112,6 +112,11 @@ impl Site {
     /// Where the pins are.
     pub fn place(&self) -> &Place {
         &self.pins.0
+    }
+
+    /// Buckets of its flow table.
+    pub fn flow_buckets(&self) -> u32 {
+        self.flow_buckets
     }
 
     /// Opens the pins for as long as `work` lasts, on a thread in the network namespace.
@@ -268,7 +273,7 @@ impl Executor for Kernel<'_> {
     }
 
     fn end_connections(&mut self) {
-        self.control.flush(self.maps.instance().flow_buckets, None).expect("the control program runs");
+        self.control.flush(self.maps.instance().flow_buckets, Ending::All).expect("the control program runs");
     }
 
     fn refill_limiter(&mut self) {

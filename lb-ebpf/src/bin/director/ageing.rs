@@ -1,18 +1,14 @@
-//! The ageing timer, and the control program that starts it and carries out what the loader asks of the flow table.
+//! The ageing timer.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{bpf_timer, xdp_action},
+    bindings::bpf_timer,
     helpers::generated::{bpf_timer_init, bpf_timer_set_callback, bpf_timer_start},
-    macros::xdp,
-    programs::XdpContext,
 };
-use lb_common::abi::{ControlRequest, control};
 use lb_ebpf::{
     ageing::{Sweep, What},
-    kernel::{self, XdpPacket},
-    packet::Packet,
+    kernel,
     tables::Tables,
 };
 
@@ -22,45 +18,9 @@ const CLOCK_MONOTONIC: u64 = 1;
 /// What `bpf_timer_init` answers when the timer exists.
 const EBUSY: i64 = -16;
 
-/// Carries out one request of the loader, which is the frame, and answers in its place. Run by `BPF_PROG_TEST_RUN`.
-#[xdp]
-pub(crate) fn control(ctx: XdpContext) -> u32 {
-    let mut packet = XdpPacket::new(ctx.ctx);
-    match carry_out(&mut packet) {
-        Some(()) => xdp_action::XDP_PASS,
-        None => xdp_action::XDP_ABORTED,
-    }
-}
-
-#[inline(always)]
-fn carry_out(packet: &mut XdpPacket) -> Option<()> {
-    let word = |field: usize| packet.read::<u32>(field);
-    let operation = word(core::mem::offset_of!(ControlRequest, operation))?;
-    let first = word(core::mem::offset_of!(ControlRequest, first))?;
-    let count = word(core::mem::offset_of!(ControlRequest, count))?;
-    let answer = match operation {
-        control::START_AGEING => {
-            let interval = word(core::mem::offset_of!(ControlRequest, interval_ns))?;
-            start(count, u64::from(interval))?;
-            0
-        }
-        control::CLOCK => u64::from(maps::clock()?.now.0),
-        control::FLUSH => {
-            let dest = word(core::mem::offset_of!(ControlRequest, dest))?;
-            let mut sweep = Sweep { tables: &Maps, first, what: What::Dest(u64::from(dest)), ended: 0 };
-            kernel::repeat(count, &mut sweep);
-            sweep.ended
-        }
-        _ => return None,
-    };
-    let offset = core::mem::offset_of!(ControlRequest, answer);
-    packet.write(offset, answer as u32)?;
-    packet.write(offset + 4, (answer >> 32) as u32)
-}
-
 /// Sets the pace and starts the timer; one that runs goes on under this program.
 #[inline(always)]
-fn start(slice: u32, interval_ns: u64) -> Option<()> {
+pub(crate) fn start(slice: u32, interval_ns: u64) -> Option<()> {
     let value = AGEING.get_ptr_mut(0)?;
     // SAFETY: the value is valid while the program runs, and no timer runs before this has set its callback.
     unsafe {

@@ -4,6 +4,8 @@
 #[cfg(target_arch = "bpf")]
 mod ageing;
 #[cfg(target_arch = "bpf")]
+mod control;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod neighbour;

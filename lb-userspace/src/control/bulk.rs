@@ -1,0 +1,129 @@
+//! Many connections at once: ending those of a service or destination, and creating those that another director has had.
+
+use std::{
+    collections::HashMap,
+    net::{IpAddr, SocketAddr},
+    time::Duration,
+};
+
+use lb_common::{abi::ConnectionRecord, addr::Port, proto::Protocol, tcp};
+
+use crate::{
+    control::{
+        model::{Refusal, ServiceKey},
+        session::Session,
+        state::{State, dest_address, service_key, words},
+    },
+    datapath::{
+        place::Lock,
+        run::{Control, Ending, Insertions},
+    },
+    error::Error,
+};
+
+/// Which connections are to be ended: those of all that is given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Selection {
+    /// Only those to this service.
+    pub service: Option<ServiceKey>,
+    /// Only those to the destination with this address, at this port or at any.
+    pub dest: Option<(IpAddr, Option<u16>)>,
+}
+
+impl Selection {
+    /// What of the flow table that is. Services and destinations that have been removed and have connections left count.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NoService`], [`Refusal::NoSuchDest`].
+    pub fn endings(&self, state: &State) -> Result<Vec<Ending>, Refusal> {
+        let is_wanted = |slot: u32| match self.service {
+            None => true,
+            Some(key) => state.services.get(&slot).is_some_and(|record| service_key(record) == key),
+        };
+        if let Some(key) = self.service
+            && !state.services.keys().any(|slot| is_wanted(*slot))
+        {
+            return Err(Refusal::NoService(key));
+        }
+        let Some((address, port)) = self.dest else {
+            if self.service.is_none() {
+                return Ok(vec![Ending::All]);
+            }
+            return Ok(state.services.keys().copied().filter(|slot| is_wanted(*slot)).map(Ending::Service).collect());
+        };
+        let dests = state.dests.iter().filter(|(_, record)| {
+            let found = dest_address(record);
+            is_wanted(record.service) && found.ip() == address && port.is_none_or(|port| port == found.port())
+        });
+        let endings: Vec<Ending> = dests.map(|(number, _)| Ending::Dest(*number)).collect();
+        if endings.is_empty() { Err(Refusal::NoSuchDest(address, port)) } else { Ok(endings) }
+    }
+}
+
+/// A connection that another director has had.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct NewConnection {
+    /// Whom the client speaks to.
+    pub service: ServiceKey,
+    /// The client's address and port.
+    pub client: SocketAddr,
+    /// The destination's address and port.
+    pub destination: SocketAddr,
+    /// The state of a TCP connection; of no meaning for others.
+    pub state: tcp::State,
+    /// How long it lives if no packet comes, up to 2^30 ticks.
+    pub remaining: Duration,
+}
+
+/// Creates connections in the running instance `session`, beside those that it has. Returns what came of them. One to a
+/// service or destination that is not configured, or to an IPv6 address, is refused, and the others are created.
+///
+/// Those that have been created when this process is killed stay, and the counters count them.
+///
+/// # Errors
+///
+/// When the instance or the kernel fails.
+pub fn insert(
+    session: &mut Session,
+    lock: &Lock,
+    connections: impl IntoIterator<Item = NewConnection>,
+) -> Result<Insertions, Error> {
+    session.recover(lock)?;
+    let state = session.state()?;
+    let services = state.configured();
+    let dests: HashMap<(ServiceKey, SocketAddr), u32> = services
+        .iter()
+        .flat_map(|service| service.dests.iter().map(|dest| ((service.key, dest.address), dest.number)))
+        .collect();
+    let hz = session.maps().instance().hz;
+    let mut unknown = 0;
+    let records = connections.into_iter().filter_map(|connection| {
+        let dest = dests.get(&(connection.service, connection.destination)).copied();
+        let record = dest.and_then(|dest| record(&connection, dest, hz));
+        unknown += u64::from(record.is_none());
+        record
+    });
+    let mut insertions = Control::open(session.place())?.insert(records)?;
+    insertions.refused += unknown;
+    Ok(insertions)
+}
+
+/// A connection to destination number `dest` as the control program takes it; `None` for IPv6.
+fn record(connection: &NewConnection, dest: u32, hz: u32) -> Option<ConnectionRecord> {
+    let NewConnection { service: ServiceKey { protocol, address }, client, state, remaining, .. } = *connection;
+    let port = |address: SocketAddr| u32::from(Port::new(address.port()).raw());
+    let state = match protocol.protocol() {
+        Protocol::Tcp => state as u32,
+        Protocol::Udp => 0,
+    };
+    let ticks = remaining.as_millis() * u128::from(hz) / 1000;
+    Some(ConnectionRecord {
+        client: words(client.ip())?[0],
+        service: words(address.ip())?[0],
+        ports: port(client) | port(address) << 16,
+        dest,
+        protocol_state: protocol.protocol() as u32 | state << 8,
+        remaining: u32::try_from(ticks).unwrap_or(u32::MAX),
+    })
+}

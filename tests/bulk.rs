@@ -1,0 +1,375 @@
+//! Many connections at once: created without packets, ended by service and destination, and read while they come and go.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    process::{Command, Stdio},
+    sync::atomic::{AtomicBool, Ordering},
+    thread,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use lb_common::{
+    proto::{Method, Scheduler},
+    tcp::State,
+};
+use lb_userspace::{
+    control::{
+        bulk::{self, NewConnection, Selection},
+        change::Change,
+        connections::{Connection, Reader},
+        model::{Refusal, ServiceKey, Transport},
+        session::Session,
+    },
+    datapath::{
+        open::Maps,
+        place::Place,
+        run::{Control, Ending, Insertions},
+    },
+};
+use serde_json::Value;
+use xdpvs_tests::{
+    audit, cast,
+    executor::{Executor, Kernel, Site, Verdict, Wire},
+    frames::Frame,
+    program,
+    world::{at, dest, scheduled, service},
+};
+
+const PORT: u16 = 80;
+const PROTOCOLS: [Transport; 2] = [Transport::Tcp, Transport::Udp];
+const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
+
+/// A TCP and a UDP service, each with one destination of each method.
+fn services(change: &mut Change<'_>) {
+    for protocol in PROTOCOLS {
+        let key = service(protocol, PORT);
+        change.add_service(key, scheduled(Scheduler::Sh)).expect("new");
+        for (index, method) in (0..).zip(METHODS) {
+            change.add_dest(key, at(index, PORT), dest(method, 1)).expect("new");
+        }
+    }
+}
+
+fn site(role: &str, buckets: u32) -> Site {
+    let site = Site::new(role, buckets).expect("a director in the kernel");
+    site.enter(|kernel| kernel.change(&services)).expect("the pins open");
+    site
+}
+
+/// Connection number `number`: its client's address determines all of it.
+fn numbered(number: u32) -> NewConnection {
+    let address = Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() + number);
+    NewConnection {
+        service: service(PROTOCOLS[number as usize % 2], PORT),
+        client: (address, 1024 + (number % 60_000) as u16).into(),
+        destination: at((number / 2 % 3) as u8, PORT),
+        state: State::ALL[number as usize / 6 % State::ALL.len()],
+        remaining: Duration::from_secs(600),
+    }
+}
+
+fn insert(place: &Place, connections: impl IntoIterator<Item = NewConnection>) -> Insertions {
+    let lock = place.lock().expect("the lock can be taken");
+    let mut session = Session::open(place).expect("the pins open");
+    bulk::insert(&mut session, &lock, connections).expect("the control program runs")
+}
+
+fn flush(place: &Place, selection: Selection) -> Result<u64, Refusal> {
+    let mut session = Session::open(place).expect("the pins open");
+    let endings = selection.endings(&session.state().expect("a whole configuration"))?;
+    let control = Control::open(place).expect("the pin opens");
+    let buckets = session.maps().instance().flow_buckets;
+    Ok(endings.into_iter().map(|ending| control.flush(buckets, ending).expect("the control program runs")).sum())
+}
+
+fn reader<'a>(maps: &'a Maps, control: &Control) -> Reader<'a> {
+    let now = control.clock().expect("the control program runs");
+    Reader { flows: &maps.flows4, dests: &maps.dests, now, hz: maps.instance().hz }
+}
+
+fn connections(place: &Place) -> Vec<Connection> {
+    let session = Session::open(place).expect("the pins open");
+    reader(session.maps(), &Control::open(place).expect("the pin opens")).connections().collect()
+}
+
+fn audited(site: &Site) -> audit::Connections {
+    site.enter(|kernel| audit::check_instance(kernel.maps())).expect("the pins open").expect("exact counters")
+}
+
+#[test]
+fn connections_are_created_as_they_are_said_to_be() {
+    const NUMBER: u32 = 1000;
+    let site = site("bulk", 200);
+    let all = Insertions { created: NUMBER.into(), ..Insertions::default() };
+    assert_eq!(insert(site.place(), (0..NUMBER).map(numbered)), all);
+    // Again, they are there already; among them are some that cannot be.
+    let odd = numbered(0);
+    let impossible = [
+        NewConnection { service: service(Transport::Tcp, 81), ..odd },
+        NewConnection { destination: at(5, PORT), ..odd },
+        NewConnection { client: "[fd00::1]:1024".parse().expect("an address"), ..odd },
+        NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered(NUMBER) },
+    ];
+    let again = insert(site.place(), impossible.into_iter().chain((0..NUMBER).map(numbered)));
+    assert_eq!(again, Insertions { known: NUMBER.into(), refused: 4, ..Insertions::default() });
+
+    let found: HashMap<SocketAddr, Connection> =
+        connections(site.place()).into_iter().map(|connection| (connection.client, connection)).collect();
+    assert_eq!(found.len(), NUMBER as usize);
+    for number in 0..NUMBER {
+        let NewConnection { service, client, destination, state, .. } = numbered(number);
+        let connection = found[&client];
+        let state = if service.protocol == Transport::Udp { "UDP" } else { state.as_str() };
+        assert_eq!((connection.protocol, connection.service), (service.protocol, service.address), "{connection:?}");
+        assert_eq!((connection.destination, connection.state), (destination, state), "{connection:?}");
+        assert_eq!(connection.method, METHODS[number as usize / 2 % 3], "{connection:?}");
+        assert!((590_000..=600_000).contains(&connection.expires), "{connection:?}");
+    }
+    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), NUMBER);
+}
+
+#[test]
+fn packets_belong_to_connections_that_were_created_for_them() {
+    let site = site("bulkpackets", 20);
+    let number = 2 * 3 * State::Established as u32;
+    let connections: Vec<NewConnection> = (number..number + 6).map(numbered).collect();
+    assert_eq!(insert(site.place(), connections.iter().copied()).created, 6);
+    site.enter(|kernel| {
+        for connection in &connections {
+            let SocketAddr::V4(client) = connection.client else { panic!("IPv4") };
+            let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+            let frame = Frame::new(macs, (*client.ip(), client.port()), (cast::VIP, PORT));
+            let tcp = connection.service.protocol == Transport::Tcp;
+            let outcome = kernel.arrive(Wire::Outside, &if tcp { frame.tcp("A", b"x") } else { frame.udp(b"x") });
+            assert!(Verdict::redirect(Wire::Inside).is_met_by(outcome.verdict), "{outcome:?}");
+            let index = (0..3).find(|index| connection.destination == at(*index, PORT)).expect("a destination");
+            assert_eq!(outcome.frame[..6], cast::server_mac(index), "{connection:?}");
+        }
+    })
+    .expect("the pins open");
+    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 6);
+}
+
+#[test]
+fn what_there_is_no_room_for_is_told() {
+    let site = site("bulkfull", 2);
+    let Insertions { created, full, known, refused } = insert(site.place(), (0..100).map(numbered));
+    assert_eq!((created, full, known, refused), (20, 80, 0, 0));
+    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 20);
+}
+
+#[test]
+fn the_connections_of_a_service_or_destination_are_ended() {
+    let site = site("bulkflush", 200);
+    let fill = || insert(site.place(), (0..600).map(numbered));
+    let [tcp, udp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT)));
+    let server = |index| IpAddr::V4(cast::server(index));
+    for (selection, ended) in [
+        (Selection { service: tcp, dest: None }, 300),
+        (Selection { service: None, dest: Some((server(1), None)) }, 200),
+        (Selection { service: udp, dest: Some((server(1), Some(PORT))) }, 100),
+        (Selection::default(), 600),
+    ] {
+        fill();
+        let is_meant = |connection: &Connection| {
+            let key = ServiceKey { protocol: connection.protocol, address: connection.service };
+            selection.service.is_none_or(|service| service == key)
+                && selection.dest.is_none_or(|(address, _)| address == connection.destination.ip())
+        };
+        assert_eq!(connections(site.place()).iter().filter(|connection| is_meant(connection)).count(), ended);
+        assert_eq!(flush(site.place(), selection), Ok(ended as u64), "{selection:?}");
+        let left = connections(site.place());
+        assert!(left.len() == 600 - ended && !left.iter().any(is_meant), "{selection:?} left {left:?}");
+        assert_eq!(audited(&site).values().map(|(_, total)| *total as usize).sum::<usize>(), 600 - ended);
+    }
+    let elsewhere = service(Transport::Tcp, 81);
+    assert_eq!(
+        flush(site.place(), Selection { service: Some(elsewhere), dest: None }),
+        Err(Refusal::NoService(elsewhere))
+    );
+    for dest in [(server(5), None), (server(1), Some(81))] {
+        let selection = Selection { service: tcp, dest: Some(dest) };
+        assert_eq!(flush(site.place(), selection), Err(Refusal::NoSuchDest(dest.0, dest.1)));
+    }
+    // One that has been removed has its connections left.
+    fill();
+    let key = service(Transport::Tcp, PORT);
+    site.enter(|kernel| kernel.change(&|change| change.delete_dest(key, at(1, PORT)).expect("there")))
+        .expect("the pins open");
+    assert_eq!(flush(site.place(), Selection { service: tcp, dest: Some((server(1), None)) }), Ok(100));
+    site.enter(|kernel| kernel.change(&|change| change.delete_service(key).expect("there"))).expect("the pins open");
+    assert_eq!(flush(site.place(), Selection { service: tcp, dest: None }), Ok(200));
+}
+
+/// Tells the process that this test starts and kills which instance to create connections in.
+const INSTANCE: &str = "XDPVS_TEST_INSERT_INTO";
+
+/// The process that is killed is this test, which finds the variable set.
+#[test]
+fn a_caller_that_is_killed_leaves_a_consistent_table() -> Result<()> {
+    const NUMBER: u32 = 40_000;
+    if let Ok(instance) = std::env::var(INSTANCE) {
+        let place = Place::find(&instance)?;
+        loop {
+            insert(&place, (0..NUMBER).map(numbered));
+            flush(&place, Selection::default())?;
+        }
+    }
+    let site = site("bulkkill", 8000);
+    let mut seen = Vec::new();
+    for round in 0..12 {
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["--exact", "a_caller_that_is_killed_leaves_a_consistent_table"])
+            .env(INSTANCE, site.place().name())
+            .stdout(Stdio::null())
+            .spawn()?;
+        thread::sleep(Duration::from_millis(60 + 17 * round));
+        child.kill()?;
+        ensure!(child.wait()?.code().is_none(), "the process has ended by itself");
+        seen.push(audited(&site).values().map(|(_, total)| total).sum::<u32>());
+    }
+    ensure!(seen.iter().any(|found| (1..NUMBER).contains(found)), "nobody was killed in the middle: {seen:?}");
+    insert(site.place(), (0..NUMBER).map(numbered));
+    ensure!(audited(&site).values().map(|(_, total)| total).sum::<u32>() == NUMBER);
+    Ok(())
+}
+
+/// A client whose address determines its port and protocol; its packets open connections.
+fn sender(number: u32) -> (Frame, Transport) {
+    let address = Ipv4Addr::new(10, 1, (number >> 8) as u8, number as u8);
+    let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+    let port = 2000 + 7 * number as u16;
+    (Frame::new(macs, (address, port), (cast::VIP, PORT)), PROTOCOLS[number as usize % 2])
+}
+
+/// Lets packets of clients arrive, which open, move and close connections.
+fn send(kernel: &mut Kernel<'_>, number: u32, flags: &'static str) {
+    let (frame, protocol) = sender(number);
+    let frame = if protocol == Transport::Tcp { frame.tcp(flags, b"") } else { frame.udp(b"x") };
+    kernel.arrive(Wire::Outside, &frame);
+}
+
+const SENDERS: u32 = 60;
+
+/// What is the same in all lives of a connection, by its client's address.
+type Identity = (&'static str, SocketAddr, SocketAddr, SocketAddr, &'static str);
+
+fn identity(connection: &Connection) -> Identity {
+    let Connection { protocol, client, service, destination, method, .. } = connection;
+    (protocol.protocol().as_str(), *client, *service, *destination, method.as_str())
+}
+
+/// All connections that there can be.
+fn identities(site: &Site) -> BTreeMap<IpAddr, Identity> {
+    let found = site
+        .enter(|kernel| {
+            let mut found = BTreeMap::new();
+            for number in 0..SENDERS {
+                send(kernel, number, "S");
+                let maps = kernel.maps();
+                let control = Control::open(site.place()).expect("the pin opens");
+                found.extend(reader(maps, &control).connections().map(|one| (one.client.ip(), identity(&one))));
+                kernel.end_connections();
+            }
+            found
+        })
+        .expect("the pins open");
+    assert_eq!(found.len(), SENDERS as usize);
+    let created = (0..SENDERS).map(|number| {
+        let NewConnection { service, client, destination, .. } = numbered(number);
+        let method = METHODS[number as usize / 2 % 3].as_str();
+        (client.ip(), (service.protocol.protocol().as_str(), client, service.address, destination, method))
+    });
+    found.into_iter().chain(created).collect()
+}
+
+/// Connections come and go as fast as two threads can make them, in a table so small that every entry is given from one to
+/// the other all the time. Whatever is read meanwhile is a connection that there was, and no mixture of two.
+#[test]
+fn no_connection_is_read_in_parts() {
+    const ROUNDS: u32 = 30_000;
+    let site = site("listing", 4);
+    let known = identities(&site);
+    let is_whole = |one: &Connection| known.get(&one.client.ip()) == Some(&identity(one));
+    let place = site.place();
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let creator = scope.spawn(|| {
+            let mut session = Session::open(place).expect("the pins open");
+            let control = Control::open(place).expect("the pin opens");
+            let mut created = 0;
+            for _ in 0..ROUNDS / 100 {
+                let lock = place.lock().expect("the lock can be taken");
+                for _ in 0..10 {
+                    let connections = (0..SENDERS).map(numbered);
+                    created += bulk::insert(&mut session, &lock, connections).expect("the program runs").created;
+                    control.flush(site.flow_buckets(), Ending::All).expect("the program runs");
+                }
+            }
+            created
+        });
+        let packets = scope.spawn(|| {
+            site.enter(|kernel| {
+                for round in 0..ROUNDS {
+                    send(kernel, round * 7 % SENDERS, ["S", "A", "R", "S"][round as usize % 4]);
+                    if round % 64 == 0 {
+                        kernel.pass(61);
+                    }
+                }
+            })
+            .expect("the pins open");
+        });
+        let read = scope.spawn(|| {
+            let session = Session::open(place).expect("the pins open");
+            let control = Control::open(place).expect("the pin opens");
+            let (mut read, mut torn) = (0, None);
+            while !over.load(Ordering::Relaxed) && torn.is_none() {
+                for connection in reader(session.maps(), &control).connections() {
+                    read += 1;
+                    if !is_whole(&connection) {
+                        torn = Some(connection);
+                    }
+                }
+            }
+            (read, torn)
+        });
+        let listed = scope.spawn(|| -> Result<usize> {
+            let mut listed = 0;
+            while !over.load(Ordering::Relaxed) {
+                listed += list(place, &known)?;
+            }
+            Ok(listed)
+        });
+        let created = creator.join();
+        let packets = packets.join();
+        over.store(true, Ordering::Relaxed);
+        packets.expect("packets are sent");
+        assert!(created.expect("connections are created") > u64::from(ROUNDS), "hardly any has come and gone");
+        let (read, torn) = read.join().expect("the table is read");
+        assert_eq!(torn, None, "after {read} connections");
+        assert!(read > 100_000, "only {read} connections were read");
+        assert!(listed.join().expect("connections are listed").expect("xdpvs lists them") > 0);
+    });
+    audited(&site);
+}
+
+/// Has the program list connections. All must be known. Returns how many there are.
+fn list(place: &Place, known: &BTreeMap<IpAddr, Identity>) -> Result<usize> {
+    let words = ["conn", "list", "--json", "--instance", place.name()];
+    let answer = program::output(Command::new(program::path()?).args(words))?;
+    let mut answer: Value = serde_json::from_str(&answer).with_context(|| answer.clone())?;
+    let connections = answer["connections"].take();
+    let connections = connections.as_array().context("a list")?;
+    for one in connections {
+        let word = |name: &str| one[name].as_str().with_context(|| format!("{name} of {one}"));
+        let client: SocketAddr = word("client")?.parse()?;
+        let (protocol, client, service, destination, method) = known.get(&client.ip()).context("a client")?;
+        let expected = format!("{protocol} {client} {service} {destination} {method}");
+        let found = ["protocol", "client", "service", "destination", "method"].map(word);
+        let found = found.into_iter().collect::<Result<Vec<_>>>()?.join(" ");
+        ensure!(found == expected, "{one} is in parts of {expected}");
+    }
+    Ok(connections.len())
+}

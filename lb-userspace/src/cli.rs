@@ -8,6 +8,7 @@ mod connections;
 mod failure;
 mod instance;
 mod ipvsadm;
+mod lines;
 mod output;
 mod realserver;
 mod stats;

@@ -243,6 +243,34 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
             "invalid value 'long' for '<UDP>': invalid digit found in string",
             2,
         ),
+        refusal("conn flush -t 10.9.9.9:81", "no service tcp 10.9.9.9:81: see `xdpvs list`", 1),
+        refusal("conn flush --dest 10.2.0.99", "no destination 10.2.0.99: see `xdpvs conn list`", 1),
+        refusal(
+            "conn flush -t 10.9.9.9:80 --dest 10.2.0.12:81",
+            "no destination 10.2.0.12:81: see `xdpvs conn list`",
+            1,
+        ),
+        refusal(
+            "conn list --service 10.9.9.9:80",
+            "invalid value '10.9.9.9:80' for '--service <tcp|udp:VIP:PORT>': write tcp:ADDRESS:PORT or udp:ADDRESS:PORT",
+            2,
+        ),
+        refusal(
+            "conn list --client 10.0.0.0/33",
+            "invalid value '10.0.0.0/33' for '--client <ADDR[/LENGTH]>': use a length from 0 to 32",
+            2,
+        ),
+        refusal(
+            "conn list -t 10.9.9.9:80 -u 10.9.9.9:80",
+            "the argument '--tcp-service <VIP:PORT>' cannot be used with '--udp-service <VIP:PORT>': see `xdpvs --help`",
+            2,
+        ),
+        refusal(
+            "conn list --state OPEN",
+            "invalid value 'OPEN' for '--state <NAME>': no such state, use one of NONE, ESTABLISHED, SYN_SENT, SYN_RECV, \
+             FIN_WAIT, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYNACK, UDP",
+            2,
+        ),
         refusal("up nowhere", "no interface `nowhere` in this network namespace: see `ip link`", 1),
         refusal(
             &format!("up {WIRE} nowhere --max-flows 10000"),

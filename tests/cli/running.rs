@@ -124,6 +124,43 @@ fn connections_are_listed_counted_and_ended() -> Result<()> {
 }
 
 #[test]
+fn connections_are_listed_and_ended_by_what_is_true_of_them() -> Result<()> {
+    let stage = Stage::with_director()?;
+    configure(&stage)?;
+    connect(&stage, 6)?;
+    assert_eq!(settled(&stage, 12)?.len(), 12);
+    for (options, count) in [
+        ("", 12),
+        ("--service udp:10.9.9.9:53", 6),
+        ("-t 10.9.9.9:80", 6),
+        ("-u 10.9.9.9:80", 0),
+        ("--dest 10.2.0.12", 6),
+        ("--dest 10.2.0.12:80", 3),
+        ("--udp-service 10.9.9.9:53 --dest 10.2.0.12", 3),
+        ("--client 10.0.0.99/24", 12),
+        ("--client 10.0.0.2", 12),
+        ("--client 10.0.0.3", 0),
+        ("--client 10.0.0.2 --state syn_recv", 6),
+        ("--state UDP --dest 10.2.0.11:53", 3),
+        ("--state ESTABLISHED", 0),
+    ] {
+        assert_eq!(stage.ok(&format!("conn list --count {options}"))?, format!("{count}\n"), "{options}");
+        assert_eq!(stage.ask(&format!("conn list --count {options}"))?, json!({"count": count}), "{options}");
+        let listed = stage.ask(&format!("conn list {options}"))?;
+        assert_eq!(listed["connections"].as_array().map(Vec::len), Some(count), "{options}");
+        assert_eq!(stage.ok(&format!("conn list {options}"))?.lines().count(), 1 + count, "{options}");
+    }
+    let found = stage.ask("conn list --dest 10.2.0.12:80")?;
+    assert!(found["connections"].as_array().context("a list")?.iter().all(|one| one["destination"] == "10.2.0.12:80"));
+    assert_eq!(stage.ok("conn flush --dest 10.2.0.12:80")?, "3 connections ended\n");
+    assert_eq!(stage.ok("conn flush -u 10.9.9.9:53 --dest 10.2.0.11")?, "3 connections ended\n");
+    assert_eq!(stage.ok("conn flush --service udp:10.9.9.9:53")?, "3 connections ended\n");
+    assert_eq!(stage.ok("conn list --count -t 10.9.9.9:80 --dest 10.2.0.11")?, "3\n");
+    assert_eq!(stage.ok("conn list --count")?, "3\n");
+    Ok(())
+}
+
+#[test]
 fn up_on_a_running_director_loses_no_connection_and_no_packet() -> Result<()> {
     let stage = Stage::with_director()?;
     stage.director.ip("link add spare type veth peer name other")?;

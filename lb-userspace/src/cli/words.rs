@@ -3,8 +3,15 @@
 use std::net::{IpAddr, SocketAddr};
 
 use clap::Args;
-use lb_common::proto::{Method, Scheduler, sched_flag};
-use lb_userspace::control::model::{Refusal, ServiceKey, ServiceSpec, Transport};
+use lb_common::{
+    proto::{Method, Scheduler, sched_flag},
+    tcp::State,
+};
+use lb_userspace::control::{
+    bulk::Selection,
+    connections::UDP,
+    model::{Prefix, Refusal, ServiceKey, ServiceSpec, Transport},
+};
 
 /// Which service.
 #[derive(Args, Clone, Copy, Debug)]
@@ -47,6 +54,45 @@ impl DestWords {
         let port = self.server.port.unwrap_or(key.address.port());
         (key, SocketAddr::new(self.server.address, port))
     }
+}
+
+/// To which service and destination connections are.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct SelectionWords {
+    /// Only those to this service
+    #[arg(long, group = "of_service", value_name = "tcp|udp:VIP:PORT", value_parser = service)]
+    service: Option<ServiceKey>,
+    /// Only those to this TCP service
+    #[arg(short = 't', long = "tcp-service", group = "of_service", value_name = "VIP:PORT", value_parser = socket)]
+    tcp: Option<SocketAddr>,
+    /// Only those to this UDP service
+    #[arg(short = 'u', long = "udp-service", group = "of_service", value_name = "VIP:PORT", value_parser = socket)]
+    udp: Option<SocketAddr>,
+    /// Only those to this destination; with no port, at any
+    #[arg(long, value_name = "ADDR[:PORT]", value_parser = host)]
+    dest: Option<Host>,
+}
+
+impl SelectionWords {
+    /// What has been said.
+    pub(crate) fn selection(self) -> Selection {
+        let of = |protocol| move |address| ServiceKey { protocol, address };
+        Selection {
+            service: self.service.or(self.tcp.map(of(Transport::Tcp))).or(self.udp.map(of(Transport::Udp))),
+            dest: self.dest.map(|Host { address, port }| (address, port)),
+        }
+    }
+}
+
+/// Whose connections, and in which state.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct ClientWords {
+    /// Only those of clients with this address, or with addresses that begin like it
+    #[arg(long, value_name = "ADDR[/LENGTH]", value_parser = prefix)]
+    pub(crate) client: Option<Prefix>,
+    /// Only those in this state, by its name in lists
+    #[arg(long, value_name = "NAME", value_parser = state)]
+    pub(crate) state: Option<&'static str>,
 }
 
 /// An address, with a port or without.
@@ -118,6 +164,34 @@ pub(crate) fn weight(word: &str) -> Result<u32, String> {
     weight.filter(|weight| *weight <= i32::MAX as u32).ok_or_else(|| "use a number from 0 to 2147483647".into())
 }
 
+fn service(word: &str) -> Result<ServiceKey, String> {
+    let [tcp, udp] = ["tcp:", "udp:"].map(|protocol| word.strip_prefix(protocol));
+    let (protocol, address) = match (tcp, udp) {
+        (Some(address), _) => (Transport::Tcp, address),
+        (None, Some(address)) => (Transport::Udp, address),
+        (None, None) => return Err("write tcp:ADDRESS:PORT or udp:ADDRESS:PORT".into()),
+    };
+    Ok(ServiceKey { protocol, address: socket(address)? })
+}
+
+fn prefix(word: &str) -> Result<Prefix, String> {
+    let (address, length) = word.split_once('/').map_or((word, None), |(address, length)| (address, Some(length)));
+    let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is no IP address"))?;
+    let longest = if address.is_ipv4() { 32 } else { 128 };
+    let length = length.map_or(Ok(longest), str::parse);
+    let prefix = length.ok().and_then(|length| Prefix::new(address, length));
+    prefix.ok_or_else(|| format!("use a length from 0 to {longest}"))
+}
+
+fn state(word: &str) -> Result<&'static str, String> {
+    let names = State::ALL.iter().map(|state| state.as_str()).chain([UDP]);
+    let all = || names.clone().collect::<Vec<_>>().join(", ");
+    names
+        .clone()
+        .find(|name| name.eq_ignore_ascii_case(word))
+        .ok_or_else(|| format!("no such state, use one of {}", all()))
+}
+
 fn method(word: &str) -> Result<Method, String> {
     let found = Method::ALL.iter().copied().find(|method| method.as_str() == word);
     found.ok_or_else(|| "no such method, use dr, nat or ipip".into())
@@ -156,6 +230,23 @@ mod tests {
         assert_eq!(read("10.0.0.1:"), Err("`` is no port, use 1 to 65535".into()));
         assert_eq!(read("10.0.0.1:70000"), Err("`70000` is no port, use 1 to 65535".into()));
         assert_eq!(socket("10.0.0.1"), Err("a service has a port, write ADDRESS:PORT".into()));
+    }
+
+    #[test]
+    fn services_prefixes_and_states_are_told_by_their_words() {
+        let key = |word| service(word).map(|key| key.to_string());
+        assert_eq!(key("tcp:10.9.9.9:80"), Ok("tcp 10.9.9.9:80".into()));
+        assert_eq!(key("udp:[fd00::1]:53"), Ok("udp [fd00::1]:53".into()));
+        assert_eq!(key("10.9.9.9:80"), Err("write tcp:ADDRESS:PORT or udp:ADDRESS:PORT".into()));
+        assert_eq!(key("tcp:10.9.9.9"), Err("a service has a port, write ADDRESS:PORT".into()));
+        let of = |address: [u8; 4], length| Prefix::new(address.into(), length).ok_or_else(String::new);
+        assert_eq!(prefix("10.1.2.3"), of([10, 1, 2, 3], 32));
+        assert_eq!(prefix("10.1.2.3/8"), of([10, 0, 0, 0], 8));
+        assert_eq!(prefix("10.1.2.3/33"), Err("use a length from 0 to 32".into()));
+        assert_eq!(prefix("10.1.2/24"), Err("`10.1.2` is no IP address".into()));
+        assert_eq!(state("time_wait"), Ok("TIME_WAIT"));
+        assert_eq!(state("UDP"), Ok("UDP"));
+        assert!(state("OPEN").is_err_and(|line| line.ends_with("LISTEN, SYNACK, UDP")));
     }
 
     #[test]

@@ -10,15 +10,17 @@ use lb_common::{
     proto::{Method, Protocol},
     tcp,
 };
-use serde::{Serialize, Serializer};
 
-use crate::control::model::Transport;
+use crate::control::{
+    bulk::Selection,
+    model::{Prefix, Transport},
+};
 
 /// How often an entry that is being given to another connection is read again.
 const ATTEMPTS: usize = 8;
 
 /// A connection.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Connection {
     /// Its protocol.
     pub protocol: Transport,
@@ -31,15 +33,33 @@ pub struct Connection {
     /// The name that ip_vs has for its state.
     pub state: &'static str,
     /// Milliseconds until it is forgotten if no packet comes.
-    #[serde(rename = "expires_ms")]
     pub expires: u64,
     /// How packets reach the destination.
-    #[serde(serialize_with = "as_word")]
     pub method: Method,
 }
 
-fn as_word<S: Serializer>(method: &Method, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.serialize_str(method.as_str())
+/// Which connections are wanted: those that all of this is true of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Filter {
+    /// To which service and destination they are.
+    pub selection: Selection,
+    /// What their client's address begins like.
+    pub client: Option<Prefix>,
+    /// The name of their state.
+    pub state: Option<&'static str>,
+}
+
+impl Filter {
+    /// Whether `connection` is one of them.
+    pub fn takes(&self, connection: &Connection) -> bool {
+        let Self { selection: Selection { service, dest }, client, state } = self;
+        let Connection { protocol, service: address, destination, .. } = connection;
+        service.is_none_or(|key| (key.protocol, key.address) == (*protocol, *address))
+            && dest
+                .is_none_or(|(ip, port)| ip == destination.ip() && port.is_none_or(|port| port == destination.port()))
+            && client.is_none_or(|client| client.contains(connection.client.ip()))
+            && state.is_none_or(|state| state == connection.state)
+    }
 }
 
 /// What the flow table is read with.
@@ -68,7 +88,10 @@ impl<'a> Reader<'a> {
             if !before.is_live() {
                 return None;
             }
-            let (key, dest) = (entry.key(before), entry.dest().load());
+            let key = entry.key(before);
+            // A destination keeps its slot as long as it has connections, so this is one more thing to be read before the
+            // second look at the word.
+            let record = self.dests.get(entry.dest().load() as usize).map(Dest::load);
             // What has been read belongs together if the entry has been one connection all the while; the state is the
             // newest.
             let word = Word(entry.word.load());
@@ -78,7 +101,7 @@ impl<'a> Reader<'a> {
             if word.expired(self.now, self.hz) {
                 return None;
             }
-            let record = self.dests.get(dest as usize)?.load();
+            let record = record?;
             let port = word.port(Port::from_raw(record.port_method as u16), key.vport());
             return Some(Connection {
                 protocol: word.protocol().into(),
@@ -100,9 +123,12 @@ fn socket(address: Ip4, port: Port) -> SocketAddr {
     SocketAddr::new(Ipv4Addr::from(address.octets()).into(), port.number())
 }
 
+/// What stands for the state of a UDP connection.
+pub const UDP: &str = "UDP";
+
 fn state_name(word: Word) -> &'static str {
     match word.protocol() {
-        Protocol::Udp => "UDP",
+        Protocol::Udp => UDP,
         Protocol::Tcp => tcp::State::try_from(word.state()).map_or("NONE", tcp::State::as_str),
     }
 }
@@ -116,6 +142,7 @@ mod tests {
     };
 
     use super::*;
+    use crate::control::model::ServiceKey;
 
     const NOW: Jiffies = Jiffies(u32::MAX - 100);
 
@@ -162,6 +189,32 @@ mod tests {
         let at_service_port = read(entry(live(tcp::State::SynRecv, flag::SERVICE_PORT, NOW)));
         assert_eq!(at_service_port[0].destination, ([10, 2, 0, 11], 80).into());
         assert_eq!(at_service_port[0].expires, 0);
+    }
+
+    #[test]
+    fn a_connection_is_taken_if_all_is_true_of_it() {
+        let [connection] = read(entry(live(tcp::State::Established, 0, NOW)))[..] else { panic!("one connection") };
+        let service = |port| Some(ServiceKey { protocol: Transport::Tcp, address: ([10, 9, 9, 9], port).into() });
+        let dest = |last, port| Some((Ipv4Addr::new(10, 2, 0, last).into(), port));
+        let client = |length| Prefix::new([10, 1, 255, 255].into(), length);
+        let selected = |service, dest| Filter { selection: Selection { service, dest }, ..Filter::default() };
+        let whole =
+            Filter { client: client(16), state: Some("ESTABLISHED"), ..selected(service(80), dest(11, Some(8080))) };
+        let udp = service(80).map(|key| ServiceKey { protocol: Transport::Udp, ..key });
+        for (filter, taken) in [
+            (Filter::default(), true),
+            (whole, true),
+            (selected(service(81), None), false),
+            (selected(udp, None), false),
+            (selected(None, dest(11, None)), true),
+            (selected(None, dest(12, None)), false),
+            (selected(None, dest(11, Some(80))), false),
+            (Filter { client: client(17), ..whole }, false),
+            (Filter { state: Some("CLOSE"), ..whole }, false),
+            (Filter { selection: Selection { service: service(443), ..whole.selection }, ..whole }, false),
+        ] {
+            assert_eq!(filter.takes(&connection), taken, "{filter:?}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Carrying out what an ipvsadm command line says.
 
 use std::{
-    io::{self, BufRead as _, BufWriter, Write as _, stdin, stdout},
+    io::{self, BufRead as _, stdin, stdout},
     net::SocketAddr,
 };
 
@@ -18,7 +18,7 @@ use lb_userspace::{
 };
 
 use super::{
-    super::{connections, failure::Failure, output, timeouts},
+    super::{connections, failure::Failure, lines::Lines, output, timeouts},
     NAME, NOT_LISTED, Stop,
     names::{Names, System},
     options::{Command, Kind, Tunnel},
@@ -238,15 +238,13 @@ fn list_connections(place: &Place, request: &Request) -> Result<(), Stop> {
     let session = Session::open(place)?;
     let reader = connections::reader(place, session.maps())?;
     let names = names(request);
-    let mut out = BufWriter::new(stdout().lock());
-    let mut write = || -> io::Result<()> {
-        out.write_all(print::connection_titles(request.kinds.has(Kind::PersistentConn)).as_bytes())?;
+    let mut lines = Lines::new(stdout().lock());
+    let write = || -> io::Result<()> {
+        lines.text(&print::connection_titles(request.kinds.has(Kind::PersistentConn))).cell(0, "");
         for connection in reader.connections() {
-            let datagram = connection.protocol == Transport::Udp;
-            let line = print::connection(&connection, |address| print::address(address, datagram, names));
-            out.write_all(line.as_bytes())?;
+            print::connection(&mut lines, &connection, names)?;
         }
-        out.flush()
+        lines.finish().map(drop)
     };
     Ok(output::written(write())?)
 }

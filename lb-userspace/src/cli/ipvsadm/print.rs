@@ -2,6 +2,7 @@
 
 use std::{
     cmp::Ordering,
+    io::{self, Write},
     net::{IpAddr, SocketAddr},
 };
 
@@ -13,7 +14,7 @@ use lb_userspace::control::{
     traffic::Traffic,
 };
 
-use super::{super::connections::clock, names::Names};
+use super::{super::lines::Lines, names::Names};
 
 /// The first line of a list of everything. The number is the size of ip_vs's connection table unless it is told
 /// otherwise, which has no counterpart here; scripts look at the line.
@@ -193,11 +194,22 @@ pub(super) fn connection_titles(persistent: bool) -> String {
     format!("IPVS connection entries\npro expire {:<11} {:<18} {:<18} {destination}\n", "state", "source", "virtual")
 }
 
-/// The line of a connection.
-pub(super) fn connection(connection: &Connection, name: impl Fn(SocketAddr) -> String) -> String {
+/// Adds the line of a connection.
+pub(super) fn connection<W: Write>(
+    lines: &mut Lines<W>,
+    connection: &Connection,
+    names: Option<&dyn Names>,
+) -> io::Result<()> {
     let Connection { protocol, client, service, destination, state, expires, .. } = *connection;
-    let [client, service, destination] = [client, service, destination].map(name);
-    format!("{:<3} {:<6} {state:<11} {client:<18} {service:<18} {destination}\n", upper(protocol), clock(expires))
+    lines.text(upper(protocol)).cell(3, " ").clock(expires).cell(6, " ").text(state).cell(11, " ");
+    for (end, width, gap) in [(client, 18, " "), (service, 18, " "), (destination, 0, "")] {
+        match names {
+            None => lines.socket(end),
+            Some(_) => lines.text(&address(end, protocol == Transport::Udp, names)),
+        };
+        lines.cell(width, gap);
+    }
+    lines.end()
 }
 
 /// What `--timeout` prints.
@@ -327,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_is_a_line() {
+    fn a_connection_is_a_line() -> io::Result<()> {
         let shown = Connection {
             protocol: Transport::Tcp,
             client: ([192, 168, 1, 1], 54_321).into(),
@@ -337,12 +349,16 @@ mod tests {
             expires: 899_900,
             method: Method::Masq,
         };
+        let mut lines = Lines::new(Vec::new());
+        lines.text(&connection_titles(false)).cell(0, "");
+        connection(&mut lines, &shown, None)?;
         assert_eq!(
-            connection_titles(false) + &connection(&shown, |address| address.to_string()),
+            String::from_utf8_lossy(&lines.finish()?),
             "IPVS connection entries\n\
              pro expire state       source             virtual            destination\n\
              TCP 14:59  ESTABLISHED 192.168.1.1:54321  192.168.100.200:443 10.1.1.1:443\n"
         );
+        Ok(())
     }
 
     #[test]

@@ -12,12 +12,18 @@ use std::{
 };
 
 use lb_common::{
+    abi::AgeingRecord,
     proto::{Method, Protocol, Scheduler},
     tcp::State,
     timeout,
 };
 use lb_userspace::{
-    control::{change::Change, model::Transport},
+    control::{
+        bulk::{self, NewConnection},
+        change::Change,
+        model::Transport,
+        session::Session,
+    },
     datapath::{open, place::Place},
 };
 use xdpvs_tests::{
@@ -183,6 +189,42 @@ fn the_kernel_ends_connections_by_its_own_clock() {
             break;
         }
         assert!(begun.elapsed() < Duration::from_secs(60), "still there: {left:?}");
+    }
+}
+
+/// A large table has bounded ticks, and its connections end within a sweep all the same.
+#[test]
+fn connections_of_a_large_table_end_within_a_sweep() {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    const NUMBER: u32 = 100_000;
+    // Eight million entries.
+    let site = Site::new("large", 800_000).expect("a director in the kernel");
+    let place = site.place();
+    site.enter(|kernel| {
+        kernel.change(&services);
+        kernel.start_ageing().expect("the timer starts");
+    })
+    .expect("the pins open");
+    let AgeingRecord { slice, interval_ns, .. } = open::ageing(place).expect("the map is pinned").record;
+    assert!(slice <= 8192 && interval_ns >= 10_000_000, "{slice} buckets every {interval_ns} ns");
+    let connections = (0..NUMBER).map(|number| NewConnection {
+        service: service(Transport::Udp, PORT),
+        client: (Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() + number), 1024).into(),
+        destination: at((number % 3) as u8, PORT),
+        state: State::None,
+        remaining: Duration::from_secs([1000, 2000][number as usize % 2]),
+    });
+    let mut session = Session::open(place).expect("the pins open");
+    let lock = place.lock().expect("the lock can be taken");
+    let inserted = bulk::insert(&mut session, &lock, connections).expect("the control program runs");
+    drop(lock);
+    assert_eq!(inserted.created, u64::from(NUMBER));
+    // The kernel's own clock goes on as well, by much less than there is between these.
+    for (pass, left) in [(500, NUMBER), (1000, NUMBER / 2), (1000, 0)] {
+        site.enter(|kernel| kernel.pass(pass)).expect("the pins open");
+        sweep(place);
+        let found = audit::check_instance(session.maps()).expect("exact counters");
+        assert_eq!(found.values().map(|(_, total)| total).sum::<u32>(), left);
     }
 }
 

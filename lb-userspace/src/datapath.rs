@@ -8,6 +8,7 @@ pub mod load;
 pub mod memory;
 pub mod object;
 pub mod open;
+pub mod pace;
 pub mod place;
 pub mod run;
 pub mod sizes;

@@ -131,6 +131,17 @@ pub enum Error {
         found: u32,
     },
 
+    /// The flow table cannot be looked at so often.
+    #[error("--sweep-ms {wanted}: a table for {flows} connections takes {shortest} ms at the least")]
+    Sweep {
+        /// Milliseconds wanted.
+        wanted: u32,
+        /// Connections that the table is made for.
+        flows: u32,
+        /// The shortest that there is, in milliseconds.
+        shortest: u32,
+    },
+
     /// The kernel's network configuration could not be read or changed.
     #[error("{action}: {source}")]
     Netlink {

@@ -291,6 +291,11 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
             2,
         ),
         refusal(
+            &format!("up {WIRE} --sweep-ms 9"),
+            "invalid value '9' for '--sweep-ms <N>': 9 is not in 10..=60000",
+            2,
+        ),
+        refusal(
             "--instance a/b list",
             "instance name `a/b`: use 1 to 64 letters, digits, `-` or `_`",
             1,

@@ -10,7 +10,12 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
-use lb_common::{event::Event, reason::Reason};
+use aya::{
+    maps::{MapData, MapInfo},
+    programs::{ProgramInfo, loaded_programs},
+};
+use lb_common::{abi::Stage as Stages, event::Event, reason::Reason};
+use lb_userspace::datapath::object::map;
 use serde_json::{Value, json};
 use xdpvs_tests::cast;
 
@@ -217,6 +222,122 @@ fn up_on_a_running_director_loses_no_connection_and_no_packet() -> Result<()> {
         thread::sleep(Duration::from_millis(50));
     }
     panic!("ageing has stopped");
+}
+
+/// The maps of an instance and the programs that use them, by their ids, as far as the kernel has them.
+struct Loaded {
+    maps: BTreeSet<u32>,
+    programs: BTreeSet<u32>,
+}
+
+impl Loaded {
+    /// Those of the instance of a stage.
+    fn of(stage: &Stage) -> Result<Self> {
+        let (mut maps, mut programs) = (BTreeSet::new(), BTreeSet::new());
+        for pin in fs::read_dir(stage.place().directory().join("maps"))?.chain(fs::read_dir(stage.place().programs()?)?)
+        {
+            // Names of programs are in lower case.
+            let path = pin?.path();
+            let is_map = path.file_name().is_some_and(|name| name.as_encoded_bytes()[0].is_ascii_uppercase());
+            if is_map {
+                maps.insert(MapInfo::from_pin(path)?.id());
+            } else {
+                programs.insert(ProgramInfo::from_pin(path)?.id());
+            }
+        }
+        // Those of stages have no pins of their own.
+        for program in loaded_programs().flatten() {
+            let used = program.map_ids()?.unwrap_or_default();
+            if used.iter().any(|id| maps.contains(id)) {
+                programs.insert(program.id());
+            }
+        }
+        Ok(Self { maps, programs })
+    }
+
+    /// Whether the kernel has none of them any longer.
+    ///
+    /// The maps are looked for when the programs are gone: opening the map of stages while the kernel empties it, after its
+    /// last pin has gone, makes kernels up to this day forget to free it.
+    fn are_gone(&self) -> bool {
+        !loaded_programs().flatten().any(|program| self.programs.contains(&program.id()))
+            && !self.maps.iter().any(|map| MapData::from_id(*map).is_ok())
+    }
+}
+
+#[test]
+fn ageing_goes_on_until_the_director_is_ended_and_no_longer() -> Result<()> {
+    let stage = Stage::with_director()?;
+    let ageing = || -> Result<Value> { Ok(stage.ask("status")?["ageing"].take()) };
+    let number = |ageing: &Value, name: &str| ageing[name].as_u64().with_context(|| format!("{name} of {ageing}"));
+    // No process of ours runs now but the one that asks.
+    let goes_on = || -> Result<Value> {
+        let before = number(&ageing()?, "sweeps")?;
+        for _ in 0..400 {
+            let now = ageing()?;
+            if number(&now, "sweeps")? >= before + 2 {
+                return Ok(now);
+            }
+            thread::sleep(Duration::from_millis(25));
+        }
+        anyhow::bail!("ageing has stopped: {}", ageing()?)
+    };
+    let found = goes_on()?;
+    assert_eq!(number(&found, "sweep_ms")?, 1000);
+    // The first tick of a sweep is part of it, what is before it is not.
+    ensure!(number(&found, "last_sweep_ms")? >= 900 && found["last_sweep_ago_ms"].is_u64(), "{found}");
+
+    stage.ok(&format!("up {WIRE} --sweep-ms 200"))?;
+    let found = goes_on()?;
+    assert_eq!(number(&found, "sweep_ms")?, 200);
+    ensure!((150..900).contains(&number(&found, "last_sweep_ms")?), "{found}");
+    let said = stage.ok("status")?;
+    assert!(said.contains("a sweep every 200 ms, ") && said.contains(" ms ago; 0 connections ended\n"), "{said}");
+    // New programs keep the pace, and the old ones are gone with their timer.
+    let old = Loaded::of(&stage)?;
+    stage.ok(&format!("up {WIRE}"))?;
+    assert_eq!(number(&goes_on()?, "sweep_ms")?, 200);
+    let loaded = Loaded::of(&stage)?;
+    ensure!(loaded.programs.len() == 3 + Stages::ALL.len() && loaded.maps.len() == 1 + map::ALL.len());
+    ensure!(loaded.maps.intersection(&old.maps).count() == map::ALL.len(), "another flow table");
+
+    stage.ok("down")?;
+    for _ in 0..200 {
+        // The kernel takes its time.
+        if old.are_gone() && loaded.are_gone() {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(25));
+    }
+    panic!("maps or programs are left");
+}
+
+#[test]
+fn tables_of_any_size_are_made_and_swept() -> Result<()> {
+    let stage = Stage::new()?;
+    for (flows, sweep_ms) in [("1000", 1000), ("16777216", 3420)] {
+        stage.ok(&format!("up {WIRE} --max-flows {flows} --max-services 16 --max-dests 64"))?;
+        let status = stage.ask("status")?;
+        assert_eq!((status["max_flows"].to_string(), &status["ageing"]["sweep_ms"]), (flows.into(), &json!(sweep_ms)));
+        configure(&stage)?;
+        connect(&stage, 6)?;
+        let found = settled(&stage, 12)?;
+        assert_eq!(found.len(), 12);
+        // What the table is too large for is refused, and changes nothing.
+        if flows != "1000" {
+            let said = stage.say(&format!("up {WIRE} --sweep-ms 3419"))?;
+            let line = "xdpvs: --sweep-ms 3419: a table for 16777216 connections takes 3420 ms at the least\n";
+            assert_eq!((said.err.as_str(), said.code), (line, Some(1)));
+        }
+        assert_eq!(settled(&stage, 12)?, found);
+        assert_eq!(stage.ok("conn flush")?, "12 connections ended\n");
+        stage.ok("down")?;
+    }
+    let said = stage.say(&format!("up {WIRE} --max-flows 16777216 --sweep-ms 1000"))?;
+    let line = "xdpvs: --sweep-ms 1000: a table for 16777216 connections takes 3420 ms at the least\n";
+    assert_eq!((said.err.as_str(), said.code), (line, Some(1)));
+    assert!(!stage.place().exists() && stage.is_bare()?);
+    Ok(())
 }
 
 #[test]

@@ -1,13 +1,18 @@
 //! `up`, `status`: the instance as a whole.
 
-use lb_common::abi::{active_and_total, slot};
+use lb_common::{
+    abi::{AgeingRecord, InstanceRecord, active_and_total, slot},
+    jiffies::Jiffies,
+};
 use lb_userspace::{
     control::session::Session,
     datapath::{
         attach::{self, Attachment, Wish},
         lifecycle::{self, Request},
         open,
+        pace::Pace,
         place::Place,
+        run::Control,
         sizes::Capacity,
     },
     error::Error,
@@ -39,6 +44,10 @@ pub(crate) struct Up {
     /// Destinations of all services to make room for, 1 to 262144 (16384 unless given)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=Capacity::DESTS_MAX as i64))]
     max_dests: Option<u32>,
+    /// Milliseconds in which all connections are looked at once for those whose time is over, 10 to 60000 (1000 unless
+    /// given, or as few as the size of the table allows). Stays as it is when the director runs and this is not given
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(Pace::SWEEP_MIN_MS as i64..=Pace::SWEEP_MAX_MS as i64))]
+    sweep_ms: Option<u32>,
 }
 
 #[derive(clap::ValueEnum, Clone, Copy, Debug)]
@@ -62,6 +71,7 @@ impl Up {
             flows: self.max_flows,
             services: self.max_services,
             dests: self.max_dests,
+            sweep_ms: self.sweep_ms,
         };
         for notice in lifecycle::up(place, &request)? {
             complain(&notice.to_string());
@@ -91,14 +101,37 @@ struct Status<'a> {
 
 #[derive(Serialize)]
 struct Ageing {
-    /// Time between two ticks.
+    /// Time in which the flow table is to be looked at once.
+    sweep_ms: u64,
+    /// Time between two ticks, each of which looks at a part of it.
     interval_ms: u64,
     /// Whole passes over the flow table.
     sweeps: u64,
-    /// How long the last one took.
-    last_sweep_ms: u64,
+    /// How long the last one took; none before the first has ended.
+    last_sweep_ms: Option<u64>,
+    /// How long ago it ended.
+    last_sweep_ago_ms: Option<u64>,
     /// Connections ended because their time was over.
     ended: u64,
+}
+
+impl Ageing {
+    /// Where ageing stands at `now`, in a flow table of an instance like this.
+    fn new(record: &AgeingRecord, instance: &InstanceRecord, now: Jiffies) -> Self {
+        let AgeingRecord { slice, interval_ns, sweeps, last_began, last_ended, ended, .. } = *record;
+        let ms = |from: u32, to: u32| {
+            let ticks = Jiffies(to).since(Jiffies(from)).max(0).cast_unsigned();
+            (sweeps > 0).then_some(u64::from(ticks) * 1000 / u64::from(instance.hz.max(1)))
+        };
+        Self {
+            sweep_ms: Pace { slice, interval_ns }.sweep_ms(instance.flow_buckets),
+            interval_ms: interval_ns / 1_000_000,
+            sweeps,
+            last_sweep_ms: ms(last_began, last_ended),
+            last_sweep_ago_ms: ms(last_ended, now.0),
+            ended,
+        }
+    }
 }
 
 /// Prints what the instance is and how full.
@@ -116,7 +149,7 @@ pub(crate) fn status(place: &Place, form: Form) -> Result<(), Failure> {
     let maps = session.maps();
     let instance = maps.instance();
     let ageing = open::ageing(place)?.record;
-    let ticks = ageing.last_ended.wrapping_sub(ageing.last_began);
+    let now = Control::open(place)?.clock()?;
     let loads = maps.dest_loads.iter().take(instance.dests_used as usize);
     let used = |state: u32| state == slot::USED;
     let status = Status {
@@ -128,12 +161,7 @@ pub(crate) fn status(place: &Place, form: Form) -> Result<(), Failure> {
         flows: loads.map(|load| active_and_total(load.connections.load()).1).sum(),
         services: state.services.values().filter(|record| used(record.state)).count(),
         destinations: state.dests.values().filter(|record| used(record.state)).count(),
-        ageing: Ageing {
-            interval_ms: ageing.interval_ns / 1_000_000,
-            sweeps: ageing.sweeps,
-            last_sweep_ms: u64::from(ticks) * 1000 / u64::from(instance.hz.max(1)),
-            ended: ageing.ended,
-        },
+        ageing: Ageing::new(&ageing, &instance, now),
     };
     form.print(&status, text)
 }
@@ -148,10 +176,14 @@ fn text(status: &Status<'_>) -> String {
     rows.push(row("connections", format!("{flows} of {max_flows}")));
     rows.push(row("services", services.to_string()));
     rows.push(row("destinations", destinations.to_string()));
-    let Ageing { interval_ms, sweeps, last_sweep_ms, ended } = ageing;
+    let Ageing { sweep_ms, sweeps, last_sweep_ms, last_sweep_ago_ms, ended, .. } = ageing;
+    let last = match (last_sweep_ms, last_sweep_ago_ms) {
+        (Some(took), Some(ago)) => format!("the last took {took} ms and ended {ago} ms ago"),
+        _ => "none has ended yet".to_owned(),
+    };
     rows.push(row(
         "ageing",
-        format!("every {interval_ms} ms, {sweeps} sweeps, the last in {last_sweep_ms} ms, {ended} connections ended"),
+        format!("a sweep every {sweep_ms} ms, {sweeps} so far, {last}; {ended} connections ended"),
     ));
     output::table(&rows, &[])
 }

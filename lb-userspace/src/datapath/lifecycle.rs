@@ -8,6 +8,7 @@ use crate::{
         attach::{self, Outcome, Plan, Wish},
         forwarding,
         load::{self, Programs},
+        pace::Pace,
         place::{Lock, Place},
         sizes::Capacity,
     },
@@ -27,6 +28,8 @@ pub struct Request {
     pub services: Option<u32>,
     /// Destinations to make room for, 1 to 262,144.
     pub dests: Option<u32>,
+    /// Milliseconds in which the flow table is looked at for connections that are over, 10 to 60,000.
+    pub sweep_ms: Option<u32>,
 }
 
 impl Request {
@@ -53,6 +56,14 @@ impl Request {
             }
         }
         Ok(())
+    }
+
+    /// The pace of ageing, if one is wanted, in a flow table of `buckets` buckets for `flows` connections.
+    fn pace(&self, buckets: u32, flows: u32) -> Result<Option<Pace>, Error> {
+        let Some(sweep_ms) = self.sweep_ms else { return Ok(None) };
+        let pace = Pace::new(buckets, sweep_ms);
+        let shortest = Pace::shortest_ms(buckets);
+        pace.map(Some).ok_or(Error::Sweep { wanted: sweep_ms, flows, shortest })
     }
 }
 
@@ -99,10 +110,12 @@ pub fn up(place: &Place, request: &Request) -> Result<Vec<Notice>, Error> {
 fn start(place: &Place, lock: &Lock, request: &Request) -> Result<Vec<Notice>, Error> {
     // Of an instance that does not exist nothing is linked: the plan is about the interfaces named.
     let plans = attach::plan(place, &request.interfaces, request.wish)?;
-    let mut programs = load::create(place, lock, &request.capacity())?;
+    let capacity = request.capacity();
+    let pace = request.pace(capacity.flow_buckets(), capacity.flows)?;
+    let mut programs = load::create(place, lock, &capacity)?;
     let started = attach_each(place, &mut programs, plans.iter(), request.wish).and_then(|notices| {
         forwarding::switch_on(place)?;
-        load::start_ageing(place, Session::open(place)?.maps())?;
+        load::start_ageing(place, Session::open(place)?.maps(), pace)?;
         Ok(notices)
     });
     started.inspect_err(|_| {
@@ -115,6 +128,8 @@ fn renew(place: &Place, lock: &Lock, request: &Request) -> Result<Vec<Notice>, E
     let mut session = Session::open(place)?;
     session.recover(lock)?;
     request.check(&session)?;
+    let instance = session.maps().instance();
+    let pace = request.pace(instance.flow_buckets, instance.max_flows)?;
     let plans = attach::plan(place, &request.interfaces, request.wish)?;
     let mut programs = load::replace(place, lock, session.maps())?;
     let (linked, new): (Vec<&Plan>, Vec<&Plan>) = plans.iter().partition(|plan| plan.is_linked());
@@ -128,7 +143,7 @@ fn renew(place: &Place, lock: &Lock, request: &Request) -> Result<Vec<Notice>, E
         let _ = load::discard_newest(place, lock);
     })?;
     notices.extend(attach_each(place, &mut programs, linked.into_iter(), request.wish)?);
-    load::start_ageing(place, session.maps())?;
+    load::start_ageing(place, session.maps(), pace)?;
     load::retire(place, lock)?;
     Ok(notices)
 }

@@ -14,7 +14,7 @@ use aya::{
 };
 use aya_obj::generated::bpf_func_id;
 use lb_common::{
-    abi::{self, Config, Instance, InstanceRecord, Record as _, Stage},
+    abi::{self, AgeingRecord, Config, Instance, InstanceRecord, Record as _, Stage},
     hash::Seed,
     timeout,
 };
@@ -24,20 +24,13 @@ use crate::{
         memory::{Access, Mapped},
         object::{self, STAGES, map, program},
         open::{self, MAPS, Maps},
+        pace::Pace,
         place::{self, GENERATIONS, Lock, Place, remove_tree},
         run::Control,
         sizes::Capacity,
     },
     error::Error,
 };
-
-/// A tick of the ageing timer.
-const AGEING_INTERVAL_NS: u32 = 10_000_000;
-/// Most buckets looked at in a tick: it bounds how long a tick takes, and with it how long a sweep of a large table
-/// takes.
-const AGEING_SLICE_MAX: u32 = 8192;
-/// Ticks in which a table is swept unless it is too large for that: one second.
-const AGEING_TICKS: u32 = 100;
 
 /// ICMP errors an instance may send in a second: the kernel's own default, `net.ipv4.icmp_msgs_per_sec`.
 const ICMP_PER_SECOND: u32 = 1000;
@@ -183,14 +176,16 @@ pub fn retire(place: &Place, _: &Lock) -> Result<(), Error> {
     old.map(|number| directory.join(number.to_string())).try_for_each(|directory| remove_tree(&directory))
 }
 
-/// Lets the ageing timer of the instance run, under the programs that are pinned now.
+/// Lets the ageing timer of the instance run, under the programs that are pinned now. With no pace given it keeps the one
+/// it has, and a new one has the usual.
 ///
 /// # Errors
 ///
 /// When the kernel does not start it.
-pub fn start_ageing(place: &Place, maps: &Maps) -> Result<(), Error> {
-    let slice = maps.instance().flow_buckets.div_ceil(AGEING_TICKS).min(AGEING_SLICE_MAX);
-    Control::open(place)?.start_ageing(slice, AGEING_INTERVAL_NS)
+pub fn start_ageing(place: &Place, maps: &Maps, pace: Option<Pace>) -> Result<(), Error> {
+    let AgeingRecord { slice, interval_ns, .. } = open::ageing(place)?.record;
+    let kept = if slice == 0 { Pace::usual(maps.instance().flow_buckets) } else { Pace { slice, interval_ns } };
+    Control::open(place)?.start_ageing(pace.unwrap_or(kept))
 }
 
 /// Loads the programs, with maps that are pinned below `directory` or are pinned there now, and pins them in `pins`.

@@ -12,7 +12,7 @@ use lb_common::{
 };
 
 use crate::{
-    datapath::{object::program, place::Place},
+    datapath::{object::program, pace::Pace, place::Place},
     error::Error,
 };
 
@@ -103,19 +103,15 @@ impl Control {
         Ok(Jiffies(answer as u32))
     }
 
-    /// Starts the ageing timer, or lets one that runs go on under this program: `slice` buckets every `interval_ns`
-    /// nanoseconds, below 2^32.
+    /// Starts the ageing timer, or lets one that runs go on under this program, at this pace.
     ///
     /// # Errors
     ///
     /// When the kernel does not run the program.
-    pub fn start_ageing(&self, slice: u32, interval_ns: u32) -> Result<(), Error> {
-        let request = ControlRequest {
-            operation: control::START_AGEING,
-            count: slice,
-            interval_ns: u64::from(interval_ns),
-            ..ControlRequest::zeroed()
-        };
+    pub fn start_ageing(&self, pace: Pace) -> Result<(), Error> {
+        let Pace { slice: count, interval_ns } = pace;
+        let request =
+            ControlRequest { operation: control::START_AGEING, count, interval_ns, ..ControlRequest::zeroed() };
         self.request(request).map(|_| ())
     }
 

@@ -172,7 +172,7 @@ impl<'a> Kernel<'a> {
     ///
     /// When the kernel does not start it.
     pub fn start_ageing(&self) -> Result<(), Error> {
-        load::start_ageing(&self.place, &self.maps)
+        load::start_ageing(&self.place, &self.maps, None)
     }
 
     /// The namespace that the director routes in.

@@ -42,8 +42,7 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
     let subject = u64::from(word(offset_of!(ControlRequest, subject))?);
     let answer = match operation {
         control::START_AGEING => {
-            let interval = word(offset_of!(ControlRequest, interval_ns))?;
-            ageing::start(count, u64::from(interval))?;
+            ageing::start(count, packet.read(offset_of!(ControlRequest, interval_ns))?)?;
             0
         }
         control::CLOCK => u64::from(maps::clock()?.now.0),

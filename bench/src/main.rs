@@ -4,6 +4,7 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 
 mod packet;
+mod scale;
 mod site;
 
 #[derive(Parser)]
@@ -17,11 +18,14 @@ struct Arguments {
 enum What {
     /// Nanoseconds per packet, one packet at a time, above the floor of the method
     Packet(packet::Options),
+    /// The flow table by its fill: what packets and new connections cost, and how many find no room
+    Scale(scale::Options),
 }
 
 fn main() -> Result<()> {
     xdpvs_tests::lab::require_root()?;
     match Arguments::parse().what {
         What::Packet(options) => packet::run(&options),
+        What::Scale(options) => scale::run(&options),
     }
 }

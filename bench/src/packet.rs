@@ -35,19 +35,19 @@ use xdpvs_tests::{
 use crate::site::{SINGLE, Site, port};
 
 /// Runs of one measurement.
-const RUNS: u32 = 1_000_000;
+pub(crate) const RUNS: u32 = 1_000_000;
 /// Connections that are opened by one measurement of new ones, before the table is emptied again.
-const NEW: u32 = 1 << 16;
+pub(crate) const NEW: u32 = 1 << 16;
 /// Fewest connections a table is made for here.
 const TABLE_MIN: u32 = 1 << 14;
 
 /// The program that only looks at one cache line.
-const TOUCH: &str = "touch";
+pub(crate) const TOUCH: &str = "touch";
 /// Bytes of a cache line.
 const CACHE_LINE: usize = 64;
 
 const XDP_PASS: u32 = 2;
-const XDP_TX: u32 = 3;
+pub(crate) const XDP_TX: u32 = 3;
 
 /// What to measure.
 #[derive(clap::Args)]
@@ -66,15 +66,17 @@ pub(crate) struct Options {
     flows: Option<u32>,
 }
 
+/// What a case is measured above.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Floor {
+pub(crate) enum Floor {
     Transmit,
     Push,
     Pass,
 }
 
 impl Floor {
-    const fn program(self) -> &'static str {
+    /// The program that does nothing else.
+    pub(crate) const fn program(self) -> &'static str {
         match self {
             Self::Transmit => "floor_transmit",
             Self::Push => "floor_push",
@@ -86,7 +88,7 @@ impl Floor {
 /// What is measured.
 struct Case {
     name: String,
-    /// Number of flows, a power of two.
+    /// Number of flows.
     flows: u32,
     frame: Vec<u8>,
     /// Whether clients are told by the destination of the frame: it is a reply.
@@ -137,8 +139,10 @@ struct Figure {
     above_floor_median: f64,
 }
 
-struct Bench {
-    bulk: Bulk,
+/// The director's program behind the one that makes packets.
+pub(crate) struct Bench {
+    /// What makes packets.
+    pub(crate) bulk: Bulk,
     director: ProgramFd,
 }
 
@@ -194,7 +198,12 @@ fn row(figure: &Figure) -> String {
 }
 
 impl Bench {
-    fn new(site: &Site, buckets: u32) -> Result<Self> {
+    /// For the director of `site`, with a flow table of `buckets` buckets.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(crate) fn new(site: &Site, buckets: u32) -> Result<Self> {
         let lines = buckets * (size_of::<Bucket4>() / CACHE_LINE) as u32;
         let programs = ["floor_transmit", "floor_push", "floor_pass", TOUCH];
         let bulk = Bulk::new(site.wire, lines, &programs)?;
@@ -204,7 +213,12 @@ impl Bench {
         Ok(Self { bulk, director: director.fd()? })
     }
 
-    fn put(&mut self, program: Option<&'static str>) -> Result<()> {
+    /// Has this program measured, or the director's.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub(crate) fn put(&mut self, program: Option<&'static str>) -> Result<()> {
         match program {
             Some(name) => self.bulk.put_own(name),
             None => self.bulk.put(&self.director),
@@ -260,7 +274,8 @@ impl Bench {
     }
 }
 
-fn least_and_median(values: &mut [f64]) -> [f64; 2] {
+/// The least value and the median.
+pub(crate) fn least_and_median(values: &mut [f64]) -> [f64; 2] {
     values.sort_by(f64::total_cmp);
     [values.first().copied().unwrap_or(0.0), values.get(values.len() / 2).copied().unwrap_or(0.0)]
 }
@@ -278,7 +293,8 @@ fn check(case: &Case, result: u32, frame: &[u8]) -> Result<()> {
 
 const CLIENT_MACS: ([u8; 6], [u8; 6]) = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
 
-fn request_frame(port: u16, flags: &'static str) -> Vec<u8> {
+/// A segment of a client to a port of the service address.
+pub(crate) fn request_frame(port: u16, flags: &'static str) -> Vec<u8> {
     Frame::new(CLIENT_MACS, (cast::CLIENT, 1024), (cast::VIP, port)).tcp(flags, b"GET / ")
 }
 

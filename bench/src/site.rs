@@ -18,7 +18,7 @@ use lb_userspace::{
 };
 use xdpvs_tests::{
     cast,
-    lab::{End, NetNs, cable, mac},
+    lab::{End, NetNs, cable, mac, sweep_instances},
     world::{at, dest, scheduled, service},
 };
 
@@ -32,8 +32,11 @@ pub(crate) struct Site {
     pub(crate) wire: u32,
 }
 
+/// What the names of the instances that are measured begin with.
+const INSTANCES: &str = "bench-";
+
 /// Real servers of most services.
-const SERVERS: u8 = 8;
+pub(crate) const SERVERS: u8 = 8;
 
 /// The port of the service with this method and scheduler, which has eight real servers.
 pub(crate) const fn port(method: Method, scheduler: Scheduler) -> u16 {
@@ -65,7 +68,9 @@ impl Site {
     pub(crate) fn new(flows: u32) -> Result<Self> {
         let namespace = NetNs::new("bench")?;
         lay_cable(&namespace)?;
-        let place = Place::find(&format!("bench-{}", std::process::id()))?;
+        // A run that was killed has left its tables.
+        sweep_instances(INSTANCES)?;
+        let place = Place::find(&format!("{INSTANCES}{}", std::process::id()))?;
         let lock = place.lock()?;
         load::create(&place, &lock, &Capacity { flows, ..Capacity::default() })?;
         drop(lock);

@@ -880,8 +880,8 @@ pub mod bench {
             len: u32,
             /// One of [`pick`].
             order: u32,
-            /// Number of flows less one; the number is a power of two.
-            mask: u32,
+            /// Number of flows.
+            flows: u32,
             /// The flow of the next run, or the state of the generator that draws it.
             next_flow: u32,
             /// Address of the first client, in host order. Sixty-four flows have the same.

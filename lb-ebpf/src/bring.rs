@@ -53,3 +53,87 @@ pub fn bring(tables: &impl Buckets<Entry4>, clock: Clock, record: &ConnectionRec
         Inserted::Contended => Brought::Known,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lb_common::{
+        abi::{DestRecord, Record as _, active_and_total, slot},
+        addr::Port,
+        flow::ENTRIES_PER_BUCKET,
+        hash::Seed,
+        jiffies::Jiffies,
+    };
+
+    use super::*;
+    use crate::host::{HostSizes, HostTables};
+
+    const CLOCK: Clock = Clock { now: Jiffies(u32::MAX - 5), hz: 250 };
+    const ESTABLISHED: u32 = tcp::State::Established as u32;
+
+    fn tables(flow_buckets: u32) -> HostTables {
+        let sizes = HostSizes { services: 1, dests: 2, slots: 1, endpoint_buckets: 1, flow_buckets };
+        let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
+        let tables = HostTables::new(sizes, seed, CLOCK.hz);
+        let method = u32::from(Method::Route as u8) << 16;
+        tables.dests[1].store(&DestRecord { state: slot::USED, port_method: method, ..tables.dests[1].load() });
+        tables
+    }
+
+    /// A connection of client number `number`: sixty-four have the same address.
+    fn record(number: u32) -> ConnectionRecord {
+        ConnectionRecord {
+            client: Ip4::new((0x0a40_0001 + (number >> 6)).to_be_bytes()).raw(),
+            service: Ip4::new([203, 0, 113, 1]).raw(),
+            ports: u32::from(Port::new(1024 + ((number & 63) << 4) as u16).raw()),
+            dest: 1,
+            protocol_state: Protocol::Tcp as u32 | ESTABLISHED << 8,
+            remaining: 1000,
+        }
+    }
+
+    #[test]
+    fn a_connection_is_created_once_and_only_if_it_can_be() {
+        let tables = tables(4);
+        assert_eq!(bring(&tables, CLOCK, &record(7)), Brought::New);
+        assert_eq!(bring(&tables, CLOCK, &record(7)), Brought::Known);
+        assert_eq!(active_and_total(tables.dest_loads[1].connections.load()), (1, 1));
+        for impossible in [
+            ConnectionRecord { dest: 0, ..record(8) },
+            ConnectionRecord { dest: 2, ..record(8) },
+            ConnectionRecord { protocol_state: 1 | ESTABLISHED << 8, ..record(8) },
+            ConnectionRecord { protocol_state: Protocol::Tcp as u32 | (tcp::STATES as u32) << 8, ..record(8) },
+            ConnectionRecord { protocol_state: Protocol::Udp as u32 | ESTABLISHED << 8, ..record(8) },
+            ConnectionRecord { remaining: REMAINING_MAX, ..record(8) },
+        ] {
+            assert_eq!(bring(&tables, CLOCK, &impossible), Brought::Refused, "{impossible:?}");
+        }
+        // Once its time is over, it may come again.
+        let later = Clock { now: CLOCK.now.after(1250), ..CLOCK };
+        assert_eq!(bring(&tables, later, &record(7)), Brought::New);
+        let udp = ConnectionRecord { protocol_state: Protocol::Udp as u32, ..record(7) };
+        assert_eq!(bring(&tables, later, &udp), Brought::New);
+        assert_eq!(active_and_total(tables.dest_loads[1].connections.load()), (1, 2));
+    }
+
+    /// With three quarters of the entries in use, one new connection in ten thousand may find both of its buckets full.
+    #[test]
+    fn hardly_any_connection_finds_a_table_full_that_is_not() {
+        const BUCKETS: u32 = 50_000;
+        const ENTRIES: u32 = BUCKETS * ENTRIES_PER_BUCKET as u32;
+        let tables = tables(BUCKETS);
+        let (mut created, mut full) = (0, [0; 76]);
+        for number in 0.. {
+            if created == ENTRIES / 100 * 76 {
+                break;
+            }
+            match bring(&tables, CLOCK, &record(number)) {
+                Brought::New => created += 1,
+                Brought::Full => full[(created * 100 / ENTRIES) as usize] += 1,
+                other => panic!("connection {number} is {other:?}"),
+            }
+        }
+        assert_eq!(full[..60].iter().sum::<u32>(), 0, "{full:?}");
+        // From 70 to 76 percent.
+        assert!(full[70..76].iter().sum::<u32>() <= 6 * ENTRIES / 100 / 10_000, "{full:?}");
+    }
+}

@@ -32,12 +32,19 @@ const RESET: &str = "reset";
 pub struct Clients {
     /// The first address.
     pub first: Ipv4Addr,
-    /// Their number, a power of two.
+    /// Their number.
     pub number: u32,
     /// In which order they send: one of [`lb_common::abi::bench::pick`].
     pub order: u32,
     /// Whether frames are to them instead.
     pub reply: bool,
+}
+
+impl Clients {
+    /// The address and port of the client with this number.
+    pub fn client(&self, number: u32) -> (Ipv4Addr, u16) {
+        (Ipv4Addr::from_bits(self.first.to_bits() + (number >> 6)), 1024 + ((number & 63) << 4) as u16)
+    }
 }
 
 /// What the kernel says of a number of runs.
@@ -109,7 +116,7 @@ impl Bulk {
         self.setup[0].store(&SetupRecord {
             len: frame.len() as u32,
             order: clients.order,
-            mask: clients.number - 1,
+            flows: clients.number,
             next_flow,
             first_addr: clients.first.into(),
             reply: clients.reply.into(),

@@ -50,15 +50,17 @@ fn restore(ctx: &XdpContext) -> Option<()> {
         }
     }
     let mut packet = XdpPacket::new(ctx.ctx);
-    let flow = setup.next_flow.load();
-    let next = match setup.order.load() {
-        pick::SAME => 0,
-        // A full-period generator modulo a power of two (Hull and Dobell).
-        pick::RANDOM => flow.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f),
-        _ => flow.wrapping_add(1),
+    let (flow, flows) = (setup.next_flow.load(), setup.flows.load());
+    let (flow, next) = match setup.order.load() {
+        pick::SAME => (0, 0),
+        // A full-period generator modulo a power of two (Hull and Dobell), of which the high bits are the best.
+        pick::RANDOM => (scale(flow, flows), flow.wrapping_mul(0x0019_660d).wrapping_add(0x3c6e_f35f)),
+        _ => {
+            let flow = if flow < flows { flow } else { 0 };
+            (flow, flow + 1)
+        }
     };
     setup.next_flow.store(next);
-    let flow = if setup.order.load() == pick::RANDOM { flow >> 8 } else { flow } & setup.mask.load();
     let addr = (setup.first_addr.load().wrapping_add(flow >> 6)).to_be();
     let port = (1024 + ((flow & 63) << 4) as u16).to_be();
     let check = !checksum::fold(u64::from(setup.header_sum.load()) + u64::from(addr));

@@ -32,9 +32,8 @@ pub const fn mh_slot(client: u32) -> u32 {
     mh_hash(MH_FIRST, client) % MH_SLOTS
 }
 
-/// Both halves of the keys of mh's two hashes.
+/// Both halves of the key of mh's first hash.
 const MH_FIRST: u64 = 2_654_435_761;
-const MH_SECOND: u64 = 2_654_446_892;
 
 /// SipHash-1-3 (Aumasson and Bernstein, 2012) of the four bytes of `value`, with a key of two equal halves; its low half.
 #[inline(always)]
@@ -146,7 +145,7 @@ pub use builders::*;
 
 #[cfg(any(feature = "std", test))]
 mod builders {
-    use super::{DH_BUCKETS, MH_FIRST, MH_SECOND, MH_SLOTS, SH_BUCKETS, mh_hash};
+    use super::{DH_BUCKETS, MH_FIRST, MH_SLOTS, SH_BUCKETS, mh_hash};
 
     /// Most entries of a wrr ring. A cycle that would be longer is built from weights scaled down.
     pub const WRR_RING_MAX: usize = 1 << 18;
@@ -169,6 +168,9 @@ mod builders {
     pub fn dh_table(count: usize) -> Vec<usize> {
         (0..count).cycle().take(DH_BUCKETS as usize).collect()
     }
+
+    /// Both halves of the key of mh's second hash.
+    const MH_SECOND: u64 = 2_654_446_892;
 
     /// A destination as mh sees it.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]

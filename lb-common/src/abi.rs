@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Incremented whenever the meaning or the layout of a pinned map changes.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
 /// A plain value and its form in shared memory.
 pub trait Word: Copy {

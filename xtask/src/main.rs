@@ -1,4 +1,4 @@
-//! What a person types: `cargo xtask setup`, `build`, `demo`, `test` and `bench`.
+//! What a person types: `cargo xtask setup`, `build`, `demo`, `test`, `mutate` and `bench`.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +12,7 @@ use crate::{setup::Scope, toolchain::Kind};
 mod build;
 mod demo;
 mod machine;
+mod mutate;
 mod setup;
 mod step;
 mod test;
@@ -46,6 +47,8 @@ enum Task {
     Demo,
     /// Checks formatting and lints, builds, and runs every test
     Test,
+    /// Breaks the flow table's protocol in many ways, one at a time, and fails if the tests do not notice
+    Mutate,
     /// Measures: the arguments go to the bench, try `cargo xtask bench --help`
     #[command(disable_help_flag = true)]
     Bench {
@@ -85,6 +88,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             let tools = setup::ensure(Scope::All, wanted)?;
             test::run(&tools)
         }
+        Task::Mutate => mutate::run(),
         Task::Bench { arguments } => {
             machine::check_privileges()?;
             let tools = setup::ensure(Scope::Run, wanted)?;

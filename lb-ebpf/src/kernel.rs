@@ -5,8 +5,8 @@ use core::{ffi::c_void, ptr};
 use aya_ebpf::{
     bindings::{
         BPF_FIB_LKUP_RET_BLACKHOLE, BPF_FIB_LKUP_RET_FWD_DISABLED, BPF_FIB_LKUP_RET_NO_NEIGH,
-        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, bpf_fib_lookup as FibLookup,
-        xdp_md,
+        BPF_FIB_LKUP_RET_NOT_FWDED, BPF_FIB_LKUP_RET_PROHIBIT, BPF_FIB_LKUP_RET_SUCCESS, BPF_FIB_LOOKUP_SRC,
+        bpf_fib_lookup as FibLookup, xdp_md,
     },
     helpers::generated::{
         bpf_csum_diff, bpf_fib_lookup, bpf_jiffies64, bpf_loop, bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_meta,
@@ -289,8 +289,6 @@ pub struct Kernel {
     pub ctx: *mut xdp_md,
     /// Ticks per second.
     pub hz: u32,
-    /// Flags for `bpf_fib_lookup`, as far as this kernel knows them.
-    pub fib_flags: u32,
 }
 
 impl Env for Kernel {
@@ -312,7 +310,7 @@ impl Env for Kernel {
 
     #[inline(always)]
     fn route4(&self, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
-        fib_lookup(self.ctx, self.fib_flags, destination, source, hop)
+        fib_lookup(self.ctx, destination, source, hop)
     }
 
     #[inline(always)]
@@ -349,7 +347,7 @@ pub fn jiffies() -> Jiffies {
 /// <https://github.com/torvalds/linux/blob/v6.12/net/core/filter.c#L5908>, `LOOPBACK_IFINDEX` in
 /// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/route.c#L2679>).
 #[inline(never)]
-fn fib_lookup(ctx: *mut xdp_md, flags: u32, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
+fn fib_lookup(ctx: *mut xdp_md, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
     // SAFETY: a plain C struct, for which zeros are a value.
     let mut query: FibLookup = unsafe { core::mem::zeroed() };
     query.family = AF_INET as u8;
@@ -357,7 +355,8 @@ fn fib_lookup(ctx: *mut xdp_md, flags: u32, destination: Ip4, source: Ip4, hop: 
     query.__bindgen_anon_3.ipv4_src = source.raw();
     query.__bindgen_anon_4.ipv4_dst = destination.raw();
     // SAFETY: a helper call with the program's own context and a struct of the size given.
-    let result = unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, flags) };
+    let result =
+        unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
     const NOT_FWDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;

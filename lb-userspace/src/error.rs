@@ -62,14 +62,14 @@ pub enum Error {
     },
 
     /// The kernel lacks something.
-    #[error("this kernel ({release}) lacks {feature}: xdpvs needs Linux 6.1 or later, built with {option}")]
+    #[error("this kernel ({release}) lacks {feature}, which xdpvs needs: {remedy}")]
     Kernel {
         /// `uname -r`.
         release: String,
         /// What is missing.
         feature: &'static str,
-        /// The build option that gives it.
-        option: &'static str,
+        /// Where to get it.
+        remedy: &'static str,
     },
 
     /// An interface that does not exist in this network namespace.

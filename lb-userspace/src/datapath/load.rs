@@ -10,7 +10,6 @@ use aya::{
     maps::{MapData, ProgramArray},
     programs::{ProgramType, SchedClassifier, Xdp},
     sys::is_helper_supported,
-    util::KernelVersion,
 };
 use aya_obj::generated::bpf_func_id;
 use lb_common::{
@@ -208,10 +207,8 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
     for name in map::ALL {
         loader.map_pin_path(name, directory.join(MAPS).join(name));
     }
-    let fib_flags = fib_flags();
     for (name, value) in [
         ("HZ", GlobalData::from(&record.hz)),
-        ("FIB_FLAGS", GlobalData::from(&fib_flags)),
         ("FLOW_BUCKETS", GlobalData::from(&record.flow_buckets)),
         ("ENDPOINT_BUCKETS", GlobalData::from(&record.endpoint_buckets)),
         ("SEED", GlobalData::from(&record.seed)),
@@ -275,12 +272,8 @@ fn random_seed() -> Result<Seed, Error> {
     Ok(Seed::new(seed))
 }
 
-/// The flags of `bpf_fib_lookup` that this kernel knows: from 6.7 on, that it names the source address.
-fn fib_flags() -> u32 {
-    const BPF_FIB_LOOKUP_SRC: u32 = 16;
-    let knows = KernelVersion::current().is_ok_and(|version| version >= KernelVersion::new(6, 7, 0));
-    if knows { BPF_FIB_LOOKUP_SRC } else { 0 }
-}
+/// Where the kernel describes its own types.
+const BTF: &str = "/sys/kernel/btf/vmlinux";
 
 /// Asks the kernel for what the programs need, so that a lack of it is named.
 fn require_kernel() -> Result<(), Error> {
@@ -288,18 +281,51 @@ fn require_kernel() -> Result<(), Error> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Error::NotRoot);
     }
-    for (kind, helper, feature, option) in [
-        (ProgramType::Xdp, BPF_FUNC_fib_lookup, "the BPF helper fib_lookup", "CONFIG_BPF_SYSCALL and CONFIG_INET"),
-        (ProgramType::Xdp, BPF_FUNC_loop, "the BPF helper loop (Linux 5.17)", "CONFIG_BPF_JIT"),
-        (ProgramType::Xdp, BPF_FUNC_timer_start, "BPF timers (Linux 5.15)", "CONFIG_BPF_SYSCALL"),
-        (ProgramType::SchedClassifier, BPF_FUNC_redirect_neigh, "the BPF helper redirect_neigh", "CONFIG_NET_CLS_BPF"),
+    let lacks = |feature, remedy| Error::Kernel { release: release(), feature, remedy };
+    for (kind, helper, feature, remedy) in [
+        (
+            ProgramType::Xdp,
+            BPF_FUNC_fib_lookup,
+            "the BPF helper fib_lookup",
+            "boot one that is built with CONFIG_BPF_SYSCALL and CONFIG_INET",
+        ),
+        (ProgramType::Xdp, BPF_FUNC_loop, "the BPF helper loop", "boot Linux 6.1 or later, built with CONFIG_BPF_JIT"),
+        (
+            ProgramType::Xdp,
+            BPF_FUNC_timer_start,
+            "BPF timers",
+            "boot Linux 6.1 or later, built with CONFIG_BPF_SYSCALL",
+        ),
+        (
+            ProgramType::SchedClassifier,
+            BPF_FUNC_redirect_neigh,
+            "the BPF helper redirect_neigh",
+            "boot Linux 6.1 or later, built with CONFIG_NET_CLS_BPF",
+        ),
     ] {
         let supported = is_helper_supported(kind, helper).map_err(|source| Error::program("probe", "a", source))?;
         if !supported {
-            return Err(Error::Kernel { release: release(), feature, option });
+            return Err(lacks(feature, remedy));
         }
     }
+    let Ok(types) = fs::read(BTF) else {
+        return Err(lacks("a description of its types", "boot one that is built with CONFIG_DEBUG_INFO_BTF"));
+    };
+    if !names_source_address(&types) {
+        return Err(lacks(
+            "BPF_FIB_LOOKUP_SRC",
+            "boot Linux 6.7 or later, or a current update of an older longterm kernel",
+        ));
+    }
     Ok(())
+}
+
+/// Whether `bpf_fib_lookup` of the kernel with these types says from which address the host would send.
+///
+/// Without, nobody would know what to put into the outer header of a tunnel. Longterm kernels had it added later: their
+/// version does not tell.
+fn names_source_address(types: &[u8]) -> bool {
+    memchr::memmem::find(types, b"\0BPF_FIB_LOOKUP_SRC\0").is_some()
 }
 
 fn release() -> String {

@@ -82,9 +82,6 @@ const _: () = assert!(size_of::<Ageing>() == size_of::<AgeingValue>());
 /// Ticks per second of the kernel.
 #[unsafe(no_mangle)]
 static HZ: Global<u32> = Global::new(250);
-/// Flags for `bpf_fib_lookup` that the kernel knows.
-#[unsafe(no_mangle)]
-static FIB_FLAGS: Global<u32> = Global::new(0);
 /// Buckets of the flow table.
 #[unsafe(no_mangle)]
 static FLOW_BUCKETS: Global<u32> = Global::new(2);
@@ -105,7 +102,7 @@ pub(crate) fn clock() -> Option<Clock> {
 /// The kernel around a program that was given `ctx`.
 #[inline(always)]
 pub(crate) fn kernel(ctx: *mut xdp_md) -> Kernel {
-    Kernel { ctx, hz: HZ.load(), fib_flags: FIB_FLAGS.load() }
+    Kernel { ctx, hz: HZ.load() }
 }
 
 /// The maps of the loaded instance.

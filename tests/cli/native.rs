@@ -1,6 +1,6 @@
 //! Commands of xdpvs itself: what they answer, and that bad input is refused in one line and changes nothing.
 
-use std::{fs, os::unix::fs::PermissionsExt as _, process::Command};
+use std::{fs, process::Command};
 
 use anyhow::{Context as _, Result};
 use lb_common::abi;
@@ -9,7 +9,7 @@ use lb_userspace::{
     netlink,
 };
 use serde_json::json;
-use xdpvs_tests::program;
+use xdpvs_tests::{lab, program};
 
 use crate::stage::{Said, Stage, WIRE};
 
@@ -389,8 +389,10 @@ impl Copied {
     fn new() -> Result<Self> {
         let path = std::env::temp_dir().join(format!("xdpvs-{}", std::process::id()));
         let copied = Self(path);
-        fs::copy(program::path()?, &copied.0)?;
-        fs::set_permissions(&copied.0, fs::Permissions::from_mode(0o755))?;
+        // By a process of its own: while this one has the copy open for writing, another test may start a process that
+        // has it open too, for a moment, and nobody can execute the copy then.
+        let (from, to) = (program::path()?, copied.0.display().to_string());
+        lab::run("install", &["--mode=755", &from.to_string_lossy(), &to])?;
         Ok(copied)
     }
 }

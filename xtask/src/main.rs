@@ -1,4 +1,4 @@
-//! What a person types: `cargo xtask setup`, `build`, `demo`, `test`, `mutate` and `bench`.
+//! What a person types: `cargo xtask setup`, `build`, `demo`, `test`, `mutate`, `miri` and `bench`.
 
 #![forbid(unsafe_code)]
 
@@ -12,6 +12,7 @@ use crate::{setup::Scope, toolchain::Kind};
 mod build;
 mod demo;
 mod machine;
+mod miri;
 mod mutate;
 mod setup;
 mod step;
@@ -49,6 +50,8 @@ enum Task {
     Test,
     /// Breaks the flow table's protocol in many ways, one at a time, and fails if the tests do not notice
     Mutate,
+    /// Runs the flow table's tests under Miri, of a nightly that has it
+    Miri,
     /// Measures: the arguments go to the bench, try `cargo xtask bench --help`
     #[command(disable_help_flag = true)]
     Bench {
@@ -89,6 +92,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             test::run(&tools)
         }
         Task::Mutate => mutate::run(),
+        Task::Miri => miri::run(),
         Task::Bench { arguments } => {
             machine::check_privileges()?;
             let tools = setup::ensure(Scope::Run, wanted)?;

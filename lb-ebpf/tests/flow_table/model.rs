@@ -346,14 +346,14 @@ proptest! {
         failure_persistence: None,
         // What this notices, it notices every time.
         rng_seed: RngSeed::Fixed(0x1234),
-        ..Config::with_cases(if cfg!(miri) { 4 } else { 500 })
+        ..Config::with_cases(if cfg!(miri) { 2 } else { 500 })
     })]
 
     #[test]
     fn the_table_is_a_map(
         buckets in prop_oneof![Just(2usize), Just(4), Just(6)],
         hashes in hashes(),
-        actions in prop::collection::vec(action(), 1..if cfg!(miri) { 40 } else { 300 }),
+        actions in prop::collection::vec(action(), 1..if cfg!(miri) { 30 } else { 300 }),
     ) {
         let mut model = Model::new(buckets, hashes);
         for action in actions {

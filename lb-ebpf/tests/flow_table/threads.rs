@@ -9,8 +9,8 @@ use lb_ebpf::{ageing::What, track::From};
 use crate::table::{ACK, FIN, HZ, Opening, Packet, SYN, Table, clock, key};
 
 const THREADS: u64 = 4;
-const ROUNDS: u32 = if cfg!(miri) { 3 } else { 50 };
-const ACTIONS: u32 = if cfg!(miri) { 30 } else { 2_000 };
+const ROUNDS: u32 = if cfg!(miri) { 1 } else { 50 };
+const ACTIONS: u32 = if cfg!(miri) { 20 } else { 2_000 };
 /// Connections that the threads are at: a few more than the table holds.
 const CLIENTS: u8 = 30;
 /// Destinations of each.

@@ -8,5 +8,7 @@ mod golden;
 mod native;
 #[path = "cli/running.rs"]
 mod running;
+#[path = "cli/secret.rs"]
+mod secret;
 #[path = "cli/stage.rs"]
 mod stage;

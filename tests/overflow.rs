@@ -34,7 +34,7 @@ const CLIENTS: u16 = 60;
 fn director(flow_buckets: u32, secret: u64, scheduler: Scheduler, method: Method, servers: &[u8]) -> World {
     let world = World::new(flow_buckets);
     let mut instance = world.tables.instance[0].load();
-    instance.seed = Seed::new([secret, !secret, secret.rotate_left(32)]).words();
+    instance.seed = Seed::new([secret, !secret, secret.rotate_left(32)]);
     world.tables.instance[0].store(&instance);
     (0..=u16::MAX >> 8).for_each(|number| world.route_client(client(number).0));
     world.change(|change| {

@@ -62,6 +62,18 @@ impl Word for u64 {
     }
 }
 
+impl Word for Seed {
+    type Shared = [Shared64; 3];
+    #[inline(always)]
+    fn load(shared: &Self::Shared) -> Self {
+        Self::from_words(Word::load(shared))
+    }
+    #[inline(always)]
+    fn store(shared: &Self::Shared, value: Self) {
+        Word::store(shared, value.words());
+    }
+}
+
 impl<T: Word, const N: usize> Word for [T; N]
 where
     [T::Shared; N]: Zeroable,
@@ -149,7 +161,7 @@ record! {
         /// Odd while a change is being applied; a reader that sees it change has read a mixture.
         generation: u64,
         /// Where the flow table and the endpoint table put things.
-        seed: [u64; 3],
+        seed: Seed,
         /// Next number of [`Service::order`] and [`Dest::order`].
         next_order: u64,
         /// Service slots that have ever been used: those from here on are free.

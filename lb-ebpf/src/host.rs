@@ -201,7 +201,7 @@ impl HostTables {
         instance.hz = hz;
         instance.flow_buckets = sizes.flow_buckets;
         instance.endpoint_buckets = sizes.endpoint_buckets;
-        instance.seed = seed.words();
+        instance.seed = seed;
         instance.next_order = 1;
         tables.instance[0].store(&instance);
         tables
@@ -218,7 +218,7 @@ macro_rules! getters {
 
 impl Tables for HostTables {
     fn seed(&self) -> Seed {
-        Seed::from_words(self.instance[0].load().seed)
+        self.instance[0].load().seed
     }
 
     fn flow_buckets(&self) -> u32 {

@@ -283,7 +283,7 @@ fn edits(shared: &Shared<'_>, wanted: &HashMap<EndpointKey4, Target>) -> Result<
         }
         taken.push(used);
     }
-    let seed = Seed::from_words(shared.instance.load().seed);
+    let seed = shared.instance.load().seed;
     for (key, target) in missing {
         let (bucket, index) = free_endpoint(&seed, &key, &mut taken).ok_or(Refusal::NoEndpoints)?;
         changed.push(EndpointEdit { bucket, index, key: Some(key), target });

@@ -104,7 +104,7 @@ fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
         max_flows: capacity.flows,
         journal: capacity.journal(),
         generation: 0,
-        seed: random_seed()?.words(),
+        seed: random_seed()?,
         next_order: 1,
         services_used: 0,
         dests_used: 0,
@@ -189,6 +189,7 @@ pub fn start_ageing(place: &Place, maps: &Maps, pace: Option<Pace>) -> Result<()
 
 /// Loads the programs, with maps that are pinned below `directory` or are pinned there now, and pins them in `pins`.
 fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Programs, Error> {
+    let seed = record.seed.words();
     let mut loader = EbpfLoader::new();
     for (name, entries) in [
         (map::JOURNAL, record.journal),
@@ -211,7 +212,7 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
         ("HZ", GlobalData::from(&record.hz)),
         ("FLOW_BUCKETS", GlobalData::from(&record.flow_buckets)),
         ("ENDPOINT_BUCKETS", GlobalData::from(&record.endpoint_buckets)),
-        ("SEED", GlobalData::from(&record.seed)),
+        ("SEED", GlobalData::from(&seed)),
     ] {
         loader.override_global(name, value, true);
     }

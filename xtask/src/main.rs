@@ -50,7 +50,7 @@ enum Task {
     Test,
     /// Breaks the flow table's protocol in many ways, one at a time, and fails if the tests do not notice
     Mutate,
-    /// Runs the flow table's tests under Miri, of a nightly that has it
+    /// Runs the flow table's tests under Miri, which is installed if it is missing
     Miri,
     /// Measures: the arguments go to the bench, try `cargo xtask bench --help`
     #[command(disable_help_flag = true)]

@@ -4,8 +4,9 @@
 use anyhow::{Context as _, Result, ensure};
 
 use crate::{
-    machine, step,
-    toolchain::{NIGHTLY, has_rustup, rustup},
+    machine,
+    step::{self, Log},
+    toolchain::{NIGHTLY, has_rustup, nightly_with_miri, rustup},
 };
 
 /// What is run, by the arguments of `cargo miri test` and those of Miri.
@@ -40,14 +41,17 @@ pub(crate) fn run() -> Result<()> {
     Ok(())
 }
 
-/// The first nightly that has Miri.
+/// A nightly that has Miri, which is installed if there is none.
 fn toolchain() -> Result<String> {
-    let remedy =
-        format!("run `rustup toolchain install {NIGHTLY} --profile minimal --component miri --component rust-src`");
-    ensure!(has_rustup(), "Miri comes by rustup alone: get it from https://rustup.rs, then {remedy}");
-    let list = step::read(&mut rustup(&["toolchain", "list"]))?;
-    let mut names = list.lines().filter_map(|line| line.split_whitespace().next());
-    let has_miri = |name: &&str| step::read(&mut rustup(&["run", name, "cargo", "miri", "--version"])).is_ok();
-    let found = names.find(|name| name.starts_with("nightly") && has_miri(name));
-    found.map(str::to_owned).with_context(|| format!("no nightly has Miri: {remedy}"))
+    ensure!(has_rustup(), "Miri comes by rustup alone: get it from https://rustup.rs, then run this again");
+    if let Some(name) = nightly_with_miri() {
+        return Ok(name);
+    }
+    let install = ["toolchain", "install", NIGHTLY, "--no-self-update", "--profile", "minimal"];
+    let mut command = rustup(&install);
+    command.args(["--component", "miri,rust-src"]);
+    let what = format!("installing {NIGHTLY} by rustup, which has Miri");
+    let mut log = Log::new()?;
+    log.run(&what, &mut command, "check the network, then run this again")?;
+    nightly_with_miri().with_context(|| format!("installed, but not usable: Miri: see {}", log.path().display()))
 }

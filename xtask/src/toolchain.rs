@@ -294,18 +294,30 @@ fn compiler(rustc: &mut Command) -> Option<Compiler> {
     (new_enough && LLVM.contains(&llvm)).then_some(Compiler { release, llvm })
 }
 
+/// The nightlies that are installed, are new enough and have the standard library's source: first the one that would be
+/// installed.
+fn nightlies() -> impl Iterator<Item = (String, Compiler)> {
+    let list = step::read(&mut rustup(&["toolchain", "list"])).unwrap_or_default();
+    let names = list.lines().filter_map(|line| line.split_whitespace().next());
+    let mut nightlies: Vec<_> = names.filter(|name| name.starts_with("nightly")).map(str::to_owned).collect();
+    nightlies.sort_by_key(|name| !name.starts_with(NIGHTLY));
+    nightlies.into_iter().filter_map(|name| {
+        let compiler = compiler(&mut rustup(&["run", &name, "rustc"]))?;
+        let sysroot = step::read(&mut rustup(&["run", &name, "rustc", "--print", "sysroot"])).ok()?;
+        let source = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core");
+        source.is_dir().then_some((name, compiler))
+    })
+}
+
 /// The nightly that can build the programs, if one is installed.
 fn nightly() -> Option<(String, Compiler)> {
-    let list = step::read(&mut rustup(&["toolchain", "list"])).ok()?;
-    let names = list.lines().filter_map(|line| line.split_whitespace().next());
-    let mut nightlies: Vec<&str> = names.filter(|name| name.starts_with("nightly")).collect();
-    nightlies.sort_by_key(|name| !name.starts_with(NIGHTLY));
-    nightlies.into_iter().find_map(|name| {
-        let compiler = compiler(&mut rustup(&["run", name, "rustc"]))?;
-        let sysroot = step::read(&mut rustup(&["run", name, "rustc", "--print", "sysroot"])).ok()?;
-        let source = Path::new(sysroot.trim()).join("lib/rustlib/src/rust/library/core");
-        source.is_dir().then(|| (name.to_owned(), compiler))
-    })
+    nightlies().next()
+}
+
+/// The nightly that has Miri, if one is installed.
+pub(crate) fn nightly_with_miri() -> Option<String> {
+    let has_miri = |name: &str| step::read(&mut rustup(&["run", name, "cargo", "miri", "--version"])).is_ok();
+    nightlies().map(|(name, _)| name).find(|name| has_miri(name))
 }
 
 /// A rustup command.

@@ -80,13 +80,13 @@ fn flush(place: &Place, selection: Selection) -> Result<u64, Refusal> {
     let mut session = Session::open(place).expect("the pins open");
     let endings = selection.endings(&session.state().expect("a whole configuration"))?;
     let control = Control::open(place).expect("the pin opens");
-    let buckets = session.maps().instance().flow_buckets;
+    let buckets = session.maps().instance().buckets();
     Ok(endings.into_iter().map(|ending| control.flush(buckets, ending).expect("the control program runs")).sum())
 }
 
 fn reader<'a>(maps: &'a Maps, control: &Control) -> Reader<'a> {
     let now = control.clock().expect("the control program runs");
-    Reader { flows: &maps.flows4, dests: &maps.dests, now, hz: maps.instance().hz }
+    Reader { flows4: &maps.flows4, flows6: &maps.flows6, dests: &maps.dests, now, hz: maps.instance().hz }
 }
 
 fn connections(place: &Place) -> Vec<Connection> {

@@ -37,6 +37,8 @@ const ELSEWHERE: &[Reason] = &[
     Reason::HeadroomExhausted,
     // Routes with an encapsulation of their own, which not every kernel has.
     Reason::RouteUnsupported,
+    // Of IPv6.
+    Reason::ExtensionHeader,
     // It takes several CPUs.
     Reason::ConfigurationChanged,
     Reason::FlowContended,

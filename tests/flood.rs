@@ -14,7 +14,7 @@ use lb_common::{
     abi::bench::{HEAD, pick},
     addr::Ip4,
     event::Event,
-    flow::{Entry as _, Word},
+    flow::{Entry as _, Key as _, Word},
     jiffies::Jiffies,
     proto::{Method, Scheduler},
     reason::Reason,

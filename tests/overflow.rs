@@ -6,7 +6,7 @@ use lb_common::{
     abi::Record as _,
     addr::Port,
     event::Event,
-    flow::{ENTRIES_PER_BUCKET, Entry as _, Entry4, Key4, Place, Word, Yield},
+    flow::{ENTRIES_PER_BUCKET, Entry as _, Entry4, Key as _, Key4, Place, Word, Yield},
     hash::Seed,
     proto::{Method, Protocol, Scheduler},
     reason::Reason,
@@ -202,7 +202,7 @@ impl Run<'_> {
 
         // Only where there is no room at all, and in order.
         let place = Place::of(Entry4::hash(&own, &self.world.tables.seed()));
-        let buckets = self.world.tables.flow_buckets();
+        let buckets = self.world.tables.flows4.len() as u32;
         let near: Vec<&Stored> = [place.first(buckets), place.second(buckets)]
             .iter()
             .flat_map(|number| before.iter().skip(*number as usize * ENTRIES_PER_BUCKET).take(ENTRIES_PER_BUCKET))

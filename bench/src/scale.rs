@@ -266,7 +266,8 @@ impl<'a> Scale<'a> {
         for _ in 0..3 {
             let begun = Instant::now();
             let now = self.control.clock()?;
-            let reader = Reader { flows: &maps.flows4, dests: &maps.dests, now, hz: maps.instance().hz };
+            let reader =
+                Reader { flows4: &maps.flows4, flows6: &maps.flows6, dests: &maps.dests, now, hz: maps.instance().hz };
             let found = reader.connections().count();
             ensure!(found == self.flows as usize, "{found} of {} connections are read", self.flows);
             least = least.min(begun.elapsed().as_secs_f64() * 1000.0);

@@ -5,7 +5,7 @@
 //! *The truth*, written by the loader alone: [`Service`] and [`Dest`], one record per slot, and the [`Config`] scalars.
 //! The slot of a destination is its number everywhere, and outlives its removal for as long as a connection uses it.
 //!
-//! *Compiled from the truth* by the loader, for the data plane to read: the [`Endpoint4`] table finds a service by
+//! *Compiled from the truth* by the loader, for the data plane to read: the [`Endpoint`] tables find a service by
 //! address and port; a [`View`] says how to choose a destination, with its lists and rings in one array of [`Slot`]s.
 //!
 //! *Written by the data plane*: flows ([`crate::flow`]), [`DestLoad`], [`DestCpu`], [`Cursor`], [`Adjacency`].
@@ -18,11 +18,11 @@ use core::cell::Cell;
 use bytemuck::{Pod, Zeroable};
 
 use crate::{
-    addr::{Ip4, Port},
+    addr::{Address, Ip4, Ip6, Port},
     hash::{Seed, scale},
     jiffies::Jiffies,
     proto::Protocol,
-    sync::{Shared32, Shared64},
+    sync::{Shared32, Shared64, opaque},
 };
 
 /// Incremented whenever the meaning or the layout of a pinned map changes.
@@ -137,16 +137,16 @@ macro_rules! record {
 
 record! {
     /// What an instance is: written once when it is created, read by every command before anything else.
-    Instance, InstanceRecord, 88 {
+    Instance, InstanceRecord, 96 {
         /// [`VERSION`] of the program that created the instance.
         abi: u32,
         /// [`LAYOUT`] of that program.
         layout: u32,
         /// Ticks per second of the kernel.
         hz: u32,
-        /// Buckets of the flow table, an even number.
+        /// Buckets of the IPv4 flow table, an even number.
         flow_buckets: u32,
-        /// Buckets of the endpoint table, a power of two.
+        /// Buckets of each endpoint table, a power of two.
         endpoint_buckets: u32,
         /// Service slots; there are twice as many views.
         services: u32,
@@ -154,7 +154,7 @@ record! {
         dests: u32,
         /// Slots for lists and rings.
         slots: u32,
-        /// Connections the flow table is sized for.
+        /// Connections the IPv4 flow table is sized for.
         max_flows: u32,
         /// Records of the journal.
         journal: u32,
@@ -168,6 +168,17 @@ record! {
         services_used: u32,
         /// Destination slots that have ever been used.
         dests_used: u32,
+        /// Buckets of the IPv6 flow table, an even number.
+        flow_buckets6: u32,
+        /// Connections the IPv6 flow table is sized for.
+        max_flows6: u32,
+    }
+}
+
+impl InstanceRecord {
+    /// Buckets of both flow tables: what sweeps and flushes go over, the IPv6 table behind the IPv4 one.
+    pub const fn buckets(&self) -> u32 {
+        self.flow_buckets + self.flow_buckets6
     }
 }
 
@@ -288,10 +299,10 @@ impl Dest {
         self.state.load() == slot::USED
     }
 
-    /// The IPv4 address.
+    /// The address.
     #[inline(always)]
-    pub fn addr4(&self) -> Ip4 {
-        Ip4::from_raw(self.addr[0].load())
+    pub fn addr<A: Address>(&self) -> A {
+        A::from_words(<[u32; 4] as Word>::load(&self.addr))
     }
 
     /// The port, 0 for that of the connection.
@@ -412,14 +423,14 @@ impl PathMtu {
 
     /// What says that packets to `addr` may have `mtu` bytes, but no less than is believed, until `until`.
     #[inline(always)]
-    pub const fn new(mtu: u16, addr: Ip4, until: Jiffies) -> Self {
+    pub fn new(mtu: u16, addr: impl Address, until: Jiffies) -> Self {
         let mtu = if mtu > Self::MIN { mtu } else { Self::MIN };
         Self(mtu as u64 | (Self::mark(addr) as u64) << 16 | (until.0 as u64) << 32)
     }
 
     /// The least of `mtu` and what was said of the way to `addr`, if that holds at `now`.
     #[inline(always)]
-    pub const fn limit(self, mtu: u32, addr: Ip4, now: Jiffies) -> u32 {
+    pub fn limit(self, mtu: u32, addr: impl Address, now: Jiffies) -> u32 {
         let said = self.0 as u16 as u32;
         let holds =
             said != 0 && (self.0 >> 16) as u16 == Self::mark(addr) && !now.reached(Jiffies((self.0 >> 32) as u32));
@@ -427,8 +438,9 @@ impl PathMtu {
     }
 
     /// Slots are used again for other destinations.
-    const fn mark(addr: Ip4) -> u16 {
-        (addr.raw() ^ addr.raw() >> 16) as u16
+    fn mark(addr: impl Address) -> u16 {
+        let number = addr.number();
+        (number ^ number >> 16) as u16
     }
 }
 
@@ -462,14 +474,14 @@ pub struct Counters {
 impl Counters {
     /// Counts a packet of `len` bytes from a client.
     #[inline(always)]
-    pub fn count_in(&self, len: u16) {
+    pub fn count_in(&self, len: u32) {
         self.packets_in.update(|packets| packets + 1);
         self.bytes_in.update(|bytes| bytes + u64::from(len));
     }
 
     /// Counts a packet of `len` bytes from the server.
     #[inline(always)]
-    pub fn count_out(&self, len: u16) {
+    pub fn count_out(&self, len: u32) {
         self.packets_out.update(|packets| packets + 1);
         self.bytes_out.update(|bytes| bytes + u64::from(len));
     }
@@ -493,10 +505,10 @@ pub struct DestCpu {
 }
 
 impl DestCpu {
-    /// The IPv4 address.
+    /// The address.
     #[inline(always)]
-    pub fn addr4(&self) -> Ip4 {
-        Ip4::from_raw(self.addr[0].get())
+    pub fn addr<A: Address>(&self) -> A {
+        A::from_words(core::array::from_fn(|index| self.addr[index].get()))
     }
 
     /// The port, 0 for that of the connection.
@@ -513,10 +525,10 @@ pub struct DestCpuRecord {
     /// The five [`Counters`].
     pub counters: [u64; 5],
     /// Everything else, which is for the data plane alone.
-    pub cache: [u64; 10],
+    pub cache: [u64; 11],
 }
 
-const _: () = assert!(size_of::<DestCpu>() == size_of::<DestCpuRecord>());
+const _: () = assert!(size_of::<DestCpu>() == size_of::<DestCpuRecord>() && size_of::<DestCpu>() == 128);
 
 /// A next hop as the kernel's routing table gave it, kept by one CPU for about a second.
 #[derive(Zeroable)]
@@ -532,16 +544,21 @@ pub struct NextHop {
     pub mtu: Cell<u32>,
     /// Destination and source address of the Ethernet header.
     pub macs: [Cell<u32>; 3],
-    /// IPv4 address the host would send from on this route, as loaded from a packet.
-    pub source: Cell<u32>,
+    /// Address the host would send from on this route, as loaded from a packet; IPv4 in the first word.
+    pub source: [Cell<u32>; 4],
     /// Address family of `gateway`: 2 (IPv4) or 10 (IPv6).
     pub gateway_family: Cell<u32>,
     /// Who to send to on that link, as loaded from a packet; IPv4 in the first word.
     pub gateway: Cell<[u32; 4]>,
-    reserved: u32,
 }
 
 impl NextHop {
+    /// The address the host would send from.
+    #[inline(always)]
+    pub fn source<A: Address>(&self) -> A {
+        A::from_words(core::array::from_fn(|index| self.source[index].get()))
+    }
+
     /// Takes over everything that `other` says.
     #[inline(always)]
     pub fn copy_from(&self, other: &Self) {
@@ -552,7 +569,9 @@ impl NextHop {
         for (mac, other) in self.macs.iter().zip(&other.macs) {
             mac.set(other.get());
         }
-        self.source.set(other.source.get());
+        for (word, other) in self.source.iter().zip(&other.source) {
+            word.set(other.get());
+        }
         self.gateway_family.set(other.gateway_family.get());
         self.gateway.set(other.gateway.get());
     }
@@ -584,10 +603,11 @@ pub const ADJACENCIES: u32 = 4096;
 
 /// What an address and port is to the director.
 #[derive(Zeroable)]
+#[zeroable(bound = "")]
 #[repr(C)]
-pub struct Endpoint4 {
-    /// See [`EndpointKey4`]; 0 for a slot that was never used.
-    key: Shared64,
+pub struct Endpoint<K: EndpointKey> {
+    /// All 0 for a slot that was never used.
+    key: K::Shared,
     /// See [`Target`]; 0 when the slot is not in use.
     target: Shared64,
 }
@@ -597,15 +617,21 @@ pub const ENDPOINTS_PER_BUCKET: usize = 4;
 /// Buckets looked at before an endpoint is known not to exist.
 pub const ENDPOINT_PROBES: u32 = 4;
 
-/// One cache line of the endpoint table.
+/// One cache line of the IPv4 endpoint table, or two of the IPv6 one.
 #[derive(Zeroable)]
+#[zeroable(bound = "")]
 #[repr(C)]
-pub struct EndpointBucket4 {
+pub struct EndpointBucket<K: EndpointKey> {
     /// The endpoints, in no order.
-    pub endpoints: [Endpoint4; ENDPOINTS_PER_BUCKET],
+    pub endpoints: [Endpoint<K>; ENDPOINTS_PER_BUCKET],
 }
 
-const _: () = assert!(size_of::<EndpointBucket4>() == 64);
+/// A bucket of the IPv4 endpoint table.
+pub type EndpointBucket4 = EndpointBucket<EndpointKey4>;
+/// A bucket of the IPv6 endpoint table.
+pub type EndpointBucket6 = EndpointBucket<EndpointKey6>;
+
+const _: () = assert!(size_of::<EndpointBucket4>() == 64 && size_of::<EndpointBucket6>() == 128);
 
 /// What is known of an endpoint.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -643,53 +669,153 @@ impl Target {
     }
 }
 
-/// An address, port and protocol, as the endpoint table is asked for them: address in bits 0-31, port in bits 32-47, both
-/// as loaded from a packet, protocol number in bits 48-55.
+/// An address, port and protocol, as an endpoint table is asked for them.
+pub trait EndpointKey: Copy + Eq + core::hash::Hash + core::fmt::Debug + 'static {
+    /// The address.
+    type Addr: Address;
+    /// The key in shared memory.
+    type Shared: Zeroable;
+
+    /// The endpoint at `port` of `addr`.
+    fn new(addr: Self::Addr, port: Port, protocol: Protocol) -> Self;
+    /// The entry that marks `addr` as the address of a service.
+    fn address(addr: Self::Addr) -> Self;
+    /// The bucket searched first, of a power of two.
+    fn bucket(&self, seed: &Seed, buckets: u32) -> u32;
+    /// Reads a key; all 0 where there has never been one.
+    fn load(shared: &Self::Shared) -> Self;
+    /// Writes the key.
+    fn store(&self, shared: &Self::Shared);
+    /// Whether this is a key, and not all 0.
+    fn is_some(&self) -> bool;
+    /// Whether both are the same, found out by one branch.
+    fn is(&self, other: &Self) -> bool;
+}
+
+/// What a port and protocol are in an [`EndpointKey4`], from bit 32 on, and in the last word of an [`EndpointKey6`].
+#[inline(always)]
+const fn port_protocol(port: Port, protocol: Protocol) -> u64 {
+    port.raw() as u64 | (protocol as u64) << 16
+}
+
+/// What stands for port and protocol in the key that marks an address.
+const ADDRESS: u64 = 1 << 24;
+
+/// An IPv4 endpoint: address in bits 0-31, port in bits 32-47, both as loaded from a packet, protocol number in bits 48-55.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct EndpointKey4(u64);
 
-impl EndpointKey4 {
-    /// The endpoint at `port` of `addr`.
+impl EndpointKey for EndpointKey4 {
+    type Addr = Ip4;
+    type Shared = Shared64;
+
     #[inline(always)]
-    pub const fn new(addr: Ip4, port: Port, protocol: Protocol) -> Self {
-        Self(addr.raw() as u64 | (port.raw() as u64) << 32 | (protocol as u64) << 48)
+    fn new(addr: Ip4, port: Port, protocol: Protocol) -> Self {
+        Self(addr.raw() as u64 | port_protocol(port, protocol) << 32)
     }
 
-    /// The entry that marks `addr` as the address of a service.
     #[inline(always)]
-    pub const fn address(addr: Ip4) -> Self {
-        Self(addr.raw() as u64 | 1 << 56)
+    fn address(addr: Ip4) -> Self {
+        Self(addr.raw() as u64 | ADDRESS << 32)
     }
 
-    /// The bucket searched first, of a power of two.
     #[inline(always)]
-    pub const fn bucket(&self, seed: &Seed, buckets: u32) -> u32 {
+    fn bucket(&self, seed: &Seed, buckets: u32) -> u32 {
         scale(seed.quick_hash(self.0), buckets)
+    }
+
+    #[inline(always)]
+    fn load(shared: &Shared64) -> Self {
+        Self(shared.load())
+    }
+
+    #[inline(always)]
+    fn store(&self, shared: &Shared64) {
+        shared.store(self.0);
+    }
+
+    #[inline(always)]
+    fn is_some(&self) -> bool {
+        self.0 != 0
+    }
+
+    #[inline(always)]
+    fn is(&self, other: &Self) -> bool {
+        self == other
     }
 }
 
-impl Endpoint4 {
+/// An IPv6 endpoint: the two words of the address, then port in bits 0-15, all as loaded from a packet, and protocol number
+/// in bits 16-23.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct EndpointKey6([u64; 3]);
+
+impl EndpointKey for EndpointKey6 {
+    type Addr = Ip6;
+    type Shared = [Shared64; 3];
+
+    #[inline(always)]
+    fn new(addr: Ip6, port: Port, protocol: Protocol) -> Self {
+        let [high, low] = addr.raw();
+        Self([high, low, port_protocol(port, protocol)])
+    }
+
+    #[inline(always)]
+    fn address(addr: Ip6) -> Self {
+        let [high, low] = addr.raw();
+        Self([high, low, ADDRESS])
+    }
+
+    #[inline(always)]
+    fn bucket(&self, seed: &Seed, buckets: u32) -> u32 {
+        let [high, low, rest] = self.0;
+        scale(seed.quick_hash(low ^ high.rotate_left(23) ^ rest.rotate_left(32)), buckets)
+    }
+
+    #[inline(always)]
+    fn load(shared: &[Shared64; 3]) -> Self {
+        Self(<[u64; 3] as Word>::load(shared))
+    }
+
+    #[inline(always)]
+    fn store(&self, shared: &[Shared64; 3]) {
+        <[u64; 3] as Word>::store(shared, self.0);
+    }
+
+    #[inline(always)]
+    fn is_some(&self) -> bool {
+        self.0[2] != 0
+    }
+
+    #[inline(always)]
+    fn is(&self, other: &Self) -> bool {
+        let ([a, b, c], [d, e, f]) = (self.0, other.0);
+        opaque((a ^ d) | (b ^ e) | (c ^ f)) == 0
+    }
+}
+
+impl<K: EndpointKey> Endpoint<K> {
     /// The target, if this slot holds `key`. A slot may be given to another key at any time: a target counts only when
     /// the key is still there after it has been read.
     #[inline(always)]
-    pub fn find(&self, key: EndpointKey4) -> Option<Target> {
-        if self.key.load() != key.0 {
+    pub fn find(&self, key: K) -> Option<Target> {
+        if !K::load(&self.key).is(&key) {
             return None;
         }
         let target = self.target.load();
-        (target != 0 && self.key.load() == key.0).then_some(Target(target))
+        (target != 0 && K::load(&self.key).is(&key)).then_some(Target(target))
     }
 
     /// Whether this slot has never held a key. The search for a key ends at a bucket with such a slot.
     #[inline(always)]
     pub fn is_virgin(&self) -> bool {
-        self.key.load() == 0
+        !K::load(&self.key).is_some()
     }
 
     /// The key and target in this slot, if it is in use.
-    pub fn read(&self) -> Option<(EndpointKey4, Target)> {
+    pub fn read(&self) -> Option<(K, Target)> {
         let target = self.target.load();
-        let key = EndpointKey4(self.key.load());
+        let key = K::load(&self.key);
         (target != 0).then_some((key, Target(target)))
     }
 
@@ -699,18 +825,17 @@ impl Endpoint4 {
     }
 
     /// Puts `key` into this slot, which is not in use. Readers find the whole of it or nothing.
-    pub fn claim(&self, key: EndpointKey4, target: Target) {
+    pub fn claim(&self, key: K, target: Target) {
         self.target.store(0);
-        self.key.store(key.0);
+        key.store(&self.key);
         self.target.store(target.0);
     }
 }
 
 /// A part of a packet's path that most packets do not take.
 ///
-/// In the kernel each is a program of its own, with a stack of its own, which the program of the first part goes on to by a
-/// tail call; so the path that most packets take makes hardly any calls. The number is the program's index in the map of
-/// stages.
+/// In the kernel each is a program of its own for either family, with a stack of its own, which the program of the first part
+/// goes on to by a tail call; so the path that most packets take makes hardly any calls.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Stage {
@@ -722,29 +847,50 @@ pub enum Stage {
     Observe,
     /// An ICMP message.
     Icmp,
-    /// A frame that is very short, not IPv4 for this host, or whose IPv4 header has options or cannot be believed.
+    /// A frame that is very short, or not for this host, or whose IP header has options or cannot be believed.
     Unusual,
     /// A client's packet of which no connection is known.
     Open,
     /// A client's packet of which no connection is known, where there may be no room for one or where it may not open one.
     Overflow,
+    /// An IPv6 packet: a stage of IPv4, for every frame is taken for IPv4 first.
+    Six,
 }
 
 impl Stage {
-    /// Every stage, in the order of their numbers.
-    pub const ALL: [Self; 7] =
+    /// Every stage that both families have, in the order of their numbers.
+    pub const COMMON: [Self; 7] =
         [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open, Self::Overflow];
+    /// Stages of IPv4, and entries of the map of stages.
+    const OF_ONE_FAMILY: u32 = 8;
+    /// Entries of the map of stages.
+    pub const PROGRAMS: u32 = 2 * Self::OF_ONE_FAMILY;
 
-    /// The name of its program.
-    pub const fn program(self) -> &'static str {
+    /// The index of its program for addresses of type `A`, in the map of stages.
+    #[inline(always)]
+    pub const fn program<A: Address>(self) -> u32 {
+        self as u32 + if A::FAMILY == Ip6::FAMILY { Self::OF_ONE_FAMILY } else { 0 }
+    }
+
+    /// Every stage of both families: the index of its program in the map of stages and the program's name.
+    pub fn programs() -> impl Iterator<Item = (u32, &'static str)> {
+        let common = Self::COMMON.into_iter();
+        let four = common.clone().map(|stage| (stage.program::<Ip4>(), stage.names()[0]));
+        let six = common.map(|stage| (stage.program::<Ip6>(), stage.names()[1]));
+        four.chain(six).chain([(Self::Six.program::<Ip4>(), Self::Six.names()[0])])
+    }
+
+    /// The names of its programs for IPv4 and IPv6.
+    const fn names(self) -> [&'static str; 2] {
         match self {
-            Self::Request => "request",
-            Self::Reply => "reply",
-            Self::Observe => "observe",
-            Self::Icmp => "icmp",
-            Self::Unusual => "unusual",
-            Self::Open => "open",
-            Self::Overflow => "overflow",
+            Self::Request => ["request", "request6"],
+            Self::Reply => ["reply", "reply6"],
+            Self::Observe => ["observe", "observe6"],
+            Self::Icmp => ["icmp", "icmp6"],
+            Self::Unusual => ["unusual", "unusual6"],
+            Self::Open => ["open", "open6"],
+            Self::Overflow => ["overflow", "overflow6"],
+            Self::Six => ["six", "six"],
         }
     }
 }
@@ -939,10 +1085,12 @@ pub const LAYOUT: u32 = {
         size_of::<EndpointBucket4>(),
         size_of::<JournalSlot>(),
         size_of::<AgeingValue>(),
+        size_of::<EndpointBucket6>(),
         size_of::<crate::flow::Bucket4>(),
+        size_of::<crate::flow::Bucket6>(),
         crate::reason::Reason::ALL.len(),
         crate::event::Event::ALL.len(),
-        Stage::ALL.len(),
+        Stage::PROGRAMS as usize,
     ];
     // FNV-1a over the sizes.
     let mut hash = 0x811c_9dc5u32;
@@ -987,7 +1135,7 @@ mod tests {
 
     #[test]
     fn an_endpoint_is_found_until_its_slot_is_given_up() {
-        let slot = Endpoint4::zeroed();
+        let slot = Endpoint::<EndpointKey4>::zeroed();
         let web = EndpointKey4::new(Ip4::new([10, 0, 0, 1]), Port::new(80), Protocol::Tcp);
         let dns = EndpointKey4::new(Ip4::new([10, 0, 0, 1]), Port::new(53), Protocol::Udp);
         assert!(slot.is_virgin() && slot.find(web).is_none());
@@ -1002,9 +1150,10 @@ mod tests {
 
     #[test]
     fn the_address_marker_is_no_endpoint() {
-        let addr = Ip4::new([10, 0, 0, 1]);
+        let (four, six) = (Ip4::new([10, 0, 0, 1]), Ip6::new([7; 16]));
         for protocol in [Protocol::Tcp, Protocol::Udp] {
-            assert_ne!(EndpointKey4::address(addr), EndpointKey4::new(addr, Port::new(0), protocol));
+            assert_ne!(EndpointKey4::address(four), EndpointKey4::new(four, Port::new(0), protocol));
+            assert_ne!(EndpointKey6::address(six), EndpointKey6::new(six, Port::new(0), protocol));
         }
     }
 

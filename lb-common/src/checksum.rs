@@ -7,6 +7,8 @@
 //! RFC 1624: when a word m of the summed data becomes m', the checksum HC becomes HC' = ~(~HC + ~m + m'). A [`Delta`]
 //! collects the ~m + m' of all changes and is applied once.
 
+use crate::addr::Ip6;
+
 /// The change of a one's complement sum, to be applied to any number of checksums that cover the changed words.
 #[derive(Clone, Copy, Default)]
 pub struct Delta(u64);
@@ -35,6 +37,13 @@ impl Delta {
     #[inline(always)]
     pub const fn dword(self, old: u32, new: u32) -> Self {
         Self(self.0 + (!old) as u64 + new as u64)
+    }
+
+    /// The delta after an IPv6 address, aligned to 16 bits in the packet, changed from `old` to `new`.
+    #[inline(always)]
+    pub const fn address(self, old: Ip6, new: Ip6) -> Self {
+        let ([a, b], [c, d]) = (old.raw(), new.raw());
+        Self(self.0 + halves(!a) + halves(!b) + halves(c) + halves(d))
     }
 
     /// The checksum of data that had the checksum `old` before the change.
@@ -79,6 +88,21 @@ pub const fn sum5(words: [u32; 5]) -> u64 {
 #[inline(always)]
 pub const fn pseudo_header4(source: u32, destination: u32, protocol: u8, length: u16) -> u64 {
     source as u64 + destination as u64 + (protocol as u16).to_be() as u64 + length.to_be() as u64
+}
+
+/// The two 32-bit words of `word`, added.
+#[inline(always)]
+const fn halves(word: u64) -> u64 {
+    (word >> 32) + (word & 0xffff_ffff)
+}
+
+/// The unfolded sum of the pseudo header of RFC 8200 section 8.1.
+///
+/// `protocol` its number; `length` of the transport header and payload in bytes, host order.
+#[inline(always)]
+pub const fn pseudo_header6(source: Ip6, destination: Ip6, protocol: u8, length: u32) -> u64 {
+    let ([a, b], [c, d]) = (source.raw(), destination.raw());
+    halves(a) + halves(b) + halves(c) + halves(d) + (protocol as u32).to_be() as u64 + length.to_be() as u64
 }
 
 /// The unfolded sum of `bytes`, as if followed by a zero byte when their number is odd.

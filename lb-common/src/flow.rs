@@ -2,7 +2,7 @@
 //!
 //! # One entry
 //!
-//! An entry is half a cache line (IPv4). Its `word` is the only field that changes while the entry is live, always by
+//! An entry is half a cache line (IPv4) or one (IPv6). Its `word` is the only field that changes while the entry is live, always by
 //! compare-exchange, and it says everything that a packet may change: the time it expires, its TCP state, its flags.
 //! The other fields are written by the one CPU that has claimed the entry and are constant until the entry is free
 //! again. So a reader that finds the same version in the word before and after it has read the other fields has read
@@ -31,8 +31,8 @@
 use bytemuck::Zeroable;
 
 use crate::{
-    abi::Dest,
-    addr::{Ip4, Port},
+    abi::{Dest, EndpointKey as _},
+    addr::{Address, Ip4, Ip6, Port},
     hash::{Seed, mix, scale},
     jiffies::Jiffies,
     proto::{Method, Protocol},
@@ -330,6 +330,42 @@ impl core::fmt::Debug for Word {
 }
 
 /// Who speaks to whom: what makes a packet of the client belong to a connection.
+pub trait Key: Copy + PartialEq + core::fmt::Debug {
+    /// The addresses of both.
+    type Addr: Address;
+
+    /// The connections of `protocol` from `caddr` to `vaddr`, with both ports as loaded from the client's packet at once.
+    fn from_raw(protocol: Protocol, caddr: Self::Addr, ports: u32, vaddr: Self::Addr) -> Self;
+
+    /// The connections of `protocol` between a client and a service.
+    #[inline(always)]
+    fn new(protocol: Protocol, client: (Self::Addr, Port), service: (Self::Addr, Port)) -> Self {
+        Self::from_raw(protocol, client.0, client.1.raw() as u32 | (service.1.raw() as u32) << 16, service.0)
+    }
+
+    /// The client's address.
+    fn caddr(&self) -> Self::Addr;
+    /// The service's address.
+    fn vaddr(&self) -> Self::Addr;
+    /// Both ports as in a packet of the client: the client's in the low half.
+    fn ports(&self) -> u32;
+    /// The transport protocol.
+    fn protocol(&self) -> Protocol;
+
+    /// The client's port.
+    #[inline(always)]
+    fn cport(&self) -> Port {
+        Port::from_raw(self.ports() as u16)
+    }
+
+    /// The service's port.
+    #[inline(always)]
+    fn vport(&self) -> Port {
+        Port::from_raw((self.ports() >> 16) as u16)
+    }
+}
+
+/// Who speaks to whom by IPv4.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Key4 {
     /// Client address in bits 0-31, client port in bits 32-47, service port in bits 48-63, each as loaded from a packet.
@@ -342,63 +378,110 @@ pub struct Key4 {
 }
 
 impl Key4 {
-    /// The connections of `protocol` between a client and a service.
-    #[inline(always)]
-    pub const fn new(protocol: Protocol, client: (Ip4, Port), service: (Ip4, Port)) -> Self {
-        Self::from_raw(protocol, client.0, client.1.raw() as u32 | (service.1.raw() as u32) << 16, service.0)
-    }
-
-    /// The connections of `protocol` from `caddr` to `vaddr`, with both ports as loaded from the client's packet at once.
-    #[inline(always)]
-    pub const fn from_raw(protocol: Protocol, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
-        Self {
-            peer: caddr.raw() as u64 | (ports as u64) << 32,
-            rest: vaddr.raw() as u64 | (3 | protocol_bits(protocol)) << 32,
-        }
-    }
-
     /// What bits 0-3 of the word of such a connection are.
     #[inline(always)]
     const fn live(&self) -> u64 {
         self.rest >> 32
     }
+}
 
-    /// The client's address.
+impl Key for Key4 {
+    type Addr = Ip4;
+
     #[inline(always)]
-    pub const fn caddr(&self) -> Ip4 {
+    fn from_raw(protocol: Protocol, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
+        Self { peer: caddr.raw() as u64 | (ports as u64) << 32, rest: vaddr.raw() as u64 | live_bits(protocol) << 32 }
+    }
+
+    #[inline(always)]
+    fn caddr(&self) -> Ip4 {
         Ip4::from_raw(self.peer as u32)
     }
 
-    /// The client's port.
     #[inline(always)]
-    pub const fn cport(&self) -> Port {
-        Port::from_raw((self.peer >> 32) as u16)
-    }
-
-    /// The service's address.
-    #[inline(always)]
-    pub const fn vaddr(&self) -> Ip4 {
+    fn vaddr(&self) -> Ip4 {
         Ip4::from_raw(self.rest as u32)
     }
 
-    /// The service's port.
     #[inline(always)]
-    pub const fn vport(&self) -> Port {
-        Port::from_raw((self.peer >> 48) as u16)
+    fn ports(&self) -> u32 {
+        (self.peer >> 32) as u32
     }
 
-    /// The transport protocol.
     #[inline(always)]
-    pub const fn protocol(&self) -> Protocol {
+    fn protocol(&self) -> Protocol {
         Word(self.live()).protocol()
     }
 }
 
+/// Who speaks to whom by IPv6.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Key6 {
+    caddr: Ip6,
+    vaddr: Ip6,
+    /// Both ports, the client's in bits 0-15, the service's in bits 16-31, as loaded from a packet; in bits 32-35 what bits
+    /// 0-3 of the word of such a connection are.
+    rest: u64,
+}
+
+impl Key6 {
+    /// What bits 0-3 of the word of such a connection are.
+    #[inline(always)]
+    const fn live(&self) -> u64 {
+        self.rest >> 32
+    }
+}
+
+impl Key for Key6 {
+    type Addr = Ip6;
+
+    #[inline(always)]
+    fn from_raw(protocol: Protocol, caddr: Ip6, ports: u32, vaddr: Ip6) -> Self {
+        Self { caddr, vaddr, rest: ports as u64 | live_bits(protocol) << 32 }
+    }
+
+    #[inline(always)]
+    fn caddr(&self) -> Ip6 {
+        self.caddr
+    }
+
+    #[inline(always)]
+    fn vaddr(&self) -> Ip6 {
+        self.vaddr
+    }
+
+    #[inline(always)]
+    fn ports(&self) -> u32 {
+        self.rest as u32
+    }
+
+    #[inline(always)]
+    fn protocol(&self) -> Protocol {
+        Word(self.live()).protocol()
+    }
+}
+
+fn show<K: Key>(key: &K, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+    let (caddr, cport, vaddr, vport) = (key.caddr(), key.cport(), key.vaddr(), key.vport());
+    write!(f, "{} {caddr:?} {cport:?} -> {vaddr:?} {vport:?}", key.protocol())
+}
+
 impl core::fmt::Debug for Key4 {
     fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        let (caddr, cport, vaddr, vport) = (self.caddr(), self.cport(), self.vaddr(), self.vport());
-        write!(f, "{} {caddr:?}:{cport:?} -> {vaddr:?}:{vport:?}", self.protocol())
+        show(self, f)
     }
+}
+
+impl core::fmt::Debug for Key6 {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        show(self, f)
+    }
+}
+
+/// What bits 0-3 of the word of a live connection of `protocol` are.
+#[inline(always)]
+const fn live_bits(protocol: Protocol) -> u64 {
+    3 | protocol_bits(protocol)
 }
 
 /// A protocol as bits 2-3 of a word.
@@ -441,24 +524,50 @@ impl Entry4 {
     }
 }
 
-/// A real server's address and port, as a word: address in bits 0-31, port in bits 32-47, both as loaded from a packet.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Server4(u64);
+/// An IPv6 connection: a cache line.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct Entry6 {
+    /// See [`Word`].
+    pub word: Shared64,
+    /// Client address as loaded from a packet.
+    caddr: [Shared64; 2],
+    /// Client port (bits 0-15) and service port (16-31), each as loaded from a packet.
+    ports: Shared32,
+    /// Number of the destination.
+    pub dest: Shared32,
+    /// Service address as loaded from a packet.
+    vaddr: [Shared64; 2],
+    /// Where the client was last reached: see [`Hint`].
+    pub hint: Shared32,
+    reserved: [Shared32; 3],
+}
 
-impl Server4 {
-    /// The server at `port` of `addr`.
+impl Entry6 {
     #[inline(always)]
-    pub const fn new(addr: Ip4, port: Port) -> Self {
-        Self(addr.raw() as u64 | (port.raw() as u64) << 32)
+    fn caddr(&self) -> Ip6 {
+        Ip6::from_raw([self.caddr[0].load(), self.caddr[1].load()])
     }
+
+    #[inline(always)]
+    fn vaddr(&self) -> Ip6 {
+        Ip6::from_raw([self.vaddr[0].load(), self.vaddr[1].load()])
+    }
+}
+
+/// 0 when both are the same address.
+#[inline(always)]
+const fn difference6(a: Ip6, b: Ip6) -> u64 {
+    let ([a, b], [c, d]) = (a.raw(), b.raw());
+    (a ^ c) | (b ^ d)
 }
 
 /// Entries in a bucket.
 pub const ENTRIES_PER_BUCKET: usize = 10;
-/// Pairs of entries in a bucket. An IPv4 pair is a cache line.
+/// Pairs of entries in a bucket. An IPv4 pair is a cache line, an IPv6 pair is two.
 pub const PAIRS: usize = ENTRIES_PER_BUCKET / 2;
 
-/// A bucket of a flow table. An IPv4 bucket is five cache lines.
+/// A bucket of a flow table. An IPv4 bucket is five cache lines, an IPv6 bucket is ten.
 #[derive(Zeroable)]
 #[repr(C)]
 pub struct Bucket<E> {
@@ -483,14 +592,18 @@ impl<E: Zeroable> Bucket<E> {
 /// A bucket of the IPv4 flow table.
 pub type Bucket4 = Bucket<Entry4>;
 
+/// A bucket of the IPv6 flow table.
+pub type Bucket6 = Bucket<Entry6>;
+
 const _: () = assert!(size_of::<Entry4>() == 32 && size_of::<Bucket4>() == 320);
+const _: () = assert!(size_of::<Entry6>() == 64 && size_of::<Bucket6>() == 640);
 
 /// A flow-table entry of some address family.
 pub trait Entry: Zeroable + 'static {
+    /// The addresses of its ends.
+    type Addr: Address<Entry = Self>;
     /// What tells connections apart.
-    type Key: Copy + PartialEq;
-    /// A real server's address and port.
-    type Server: Copy;
+    type Key: Key<Addr = Self::Addr>;
 
     /// The state word.
     fn word(&self) -> &Shared64;
@@ -514,8 +627,12 @@ pub trait Entry: Zeroable + 'static {
     fn is_of_other_client(&self, key: &Self::Key) -> usize;
     /// Whether this is a connection with the protocol, client address and client port of `key`.
     fn is_of_client(&self, key: &Self::Key, word: Word) -> bool;
-    /// Whether the masqueraded connection `key`, with `word` as its word, to `dest` is to `server`.
-    fn is_served_by(key: &Self::Key, word: Word, dest: &Dest, server: Self::Server) -> bool;
+    /// Whether the masqueraded connection `key`, with `word` as its word, to `dest` is to the server at this endpoint.
+    #[inline(always)]
+    fn is_served_by(key: &Self::Key, word: Word, dest: &Dest, server: Endpoint<Self>) -> bool {
+        let endpoint = |addr, port| Endpoint::<Self>::new(addr, port, key.protocol());
+        word.method() == Method::Masq as u8 && endpoint(dest.addr(), word.port(dest.port(), key.vport())).is(&server)
+    }
     /// Writes addresses and ports. Only the CPU that has claimed the entry may call this.
     fn fill(&self, key: &Self::Key, dest: u32);
     /// Addresses and ports as they stand, with the protocol of `word`.
@@ -528,9 +645,12 @@ pub trait Entry: Zeroable + 'static {
     fn common_hash(key: &Self::Key) -> u64;
 }
 
+/// An address, port and protocol of the family of an entry.
+pub type Endpoint<E> = <<E as Entry>::Addr as Address>::Endpoint;
+
 impl Entry for Entry4 {
+    type Addr = Ip4;
     type Key = Key4;
-    type Server = Server4;
 
     #[inline(always)]
     fn word(&self) -> &Shared64 {
@@ -568,11 +688,6 @@ impl Entry for Entry4 {
     }
 
     #[inline(always)]
-    fn is_served_by(key: &Key4, word: Word, dest: &Dest, server: Server4) -> bool {
-        word.method() == Method::Masq as u8 && Server4::new(dest.addr4(), word.port(dest.port(), key.vport())) == server
-    }
-
-    #[inline(always)]
     fn fill(&self, key: &Key4, dest: u32) {
         self.peer.store(key.peer);
         self.vaddr.store(key.rest as u32);
@@ -598,6 +713,89 @@ impl Entry for Entry4 {
     #[inline(always)]
     fn common_hash(key: &Key4) -> u64 {
         mix(mix(key.peer) ^ key.rest)
+    }
+}
+
+impl Entry for Entry6 {
+    type Addr = Ip6;
+    type Key = Key6;
+
+    #[inline(always)]
+    fn word(&self) -> &Shared64 {
+        &self.word
+    }
+
+    #[inline(always)]
+    fn dest(&self) -> &Shared32 {
+        &self.dest
+    }
+
+    #[inline(always)]
+    fn hint(&self) -> &Shared32 {
+        &self.hint
+    }
+
+    #[inline(always)]
+    fn difference(&self, key: &Key6, word: Word) -> u64 {
+        let rest = u64::from(self.ports.load()) | (word.0 & 0xf) << 32;
+        difference6(self.caddr(), key.caddr) | difference6(self.vaddr(), key.vaddr) | (rest ^ key.rest)
+    }
+
+    #[inline(always)]
+    fn is_other(&self, key: &Key6) -> usize {
+        nonzero((self.caddr[1].load() ^ key.caddr.raw()[1]) | u64::from(self.ports.load() ^ key.ports())) as usize
+    }
+
+    #[inline(always)]
+    fn is_of_other_client(&self, key: &Key6) -> usize {
+        let ports = u64::from((self.ports.load() ^ key.ports()) & 0xffff);
+        nonzero((self.caddr[1].load() ^ key.caddr.raw()[1]) | ports) as usize
+    }
+
+    #[inline(always)]
+    fn is_of_client(&self, key: &Key6, word: Word) -> bool {
+        let ports = u64::from((self.ports.load() ^ key.ports()) & 0xffff);
+        difference6(self.caddr(), key.caddr) | ports == 0 && word.0 & 0xf == key.live()
+    }
+
+    #[inline(always)]
+    fn fill(&self, key: &Key6, dest: u32) {
+        for (word, value) in self.caddr.iter().zip(key.caddr.raw()) {
+            word.store(value);
+        }
+        for (word, value) in self.vaddr.iter().zip(key.vaddr.raw()) {
+            word.store(value);
+        }
+        self.ports.store(key.ports());
+        self.dest.store(dest);
+        self.hint.store(0);
+    }
+
+    #[inline(always)]
+    fn key(&self, word: Word) -> Key6 {
+        Key6 { caddr: self.caddr(), vaddr: self.vaddr(), rest: u64::from(self.ports.load()) | (word.0 & 0xf) << 32 }
+    }
+
+    #[inline(always)]
+    fn hash(key: &Key6, seed: &Seed) -> u64 {
+        let [high, low] = key.caddr.raw();
+        // One round for each word: whoever chooses the words can then no more make two of them cancel out than guess the seed.
+        let network = seed.hash(high);
+        let client = seed.hash(network ^ low);
+        seed.hash(client ^ u64::from(key.cport().raw()) ^ key.live() << 48)
+    }
+
+    #[inline(always)]
+    fn tag(key: &Key6, hash: u64) -> u32 {
+        let [high, low] = key.vaddr.raw();
+        let vaddr = high ^ low.rotate_left(17);
+        (hash >> 16) as u32 ^ (vaddr >> 32) as u32 ^ vaddr as u32 ^ u32::from(key.vport().raw())
+    }
+
+    #[inline(always)]
+    fn common_hash(key: &Key6) -> u64 {
+        let ([a, b], [c, d]) = (key.caddr.raw(), key.vaddr.raw());
+        mix(mix(mix(mix(mix(a) ^ b) ^ c) ^ d) ^ key.rest)
     }
 }
 

@@ -53,7 +53,7 @@ macro_rules! reasons {
 }
 
 reasons! {
-    Passed NotIp = 0, "not-ip", "is neither IPv4 nor a frame the director looks into: ARP, a VLAN tag, another protocol";
+    Passed NotIp = 0, "not-ip", "is neither IPv4 nor IPv6: ARP, a VLAN tag, another protocol";
     Passed NotUnicast = 1, "not-unicast", "was sent to a link-layer group address";
     Passed NotService = 2, "not-service", "belongs to no service and is no reply of a real server";
     Passed NoConnection = 3, "no-connection", "is a TCP segment to a service, opens no connection and belongs to none";
@@ -80,7 +80,7 @@ reasons! {
         "is larger than the path to its next hop and would have to be fragmented";
     Dropped NoRoute = 22, "no-route", "has no route to its next hop";
     Dropped RouteUnsupported = 23, "route-unsupported", "has a route that an XDP program cannot follow";
-    Dropped ForwardingOff = 24, "forwarding-off", "could not be routed because net.ipv4.conf.lo.forwarding is off";
+    Dropped ForwardingOff = 24, "forwarding-off", "could not be routed because net.ipv4.conf.lo.forwarding or net.ipv6.conf.lo.forwarding is off";
     Dropped MetadataUnsupported = 25, "metadata-unsupported",
         "needs a link-layer address that is unknown, on an interface whose driver cannot hand it to the host";
     Dropped HeadroomExhausted = 26, "headroom-exhausted", "could not be encapsulated for want of room before it";
@@ -99,6 +99,7 @@ reasons! {
         "opens a connection from an address that no packet may come from: none, a group's, or a loopback one from outside";
     Dropped TunnelError = 36, "tunnel-error",
         "is an ICMP error about a packet in a tunnel that the client is not told of: it may be fragmented, or there have been too many";
+    Dropped ExtensionHeader = 37, "extension-header", "is for a service address and has an IPv6 extension header";
 }
 
 #[cfg(test)]

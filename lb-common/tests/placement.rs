@@ -3,7 +3,7 @@
 
 use lb_common::{
     addr::{Ip4, Port},
-    flow::{Entry as _, Entry4, Key4, PAIRS, Place},
+    flow::{Entry as _, Entry4, Key as _, Key4, PAIRS, Place},
     hash::Seed,
     proto::Protocol,
 };

@@ -2,7 +2,7 @@
 
 use lb_common::{
     abi::control,
-    flow::{Entry, Word},
+    flow::{Entry, Entry4, Entry6, Word},
 };
 
 use crate::{
@@ -18,7 +18,7 @@ const END_ATTEMPTS: usize = 3;
 pub struct Sweep<'t, T> {
     /// The tables.
     pub tables: &'t T,
-    /// The first bucket; the scan's index is added to it.
+    /// The first bucket; the scan's index is added to it. The buckets of the IPv6 table come after those of the IPv4 one.
     pub first: u32,
     /// Which connections end.
     pub what: What,
@@ -38,13 +38,13 @@ pub enum What {
 }
 
 impl<T: Tables> Sweep<'_, T> {
-    /// Ends the connections of one bucket.
+    /// Ends the connections of the bucket with this index in its own table.
     #[inline(always)]
     pub fn bucket<E: Entry>(&mut self, index: u32)
     where
         T: Buckets<E>,
     {
-        let Some(bucket) = self.tables.bucket(self.first + index) else { return };
+        let Some(bucket) = self.tables.bucket(index) else { return };
         for entry in bucket.entries() {
             for _ in 0..END_ATTEMPTS {
                 let word = Word(entry.word().load());
@@ -72,10 +72,20 @@ impl<T: Tables> Sweep<'_, T> {
     }
 }
 
-impl<T: Buckets<lb_common::flow::Entry4>> Scan for Sweep<'_, T> {
+/// How many buckets both tables have.
+#[inline(always)]
+pub fn buckets<T: Buckets<Entry4> + Buckets<Entry6>>(tables: &T) -> u32 {
+    Buckets::<Entry4>::buckets(tables) + Buckets::<Entry6>::buckets(tables)
+}
+
+impl<T: Buckets<Entry4> + Buckets<Entry6>> Scan for Sweep<'_, T> {
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
-        self.bucket(index);
+        let index = self.first + index;
+        match index.checked_sub(Buckets::<Entry4>::buckets(self.tables)) {
+            None => self.bucket::<Entry4>(index),
+            Some(index) => self.bucket::<Entry6>(index),
+        }
         true
     }
 }

@@ -5,7 +5,7 @@
 use lb_common::{
     abi::{Brought, ConnectionRecord},
     addr::Ip4,
-    flow::{Entry as _, Entry4, Key4, Place, Word, flag},
+    flow::{Entry as _, Entry4, Key as _, Key4, Place, Word, flag},
     proto::{Method, Protocol},
     tcp,
 };
@@ -46,7 +46,7 @@ pub fn bring(tables: &impl Buckets<Entry4>, clock: Clock, record: &ConnectionRec
         | if dest.port().raw() == 0 { flag::SERVICE_PORT } else { 0 };
     // Verifier: hidden, or it would follow the insert once for every combination of flags.
     let birth = Word(tables.hide(Word::born(protocol, state, method, flags, clock.now.after(record.remaining)).0));
-    match flow_table::insert(tables, &Insert { key, place, dest: record.dest, birth, clock }) {
+    match flow_table::insert(tables, &Insert { key: &key, place, dest: record.dest, birth, clock }) {
         Inserted::New => Brought::New,
         Inserted::Full => Brought::Full,
         // Another CPU has just created it.
@@ -71,7 +71,7 @@ mod tests {
     const ESTABLISHED: u32 = tcp::State::Established as u32;
 
     fn tables(flow_buckets: u32) -> HostTables {
-        let sizes = HostSizes { services: 1, dests: 2, slots: 1, endpoint_buckets: 1, flow_buckets };
+        let sizes = HostSizes { services: 1, dests: 2, slots: 1, endpoint_buckets: 1, flow_buckets, flow_buckets6: 2 };
         let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let tables = HostTables::new(sizes, seed, CLOCK.hz);
         let method = u32::from(Method::Route as u8) << 16;

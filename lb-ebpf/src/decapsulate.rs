@@ -18,7 +18,7 @@ use network_types::{
 
 use crate::{
     packet::Packet,
-    parse::{self, Ip4Packet},
+    parse::{self, Ip, Ip4Packet},
     tunnel::{ECN_CE, ECN_ECT0, ECN_ECT1, ECN_MASK, ECN_NOT_ECT, IPPROTO_IPIP},
 };
 
@@ -51,7 +51,7 @@ pub fn decapsulate(packet: &mut impl Packet, addresses: &impl VirtualAddresses) 
 /// cannot be seen: the host knows what to do about such a frame.
 #[inline(always)]
 fn carried(packet: &impl Packet) -> Option<(usize, Ip4)> {
-    parse::frame(packet).ok()?;
+    parse::frame::<Ip4Packet>(packet).ok()?;
     let header: Ipv4Hdr = packet.read(EthHdr::LEN)?;
     let header_len = usize::from(header.ihl());
     // Behind the header of any but the first fragment is some piece of a packet.
@@ -68,7 +68,7 @@ fn carried(packet: &impl Packet) -> Option<(usize, Ip4)> {
 #[inline(always)]
 fn take_out(packet: &mut impl Packet, inner: usize) -> Result<(), Decapsulation> {
     // Of the reasons not to believe the header, only its length is left; the others make it one that carries nothing.
-    let outer = parse::ipv4(packet).map_err(|_| Decapsulation::OuterTotalLength)?;
+    let outer = Ip4Packet::parse(packet).map_err(|_| Decapsulation::OuterTotalLength)?;
     if outer.is_fragment() {
         return Err(Decapsulation::OuterFragment);
     }
@@ -84,11 +84,11 @@ fn take_out(packet: &mut impl Packet, inner: usize) -> Result<(), Decapsulation>
     let ether_type = core::mem::offset_of!(EthHdr, ether_type);
     packet.write(ether_type, EtherType::Ipv4 as u16).ok_or(Decapsulation::Impossible)?;
 
-    let inner = parse::ipv4(packet).map_err(distrust)?;
-    if inner.transport > EthHdr::LEN + room {
+    let inner = Ip4Packet::parse(packet).map_err(distrust)?;
+    if inner.transport() > EthHdr::LEN + room {
         return Err(Decapsulation::InnerTruncated);
     }
-    if usize::from(inner.len()) > room {
+    if inner.len() as usize > room {
         return Err(Decapsulation::InnerTotalLength);
     }
     if !inner.checksum_holds(packet) {

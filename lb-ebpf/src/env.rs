@@ -1,6 +1,6 @@
 //! The kernel around the pipeline: its clock and its routing table.
 
-use lb_common::{abi::NextHop, addr::Ip4, jiffies::Jiffies, reason::Reason};
+use lb_common::{abi::NextHop, addr::Address, jiffies::Jiffies, reason::Reason};
 
 /// The clock of one packet.
 #[derive(Clone, Copy, Debug)]
@@ -29,13 +29,13 @@ pub trait Env {
     /// Index of the interface the packet came in by.
     fn ingress(&self) -> u32;
 
-    /// Asks the routing table for the way to `destination`, as for a packet of this host from `source` (0: any), and
-    /// writes it to `hop`, all but the time.
+    /// Asks the routing table for the way to `destination`, as for a packet of this host from `source` (the default: any),
+    /// and writes it to `hop`, all but the time.
     ///
     /// # Errors
     ///
     /// Why there is no way; nothing is written then.
-    fn route4(&self, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason>;
+    fn route<A: Address>(&self, destination: A, source: A, hop: &NextHop) -> Result<(), Reason>;
 
     /// Calls `scan` for 0, 1, 2, … until it has enough or `count` is reached.
     fn scan<S: Scan>(&self, count: u32, scan: &mut S);

@@ -15,7 +15,7 @@
 use lb_common::{
     abi::{ONE_ACTIVE, ONE_CONNECTION},
     event::Event,
-    flow::{Bucket, Candidate, ENTRIES_PER_BUCKET, Entry, PAIRS, Place, Status, Word, flag, nonzero},
+    flow::{Bucket, Candidate, ENTRIES_PER_BUCKET, Endpoint, Entry, PAIRS, Place, Status, Word, flag, nonzero},
     jiffies::Jiffies,
     sync::opaque,
 };
@@ -49,19 +49,21 @@ pub struct Found<'t, E> {
 
 /// The bucket table of one address family.
 pub trait Buckets<E: Entry>: Tables {
+    /// How many buckets there are: an even number.
+    fn buckets(&self) -> u32;
     /// The bucket with this index.
     fn bucket(&self, index: u32) -> Option<&Bucket<E>>;
 }
 
-/// The connection in `entry` and its key if it is the one wanted: if `is_it` returns its key.
-///
-/// The word is read before and after everything else, so that all of it is of one connection.
+/// The connection in `entry`, with this word, if it is the one wanted, and if all that has been read of it is of one connection:
+/// the word is read again after everything else.
 #[inline(always)]
-fn believe<E: Entry>(entry: &E, is_it: impl FnOnce(&E, Word) -> Option<E::Key>) -> Option<(Found<'_, E>, E::Key)> {
-    let word = Word(entry.word().load());
-    let key = is_it(entry, word)?;
+fn believe<E: Entry>(entry: &E, word: Word, wanted: bool) -> Option<Found<'_, E>> {
+    if !wanted {
+        return None;
+    }
     let dest = entry.dest().load();
-    Word(entry.word().load()).same_life(word).then_some((Found { entry, word, dest }, key))
+    Word(entry.word().load()).same_life(word).then_some(Found { entry, word, dest })
 }
 
 /// The result of [`search`] when it has found nothing.
@@ -74,7 +76,7 @@ const NOTHING: u64 = u64::MAX;
 /// it; and so is the result, or it would follow the rest of the program once for every pair.
 #[inline(always)]
 fn search<'t, E: Entry>(tables: &'t impl Buckets<E>, place: Place, look: impl Fn(&'t [E; 2]) -> bool) -> u64 {
-    let buckets = tables.flow_buckets();
+    let buckets = tables.buckets();
     for number in [place.first(buckets), place.second(buckets)] {
         let Some(bucket) = tables.bucket(number) else { break };
         for turn in 0..turns(PAIRS) {
@@ -106,7 +108,7 @@ fn pair_at<E: Entry>(tables: &impl Buckets<E>, found: u64) -> Option<&[E; 2]> {
 /// The pair that a search begins with. Nearly always the connection is in it: one cache line.
 #[inline(always)]
 fn first_pair<E: Entry>(tables: &impl Buckets<E>, place: Place) -> Option<&[E; 2]> {
-    tables.bucket(place.first(tables.flow_buckets()))?.pairs.get(opaque(place.start()) as usize)
+    tables.bucket(place.first(tables.buckets()))?.pairs.get(opaque(place.start()) as usize)
 }
 
 /// The connection `key`, if there is one; it may be past its time.
@@ -127,8 +129,8 @@ pub fn find<'t, E: Entry>(tables: &'t impl Buckets<E>, key: &E::Key, place: Plac
 
 #[inline(always)]
 fn believe_it<'t, E: Entry>(entry: &'t E, key: &E::Key) -> Option<Found<'t, E>> {
-    let (found, _) = believe(entry, |entry, word| entry.is(key, word).then_some(*key))?;
-    Some(found)
+    let word = Word(entry.word().load());
+    believe(entry, word, entry.is(key, word))
 }
 
 /// The entry that has the connection `key`: its bucket in the high half, its index in the low half; or [`NOTHING`].
@@ -139,7 +141,7 @@ fn believe_it<'t, E: Entry>(entry: &'t E, key: &E::Key) -> Option<Found<'t, E>> 
 /// A function of its own: inlined, it would cost every packet stack.
 #[inline(never)]
 fn search_requests<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place) -> u64 {
-    let buckets = tables.flow_buckets();
+    let buckets = tables.buckets();
     for number in [place.first(buckets), place.second(buckets)] {
         let Some(bucket) = tables.bucket(number) else { break };
         // The index, plus one.
@@ -163,7 +165,7 @@ pub fn find_reply<'t, E: Entry>(
     tables: &'t impl Buckets<E>,
     key: &E::Key,
     place: Place,
-    server: E::Server,
+    server: Endpoint<E>,
 ) -> Option<(Found<'t, E>, E::Key)> {
     match reply_in_pair(tables, first_pair(tables, place)?, key, server) {
         None => reply_in_pair(tables, pair_at(tables, search_replies(tables, *key, place, server))?, key, server),
@@ -176,29 +178,40 @@ fn reply_in_pair<'t, E: Entry>(
     tables: &impl Tables,
     pair: &'t [E; 2],
     key: &E::Key,
-    server: E::Server,
+    server: Endpoint<E>,
 ) -> Option<(Found<'t, E>, E::Key)> {
-    let is_it = |entry: &E, word| {
-        let is_it = entry.is_of_client(key, word) && is_served_by(tables, entry, word, server);
-        is_it.then(|| entry.key(word))
-    };
     let likely = pair[0].is_of_other_client(key) & 1;
-    match believe(&pair[likely], is_it) {
+    match believe_reply(tables, &pair[likely], key, server) {
         // The client may have two connections, to different services.
-        None if likely == 0 => believe(&pair[1], is_it),
+        None if likely == 0 => believe_reply(tables, &pair[1], key, server),
         found => found,
     }
 }
 
+#[inline(always)]
+fn believe_reply<'t, E: Entry>(
+    tables: &impl Tables,
+    entry: &'t E,
+    key: &E::Key,
+    server: Endpoint<E>,
+) -> Option<(Found<'t, E>, E::Key)> {
+    let word = Word(entry.word().load());
+    if !entry.is_of_client(key, word) || !is_served_by(tables, entry, word, server) {
+        return None;
+    }
+    let key = entry.key(word);
+    Some((believe(entry, word, true)?, key))
+}
+
 /// The pair that has the connection of [`find_reply`]. A function of its own, like [`search_requests`].
 #[inline(never)]
-fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place, server: E::Server) -> u64 {
+fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place, server: Endpoint<E>) -> u64 {
     search(tables, place, |pair| reply_in_pair(tables, pair, &key, server).is_some())
 }
 
 /// Whether the connection in `entry` is masqueraded and to `server`.
 #[inline(always)]
-fn is_served_by<E: Entry>(tables: &impl Tables, entry: &E, word: Word, server: E::Server) -> bool {
+fn is_served_by<E: Entry>(tables: &impl Tables, entry: &E, word: Word, server: Endpoint<E>) -> bool {
     let dest = tables.dest(entry.dest().load());
     dest.is_some_and(|dest| E::is_served_by(&entry.key(word), word, dest, server))
 }
@@ -240,9 +253,9 @@ pub enum Inserted {
 }
 
 /// A connection to be created.
-pub struct Insert<E: Entry> {
+pub struct Insert<'k, E: Entry> {
     /// Who speaks to whom.
-    pub key: E::Key,
+    pub key: &'k E::Key,
     /// Where the connection may stand.
     pub place: Place,
     /// The number of its destination.
@@ -255,7 +268,23 @@ pub struct Insert<E: Entry> {
 
 /// Creates the connection, which [`find`] did not find.
 #[inline(always)]
-pub fn insert<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Inserted {
+pub fn insert<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Inserted {
+    if is_large::<E>() { insert_apart(tables, insert) } else { insert_here(tables, insert) }
+}
+
+/// Whether connections have keys that take up so much stack that creating one has to have a stack of its own.
+#[inline(always)]
+const fn is_large<E: Entry>() -> bool {
+    size_of::<E::Key>() > size_of::<[u64; 2]>()
+}
+
+#[inline(never)]
+fn insert_apart<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Inserted {
+    insert_here(tables, insert)
+}
+
+#[inline(always)]
+fn insert_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Inserted {
     match claim(tables, insert) {
         Ok(claim) => publish(tables, insert, claim),
         Err(result) => result,
@@ -264,14 +293,14 @@ pub fn insert<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Inserte
 
 /// Creates the connection in an entry that has been claimed for it.
 #[inline(always)]
-fn publish<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, claim: Claim) -> Inserted {
+fn publish<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, claim: Claim) -> Inserted {
     let Some(entry) = claim.entry(tables, insert.place) else { return Inserted::Contended };
     let busy = Word(entry.word().load());
     if busy.status() != Status::Busy || rivalled(tables, insert, claim) {
         give_up(entry, busy);
         return Inserted::Contended;
     }
-    entry.fill(&insert.key, insert.dest);
+    entry.fill(insert.key, insert.dest);
     let live = busy.live(insert.birth);
     if entry.word().compare_exchange(busy.0, live.0).is_err() {
         give_up(entry, busy);
@@ -345,7 +374,7 @@ impl Claim {
 
     #[inline(always)]
     fn entry<E: Entry>(self, tables: &impl Buckets<E>, place: Place) -> Option<&E> {
-        let buckets = tables.flow_buckets();
+        let buckets = tables.buckets();
         let (number, index) = if self.is_second() {
             (place.second(buckets), self.0 - ENTRIES_PER_BUCKET as u64)
         } else {
@@ -361,11 +390,11 @@ impl Claim {
 ///
 /// [`Inserted::Full`], or [`Inserted::Contended`] when other CPUs were quicker each time.
 #[inline(always)]
-fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>) -> Result<Claim, Inserted> {
+fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Result<Claim, Inserted> {
     let clock = insert.clock;
     let place = insert.place;
-    let buckets = tables.flow_buckets();
-    let tag = E::tag(&insert.key, place.hash());
+    let buckets = tables.buckets();
+    let tag = E::tag(insert.key, place.hash());
     for _ in 0..CLAIM_ATTEMPTS {
         let first = room(tables, place.first(buckets), place.start(), clock).ok_or(Inserted::Full)?;
         let mut claim = Claim::new(false, first.usable);
@@ -407,9 +436,19 @@ pub fn has_room<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock) 
 /// The exchange that claims the entry is the one that ends the connection: it fails when a packet of that connection has
 /// moved it meanwhile, so that none is ended that has just been established.
 #[inline(always)]
-pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, idle: u32) -> Inserted {
+pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
+    if is_large::<E>() { displace_apart(tables, insert, idle) } else { displace_here(tables, insert, idle) }
+}
+
+#[inline(never)]
+fn displace_apart<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
+    displace_here(tables, insert, idle)
+}
+
+#[inline(always)]
+fn displace_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
     let (clock, place) = (insert.clock, insert.place);
-    let tag = E::tag(&insert.key, place.hash());
+    let tag = E::tag(insert.key, place.hash());
     for _ in 0..CLAIM_ATTEMPTS {
         let candidate = Candidate(tables.hide(candidate(tables, place.hash(), clock.now.0, clock.hz, idle).0));
         if candidate == Candidate::NONE {
@@ -439,7 +478,7 @@ pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, idle: u3
 #[inline(never)]
 fn candidate<E: Entry>(tables: &impl Buckets<E>, hash: u64, now: u32, hz: u32, idle: u32) -> Candidate {
     let (place, clock) = (Place::of(hash), Clock { now: Jiffies(now), hz });
-    let buckets = tables.flow_buckets();
+    let buckets = tables.buckets();
     let mut best = Candidate::NONE;
     for second in [false, true] {
         let number = if second { place.second(buckets) } else { place.first(buckets) };
@@ -467,9 +506,9 @@ fn consider(index: u64, word: Word, clock: Clock, idle: u32) -> Candidate {
 /// Whether another entry has the connection that is being inserted: an earlier claim, or a published connection. Kills
 /// later claims.
 #[inline(always)]
-fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, own: Claim) -> bool {
-    let tag = E::tag(&insert.key, insert.place.hash());
-    let buckets = tables.flow_buckets();
+fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, own: Claim) -> bool {
+    let tag = E::tag(insert.key, insert.place.hash());
+    let buckets = tables.buckets();
     for second in [false, true] {
         let number = if second { insert.place.second(buckets) } else { insert.place.first(buckets) };
         let Some(bucket) = tables.bucket(number) else { return true };
@@ -479,7 +518,7 @@ fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, own: Claim) 
             let own = Claim(tables.hide(own.0));
             let claim = Claim::new(second, index);
             let word = Word(entry.word().load());
-            if concerns(entry, word, &insert.key)
+            if concerns(entry, word, insert.key)
                 && claim != own
                 && has_it(tables, insert, entry, word, (tag, claim < own))
             {
@@ -501,7 +540,13 @@ fn concerns<E: Entry>(entry: &E, word: Word, key: &E::Key) -> bool {
 
 /// Whether `entry` stands in the way of the connection that is being inserted.
 #[inline(always)]
-fn has_it<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, entry: &E, word: Word, claim: (u32, bool)) -> bool {
+fn has_it<E: Entry>(
+    tables: &impl Buckets<E>,
+    insert: &Insert<'_, E>,
+    entry: &E,
+    word: Word,
+    claim: (u32, bool),
+) -> bool {
     let (tag, earlier) = claim;
     match word.status() {
         Status::Busy if word.tag() == tag => {
@@ -510,7 +555,7 @@ fn has_it<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<E>, entry: &E, wor
             let killed = |word: Word| entry.word().compare_exchange(word.0, word.killed().0);
             earlier || killed(word).is_err_and(|found| Word(found).is_live())
         }
-        Status::Live if entry.is(&insert.key, word) => {
+        Status::Live if entry.is(insert.key, word) => {
             let over = word.expired(insert.clock.now, insert.clock.hz);
             !(over && release(tables, entry, word, entry.dest().load()))
         }

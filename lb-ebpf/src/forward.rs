@@ -4,7 +4,7 @@ use core::hint::cold_path;
 
 use lb_common::{
     abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, DestLoad, NextHop, PathMtu, Stage, hop},
-    addr::Ip4,
+    addr::{Address, Ip4},
     flow::{Entry, Hint},
     reason::Reason,
 };
@@ -58,6 +58,7 @@ impl Halt {
             5 => Some(Stage::Unusual),
             6 => Some(Stage::Open),
             7 => Some(Stage::Overflow),
+            8 => Some(Stage::Six),
             _ => None,
         }
     }
@@ -210,7 +211,7 @@ pub fn is_known(config: &Config, cpu: &DestCpu, clock: Clock) -> bool {
 ///
 /// Why there is no way to it.
 #[inline(always)]
-pub fn find_out(
+pub fn find_out<A: Address>(
     env: &impl Env,
     config: &Config,
     dest: &Dest,
@@ -226,10 +227,10 @@ pub fn find_out(
     }
     cpu.port.set(dest.port().raw().into());
     let hop = &cpu.next_hop;
-    match env.route4(dest.addr4(), Ip4::default(), hop) {
+    match env.route(dest.addr(), A::default(), hop) {
         Ok(()) => {
             hop.asked.set(clock.now.0);
-            hop.mtu.set(PathMtu(load.path_mtu.load()).limit(hop.mtu.get(), dest.addr4(), clock.now));
+            hop.mtu.set(PathMtu(load.path_mtu.load()).limit(hop.mtu.get(), dest.addr::<A>(), clock.now));
             if dest.available() && hop.kind.get() == hop::VIA {
                 cpu.epoch.set(epoch);
             }
@@ -260,12 +261,12 @@ pub fn find_way<'t, E: Entry>(
     tables: &'t impl Tables,
     env: &impl Env,
     found: &Found<'_, E>,
-    addresses: (Ip4, Ip4),
+    addresses: (E::Addr, E::Addr),
     clock: Clock,
 ) -> Result<&'t NextHop, Halt> {
     let (client, service) = addresses;
     let once = tables.adjacency_cpu(0).ok_or(Reason::Impossible)?;
-    env.route4(client, service, once)?;
+    env.route(client, service, once)?;
     if once.kind.get() != hop::VIA {
         return Ok(once);
     }
@@ -289,10 +290,12 @@ const ADJACENCY_PROBES: u32 = 8;
 /// The number of a next hop, which it is given if it has none; 0 when no more numbers are to be had.
 #[inline(always)]
 fn adjacency_number(tables: &impl Tables, hop: &NextHop) -> u16 {
-    // The seeded hash is a bijection of 64 bits, so two IPv4 next hops never share a key.
-    let [a, b, c, d] = hop.gateway.get();
-    let folded = a ^ b.rotate_left(8) ^ c.rotate_left(16) ^ d.rotate_left(24);
-    let key = tables.seed().hash(u64::from(folded) | u64::from(hop.ifindex.get()) << 32).max(1);
+    let seed = tables.seed();
+    let [a, b, c, d] = hop.gateway.get().map(u64::from);
+    // The seeded hash is a bijection of 64 bits, so two IPv4 next hops never share a key. That two IPv6 ones do is as likely
+    // as that their 64 bits are alike by chance.
+    let network = if hop.gateway_family.get() == Ip4::FAMILY { 0 } else { seed.hash(seed.hash(b | c << 32) ^ d) };
+    let key = seed.hash(network ^ (a | u64::from(hop.ifindex.get()) << 32)).max(1);
     let mut index = key as u32;
     for _ in 0..ADJACENCY_PROBES {
         index = (index & (ADJACENCIES - 1)).max(1);

@@ -3,18 +3,20 @@
 use std::{
     cell::{Cell, RefCell},
     collections::HashMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use bytemuck::{Zeroable, zeroed_slice_box};
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Instance, JournalSlot,
-        Limiter, NextHop, Record as _, Service, Slot, View, hop,
+        ADJACENCIES, Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointBucket4,
+        EndpointBucket6, EndpointKey4, EndpointKey6, Instance, JournalSlot, Limiter, NextHop, Record as _, Service,
+        Slot, Stage, View, hop,
     },
-    addr::Ip4,
+    addr::{Address, Ip4, Ip6},
     checksum,
     event::{COUNTERS, Event},
-    flow::{Bucket, Bucket4, Entry4},
+    flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
     hash::Seed,
     jiffies::Jiffies,
     reason::Reason,
@@ -24,9 +26,11 @@ use network_types::eth::EthHdr;
 use crate::{
     env::{Env, HandOver, Scan},
     flow_table::Buckets,
+    forward::Exit,
     packet::Packet,
-    pipeline::Stages,
-    tables::Tables,
+    parse::{Ip4Packet, Ip6Packet},
+    pipeline::{self, Stages},
+    tables::{Endpoints, Tables},
     wire::Wire,
 };
 
@@ -137,8 +141,10 @@ pub struct HostTables {
     pub services: Box<[Service]>,
     /// The destinations.
     pub dests: Box<[Dest]>,
-    /// What addresses and ports are to the director.
+    /// What IPv4 addresses and ports are to the director.
     pub endpoints4: Box<[EndpointBucket4]>,
+    /// What IPv6 addresses and ports are to the director.
+    pub endpoints6: Box<[EndpointBucket6]>,
     /// How services choose destinations.
     pub views: Box<[View]>,
     /// Lists and rings.
@@ -151,6 +157,8 @@ pub struct HostTables {
     pub dest_cpus: Box<[DestCpu]>,
     /// The IPv4 flow table.
     pub flows4: Box<[Bucket4]>,
+    /// The IPv6 flow table.
+    pub flows6: Box<[Bucket6]>,
     /// Numbers of next hops towards clients.
     pub adjacency: Box<[Adjacency]>,
     /// What the CPU knows of next hops towards clients.
@@ -170,6 +178,7 @@ pub struct HostSizes {
     pub slots: u32,
     pub endpoint_buckets: u32,
     pub flow_buckets: u32,
+    pub flow_buckets6: u32,
 }
 
 fn zeroed<T: Zeroable>(len: u32) -> Box<[T]> {
@@ -186,12 +195,14 @@ impl HostTables {
             services: zeroed(sizes.services),
             dests: zeroed(sizes.dests),
             endpoints4: zeroed(sizes.endpoint_buckets),
+            endpoints6: zeroed(sizes.endpoint_buckets),
             views: zeroed(2 * sizes.services),
             slots: zeroed(sizes.slots),
             cursors: zeroed(2 * sizes.services),
             dest_loads: zeroed(sizes.dests),
             dest_cpus: zeroed(sizes.dests),
             flows4: zeroed(sizes.flow_buckets),
+            flows6: zeroed(sizes.flow_buckets6),
             adjacency: zeroed(ADJACENCIES),
             adjacency_cpus: zeroed(ADJACENCIES),
             limiter: zeroed(1),
@@ -200,6 +211,7 @@ impl HostTables {
         let mut instance = tables.instance[0].load();
         instance.hz = hz;
         instance.flow_buckets = sizes.flow_buckets;
+        instance.flow_buckets6 = sizes.flow_buckets6;
         instance.endpoint_buckets = sizes.endpoint_buckets;
         instance.seed = seed;
         instance.next_order = 1;
@@ -221,10 +233,6 @@ impl Tables for HostTables {
         self.instance[0].load().seed
     }
 
-    fn flow_buckets(&self) -> u32 {
-        self.flows4.len() as u32
-    }
-
     fn endpoint_buckets(&self) -> u32 {
         self.endpoints4.len() as u32
     }
@@ -238,14 +246,12 @@ impl Tables for HostTables {
     }
 
     getters! {
-        endpoints4, endpoints4, EndpointBucket4;
         view, views, View;
         cursor, cursors, Cursor;
         slot, slots, Slot;
         dest, dests, Dest;
         dest_load, dest_loads, DestLoad;
         dest_cpu, dest_cpus, DestCpu;
-        flows4, flows4, Bucket4;
         adjacency, adjacency, Adjacency;
         adjacency_cpu, adjacency_cpus, NextHop;
     }
@@ -265,10 +271,29 @@ impl Tables for HostTables {
     }
 }
 
-impl Buckets<Entry4> for HostTables {
-    fn bucket(&self, index: u32) -> Option<&Bucket<Entry4>> {
-        self.flows4(index)
-    }
+macro_rules! of_families {
+    ($($entry:ident, $flows:ident, $key:ident, $endpoints:ident;)+) => {$(
+        impl Buckets<$entry> for HostTables {
+            fn buckets(&self) -> u32 {
+                self.$flows.len() as u32
+            }
+
+            fn bucket(&self, index: u32) -> Option<&Bucket<$entry>> {
+                self.$flows.get(index as usize)
+            }
+        }
+
+        impl Endpoints<$key> for HostTables {
+            fn endpoint_bucket(&self, index: u32) -> Option<&EndpointBucket<$key>> {
+                self.$endpoints.get(index as usize)
+            }
+        }
+    )+};
+}
+
+of_families! {
+    Entry4, flows4, EndpointKey4, endpoints4;
+    Entry6, flows6, EndpointKey6, endpoints6;
 }
 
 /// What the routing table of [`HostEnv`] says about an address.
@@ -285,18 +310,18 @@ pub enum HostRoute {
         /// Source address of the Ethernet header.
         from: [u8; 6],
         /// Address the host sends from.
-        source: Ip4,
+        source: IpAddr,
         /// The neighbour's own address.
-        gateway: Ip4,
+        gateway: IpAddr,
     },
     /// By an interface, to a neighbour that has yet to be resolved.
     Unresolved {
         /// Index of the interface.
         ifindex: u32,
         /// Address the host sends from.
-        source: Ip4,
+        source: IpAddr,
         /// The neighbour's own address.
-        gateway: Ip4,
+        gateway: IpAddr,
     },
     /// This host.
     Local,
@@ -313,7 +338,7 @@ pub struct HostEnv {
     /// Index of the interface that packets come in by.
     pub ingress: Cell<u32>,
     /// The routing table: what is not in it has no route.
-    pub routes: RefCell<HashMap<Ip4, HostRoute>>,
+    pub routes: RefCell<HashMap<IpAddr, HostRoute>>,
     /// How often the routing table was asked.
     pub asked: Cell<u32>,
 }
@@ -331,7 +356,23 @@ impl HostEnv {
     }
 }
 
-const AF_INET: u32 = 2;
+/// The address in the words of maps; IPv4 in the first.
+pub fn words(address: IpAddr) -> [u32; 4] {
+    match address {
+        IpAddr::V4(address) => Ip4::new(address.octets()).words(),
+        IpAddr::V6(address) => Ip6::new(address.octets()).words(),
+    }
+}
+
+/// The address of this family in these words.
+pub fn address<A: Address>(address: A) -> IpAddr {
+    let words = address.words();
+    if A::FAMILY == Ip4::FAMILY {
+        Ipv4Addr::from(Ip4::from_words(words).octets()).into()
+    } else {
+        Ipv6Addr::from(Ip6::from_words(words).octets()).into()
+    }
+}
 
 impl Env for HostEnv {
     fn jiffies(&self) -> Jiffies {
@@ -346,15 +387,17 @@ impl Env for HostEnv {
         self.ingress.get()
     }
 
-    fn route4(&self, destination: Ip4, _: Ip4, hop: &NextHop) -> Result<(), Reason> {
+    fn route<A: Address>(&self, destination: A, _: A, hop: &NextHop) -> Result<(), Reason> {
         self.asked.set(self.asked.get() + 1);
-        let via = |ifindex: u32, source: Ip4, gateway: Ip4| {
+        let via = |ifindex: u32, source: IpAddr, gateway: IpAddr| {
             hop.ifindex.set(ifindex);
-            hop.source.set(source.raw());
-            hop.gateway_family.set(AF_INET);
-            hop.gateway.set([gateway.raw(), 0, 0, 0]);
+            for (kept, word) in hop.source.iter().zip(words(source)) {
+                kept.set(word);
+            }
+            hop.gateway_family.set(if gateway.is_ipv4() { Ip4::FAMILY } else { Ip6::FAMILY });
+            hop.gateway.set(words(gateway));
         };
-        match self.routes.borrow().get(&destination).copied().unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
+        match self.routes.borrow().get(&address(destination)).copied().unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
             HostRoute::Via { ifindex, mtu, to, from, source, gateway } => {
                 via(ifindex, source, gateway);
                 hop.kind.set(hop::VIA);
@@ -389,4 +432,17 @@ impl Env for HostEnv {
     }
 }
 
-impl Stages<HostPacket, HostTables> for HostEnv {}
+impl Stages<Ip4Packet, HostPacket, HostTables> for HostEnv {
+    fn enter(&self, packet: &mut HostPacket, tables: &HostTables, stage: Stage) -> Exit {
+        if stage == Stage::Six {
+            return pipeline::process::<Ip6Packet, _, _, _>(packet, tables, self);
+        }
+        pipeline::process_stage::<Ip4Packet, _, _, _>(packet, tables, self, stage)
+    }
+}
+
+impl Stages<Ip6Packet, HostPacket, HostTables> for HostEnv {
+    fn enter(&self, packet: &mut HostPacket, tables: &HostTables, stage: Stage) -> Exit {
+        pipeline::process_stage::<Ip6Packet, _, _, _>(packet, tables, self, stage)
+    }
+}

@@ -15,7 +15,7 @@ use aya_ebpf::{
 };
 use lb_common::{
     abi::{NextHop, hop},
-    addr::Ip4,
+    addr::{Address, Ip4},
     checksum,
     jiffies::Jiffies,
     reason::Reason,
@@ -28,11 +28,6 @@ use crate::{
     packet::Packet,
     wire::Wire,
 };
-
-/// Address family numbers of the kernel.
-pub const AF_INET: u32 = 2;
-/// Address family numbers of the kernel.
-pub const AF_INET6: u32 = 10;
 
 /// Reads a pointer from the context.
 ///
@@ -309,8 +304,8 @@ impl Env for Kernel {
     }
 
     #[inline(always)]
-    fn route4(&self, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
-        fib_lookup(self.ctx, destination, source, hop)
+    fn route<A: Address>(&self, destination: A, source: A, hop: &NextHop) -> Result<(), Reason> {
+        fib_lookup(self.ctx, &destination, &source, hop)
     }
 
     #[inline(always)]
@@ -343,17 +338,18 @@ pub fn jiffies() -> Jiffies {
 ///
 /// The interface given is the loopback, because the kernel routes what the host itself sends as if it came from there:
 /// rules and routes apply as they do to ip_vs, and forwarding need not be on for the interface the packet came in by
-/// (`fl4.flowi4_iif` in
+/// (for IPv4, `fl4.flowi4_iif` in
 /// <https://github.com/torvalds/linux/blob/v6.12/net/core/filter.c#L5908>, `LOOPBACK_IFINDEX` in
 /// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/route.c#L2679>).
 #[inline(never)]
-fn fib_lookup(ctx: *mut xdp_md, destination: Ip4, source: Ip4, hop: &NextHop) -> Result<(), Reason> {
+fn fib_lookup<A: Address>(ctx: *mut xdp_md, destination: &A, source: &A, hop: &NextHop) -> Result<(), Reason> {
     // SAFETY: a plain C struct, for which zeros are a value.
     let mut query: FibLookup = unsafe { core::mem::zeroed() };
-    query.family = AF_INET as u8;
+    query.family = A::FAMILY as u8;
     query.ifindex = LOOPBACK;
-    query.__bindgen_anon_3.ipv4_src = source.raw();
-    query.__bindgen_anon_4.ipv4_dst = destination.raw();
+    // An IPv4 address is the first word.
+    query.__bindgen_anon_3.ipv6_src = source.words();
+    query.__bindgen_anon_4.ipv6_dst = destination.words();
     // SAFETY: a helper call with the program's own context and a struct of the size given.
     let result =
         unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC) };
@@ -365,7 +361,7 @@ fn fib_lookup(ctx: *mut xdp_md, destination: Ip4, source: Ip4, hop: &NextHop) ->
     const PROHIBIT: i64 = BPF_FIB_LKUP_RET_PROHIBIT as i64;
     // SAFETY: every variant of the unions is plain data.
     let (mtu, source, gateway) = unsafe {
-        (query.__bindgen_anon_1.mtu_result, query.__bindgen_anon_3.ipv4_src, query.__bindgen_anon_4.ipv6_dst)
+        (query.__bindgen_anon_1.mtu_result, query.__bindgen_anon_3.ipv6_src, query.__bindgen_anon_4.ipv6_dst)
     };
     match result {
         SUCCESS => {
@@ -389,10 +385,13 @@ fn fib_lookup(ctx: *mut xdp_md, destination: Ip4, source: Ip4, hop: &NextHop) ->
         _ => return Err(Reason::RouteUnsupported),
     }
     hop.ifindex.set(query.ifindex);
-    hop.source.set(source);
+    let words = |words: [u32; 4], family| if family == Ip4::FAMILY { [words[0], 0, 0, 0] } else { words };
+    for (kept, word) in hop.source.iter().zip(words(source, A::FAMILY)) {
+        kept.set(word);
+    }
     let family = u32::from(query.family);
     hop.gateway_family.set(family);
-    hop.gateway.set(if family == AF_INET { [gateway[0], 0, 0, 0] } else { gateway });
+    hop.gateway.set(words(gateway, family));
     Ok(())
 }
 

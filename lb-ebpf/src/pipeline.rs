@@ -1,10 +1,10 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, DestCpu, EndpointKey4, NextHop, Stage, Target},
-    addr::{Ip4, Port},
+    abi::{Config, Dest, DestCpu, EndpointKey as _, NextHop, Stage, Target},
+    addr::{Address, Ip4, Port},
     event::Event,
-    flow::{Entry, Entry4, Key4, Place, Server4, Word, flag},
+    flow::{Entry, Key as _, Place, Word, flag},
     proto::{Method, Protocol},
     reason::Reason,
     timeout,
@@ -13,77 +13,93 @@ use lb_common::{
 use crate::{
     endpoint,
     env::{Clock, Env, HandOver},
-    flow_table::{self, Buckets, Found, Insert, Inserted},
+    flow_table::{self, Found, Insert, Inserted},
     forward::{self, Exit, Halt},
-    icmp::{self, Complaint},
+    icmp::{self, Complaint, Messages},
     nat::{self, End},
     packet::Packet,
-    parse::{self, Frame, Ip4Packet, Segment},
-    schedule,
-    tables::Tables,
+    parse::{self, Ip, Ip4Packet, Ip6Packet, Segment},
+    schedule::{self, Parties},
+    tables::{Tables, TablesOf},
     track::{self, From},
     tunnel,
 };
 
-/// What the path does not do itself.
-pub trait Stages<P, T>: Env + Sized
+/// Packets of an address family: what the pipeline is generic over.
+pub trait Family: Messages {}
+
+impl Family for Ip4Packet {}
+impl Family for Ip6Packet {}
+
+/// Connections of packets of type `I`.
+pub type EntryOf<I> = <<I as Ip>::Addr as Address>::Entry;
+/// What tells connections of packets of type `I` apart.
+pub type KeyOf<I> = <EntryOf<I> as Entry>::Key;
+/// An end of packets of type `I`.
+pub type EndpointOf<I> = <<I as Ip>::Addr as Address>::Endpoint;
+
+/// What the path of packets of type `I` does not do itself.
+pub trait Stages<I: Family, P, T>: Env + Sized
 where
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
 {
-    /// Goes on with [`process_stage`].
-    fn enter(&self, packet: &mut P, tables: &T, stage: Stage) -> Exit {
-        process_stage(packet, tables, self, stage)
-    }
+    /// Goes on with [`process_stage`], or at [`Stage::Six`] with [`process`] for IPv6.
+    fn enter(&self, packet: &mut P, tables: &T, stage: Stage) -> Exit;
 
     /// [`icmp::answer`].
     fn answer(&self, packet: &mut P, tables: &T, complaint: Complaint) -> Option<Exit> {
-        icmp::answer(packet, tables, self, complaint)
+        icmp::answer::<I, P>(packet, tables, self, complaint)
     }
 }
 
-/// Handles one frame: rewrites it, and says where it goes. Counts everything there is to count.
+/// Handles one frame, which is taken for one of the family of `I`: rewrites it, and says where it goes. Counts everything there is to count.
 #[inline(always)]
-pub fn process<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Exit
+pub fn process<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Exit
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
-    E: Stages<P, T>,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
 {
-    match arrive(packet, tables, env) {
+    match arrive::<I, P, T, E>(packet, tables, env) {
         // On its way to its destination or client: no reason to count.
         Ok(exit) => exit,
-        halted => finish(packet, tables, env, halted),
+        halted => finish::<I, P, T, E>(packet, tables, env, halted),
     }
 }
 
 /// Handles a frame whose path has come to `stage`.
 #[inline(always)]
-pub fn process_stage<P, T, E>(packet: &mut P, tables: &T, env: &E, stage: Stage) -> Exit
+pub fn process_stage<I, P, T, E>(packet: &mut P, tables: &T, env: &E, stage: Stage) -> Exit
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
-    E: Stages<P, T>,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
 {
     let result = match stage {
-        Stage::Request => request(packet, tables, env),
-        Stage::Reply => reply(packet, tables, env),
-        Stage::Observe => observe(packet, tables, env),
-        Stage::Icmp => icmp::relay(packet, tables, env),
-        Stage::Unusual => unusual(packet, tables, env),
-        Stage::Open => open(packet, tables, env),
-        Stage::Overflow => overflow(packet, tables, env),
+        Stage::Request => request::<I, P, T, E>(packet, tables, env),
+        Stage::Reply => reply::<I, P, T, E>(packet, tables, env),
+        Stage::Observe => observe::<I, P, T, E>(packet, tables, env),
+        Stage::Icmp => icmp::relay::<I, P, T, E>(packet, tables, env),
+        Stage::Unusual => unusual::<I, P, T, E>(packet, tables, env),
+        Stage::Open => open::<I, P, T, E>(packet, tables, env),
+        Stage::Overflow => overflow::<I, P, T, E>(packet, tables, env),
+        // Not of this family.
+        Stage::Six => Err(Reason::Impossible.into()),
     };
-    finish(packet, tables, env, result)
+    finish::<I, P, T, E>(packet, tables, env, result)
 }
 
 /// Goes on to the next stage, or ends the path: tells the sender, counts.
 #[inline(always)]
-fn finish<P, T, E>(packet: &mut P, tables: &T, env: &E, result: Result<Exit, Halt>) -> Exit
+fn finish<I, P, T, E>(packet: &mut P, tables: &T, env: &E, result: Result<Exit, Halt>) -> Exit
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
-    E: Stages<P, T>,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
 {
     let exit = match result {
         Ok(exit) => exit,
@@ -104,43 +120,45 @@ where
 
 /// Handles a frame as far as nearly all need it.
 #[inline(always)]
-fn arrive<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+fn arrive<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
-    match parse::plain(packet) {
+    match I::plain(packet) {
         Some(ip) => classify(packet, tables, env, &ip),
+        None if I::Addr::FAMILY == Ip4::FAMILY && parse::carries::<Ip6Packet>(packet) => Err(Halt::go_on(Stage::Six)),
         None => Err(Halt::go_on(Stage::Unusual)),
     }
 }
 
-/// A frame that is not [`parse::plain`].
+/// A frame that is not [`Ip::plain`].
 ///
 /// # Errors
 ///
 /// Why it is not forwarded, or where its path goes on.
 #[inline(always)]
-pub fn unusual<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+pub fn unusual<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
-    match parse::frame(packet)? {
-        Frame::Ipv4 => {}
-    }
-    let ip = &parse::ipv4(packet)?;
+    parse::frame::<I>(packet)?;
+    let ip = &I::parse(packet)?;
     classify(packet, tables, env, ip)
 }
 
 /// Tells by its two ends what a packet is to the director. Packets of established connections go all their way from here.
 #[inline(always)]
-fn classify<P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &Ip4Packet) -> Result<Exit, Halt>
+fn classify<I, P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &I) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
     if ip.is_fragment() {
@@ -148,19 +166,19 @@ where
     }
     let segment = match ip.segment(packet) {
         Ok(segment) => segment,
-        Err(Reason::OtherProtocol) if ip.protocol() == icmp::IPPROTO_ICMP => return Err(Halt::go_on(Stage::Icmp)),
-        Err(Reason::TransportTruncated) => {
-            return Err(for_service_address(tables, ip, Reason::TransportTruncated).into());
+        Err(Reason::OtherProtocol) if ip.protocol() == I::ICMP => return Err(Halt::go_on(Stage::Icmp)),
+        Err(reason @ (Reason::TransportTruncated | Reason::ExtensionHeader)) => {
+            return Err(for_service_address(tables, ip, reason).into());
         }
         Err(reason) => return Err(reason.into()),
     };
-    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    let to = endpoint::find(tables, EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol()));
     if to.is_service() {
         return established_request(packet, tables, env, ip, segment);
     }
-    let from = endpoint::find4(tables, EndpointKey4::new(ip.source(), segment.source(), segment.protocol()));
+    let from = endpoint::find(tables, EndpointOf::<I>::new(ip.source(), segment.source(), segment.protocol()));
     if from.has(Target::SERVER)
-        && let Some((found, key)) = find_masqueraded(tables, ip.source(), ip.destination(), segment)
+        && let Some((found, key)) = find_masqueraded::<I, T>(tables, ip.source(), ip.destination(), segment)
     {
         return established_reply(packet, tables, env, (ip, segment), (&found, &key));
     }
@@ -188,8 +206,8 @@ impl<'t> Now<'t> {
 
 /// `reason` when the packet is for the address of a service, else that it is not for us.
 #[inline(always)]
-fn for_service_address(tables: &impl Tables, ip: &Ip4Packet, reason: Reason) -> Reason {
-    if endpoint::find4(tables, EndpointKey4::address(ip.destination())).has(Target::ADDRESS) {
+fn for_service_address<I: Ip>(tables: &impl TablesOf<I::Addr>, ip: &I, reason: Reason) -> Reason {
+    if endpoint::find(tables, EndpointOf::<I>::address(ip.destination())).has(Target::ADDRESS) {
         reason
     } else {
         Reason::NotService
@@ -246,16 +264,11 @@ impl Connection {
 
 /// A packet of a client for a service, as far as its connection is known and the way to its destination too.
 #[inline(always)]
-fn established_request<P, T, E>(
-    packet: &mut P,
-    tables: &T,
-    env: &E,
-    ip: &Ip4Packet,
-    segment: Segment,
-) -> Result<Exit, Halt>
+fn established_request<I, P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &I, segment: Segment) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
     if !ip.checksum_holds(packet) {
@@ -263,7 +276,7 @@ where
     }
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let key = request_key(ip, segment);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()));
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     let Some(found) = flow_table::find(tables, &key, place) else {
         return Err(Halt::go_on(Stage::Open));
     };
@@ -284,18 +297,19 @@ where
 ///
 /// Why it does not get to a destination.
 #[inline(always)]
-pub fn request<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+pub fn request<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let key = request_key(ip, segment);
-    let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    let Some(connection) = join(tables, segment, &key, place, now) else {
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
+    let Some(connection) = join::<I, T>(tables, segment, &key, place, now) else {
         return Err(Halt::go_on(Stage::Open));
     };
     to_server(packet, tables, env, ip, Some(segment), connection, now)
@@ -307,33 +321,34 @@ where
 ///
 /// Why it does not get to a destination.
 #[inline(always)]
-fn open<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+fn open<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let connection = open_connection(packet, tables, env, now)?;
+    let connection = open_connection::<I, P, T, E>(packet, tables, env, now)?;
     let connection = Connection(tables.hide(connection.0));
     // Verifier: parsed again, so that nothing of it takes up stack while the connection is opened.
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     to_server(packet, tables, env, ip, Some(segment), connection, now)
 }
 
 /// The connection that a client's packet belongs to.
 #[inline(always)]
-fn request_key(ip: &Ip4Packet, segment: Segment) -> Key4 {
-    Key4::from_raw(segment.protocol(), ip.source(), segment.ports(), ip.destination())
+fn request_key<I: Ip>(ip: &I, segment: Segment) -> KeyOf<I> {
+    KeyOf::<I>::from_raw(segment.protocol(), ip.source(), segment.ports(), ip.destination())
 }
 
 /// The connection that a client's packet belongs to, moved by it.
 #[inline(always)]
-fn join<T: Buckets<Entry4>>(
+fn join<I: Ip, T: TablesOf<I::Addr>>(
     tables: &T,
     segment: Segment,
-    key: &Key4,
+    key: &KeyOf<I>,
     place: Place,
     now: &Now<'_>,
 ) -> Option<Connection> {
@@ -344,20 +359,21 @@ fn join<T: Buckets<Entry4>>(
 
 /// Opens a connection: chooses its destination and puts it into the table.
 #[inline(always)]
-fn open_connection<P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
+fn open_connection<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
 where
+    I: Family,
     P: Packet,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let key = &request_key(ip, segment);
-    let place = Place::of(Entry4::hash(key, &tables.seed()));
+    let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     if !segment.opens() {
         return Err(Halt::go_on(Stage::Overflow));
     }
-    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    let to = endpoint::find(tables, EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol()));
     let view = to.view().ok_or(Reason::NotService)?;
     if !ip.source().is_host() {
         return Err(Reason::SourceAddress.into());
@@ -365,7 +381,7 @@ where
     if segment.source() == Port::new(20) {
         return Err(Reason::FtpDataSource.into());
     }
-    let number = match schedule::pick(tables, env, view, *key) {
+    let number = match schedule::pick(tables, env, view, Parties::of(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
         Err(reason) => return Err(reason.into()),
@@ -373,11 +389,13 @@ where
     let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     if ip.source().is_loopback() {
-        stays_here(tables, env, now, dest, number)?;
+        stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
     }
     let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
     let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
-    match flow_table::insert(tables, &Insert { key: *key, place, dest: number, birth, clock: now.clock }) {
+    // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
+    let birth = Word(tables.hide(birth.0));
+    match flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock }) {
         Inserted::New => {
             let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
             cpu.counters.connections.update(|connections| connections + 1);
@@ -385,7 +403,7 @@ where
         }
         Inserted::Full => Err(Halt::go_on(Stage::Overflow)),
         // Another CPU has just opened it with a packet of the same client, or is about to.
-        Inserted::Contended => join(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
+        Inserted::Contended => join::<I, T>(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
     }
 }
 
@@ -401,16 +419,17 @@ where
 ///
 /// Why it does not get to a destination.
 #[inline(always)]
-fn overflow<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+fn overflow<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let connection = make_room(packet, tables, env, now)?;
+    let connection = make_room::<I, P, T, E>(packet, tables, env, now)?;
     let connection = Connection(tables.hide(connection.0));
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let exit = to_server(packet, tables, env, ip, Some(segment), connection, now)?;
     if connection.is_stateless() {
@@ -421,25 +440,26 @@ where
 
 /// The connection of a packet of which none is known: another has made room for it, or it is stored nowhere.
 #[inline(always)]
-fn make_room<P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
+fn make_room<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
 where
+    I: Family,
     P: Packet,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let key = &request_key(ip, segment);
-    let place = Place::of(Entry4::hash(key, &tables.seed()));
+    let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     let opens = segment.opens();
     // What was asked of a packet that opens a connection has not been asked of others.
     let is_strange = !ip.source().is_host() || ip.source().is_loopback() || segment.source() == Port::new(20);
     if !opens && (is_strange || flow_table::has_room(tables, place, now.clock)) {
         return Err(Reason::NoConnection.into());
     }
-    let to = endpoint::find4(tables, EndpointKey4::new(ip.destination(), segment.destination(), segment.protocol()));
+    let to = endpoint::find(tables, EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol()));
     let view = to.view().ok_or(if opens { Reason::NotService } else { Reason::NoConnection })?;
-    let number = match schedule::pick_alike(tables, env, view, *key) {
+    let number = match schedule::pick_alike(tables, env, view, Parties::of(key), EntryOf::<I>::common_hash(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
         Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
@@ -448,12 +468,14 @@ where
     let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     if ip.source().is_loopback() {
-        stays_here(tables, env, now, dest, number)?;
+        stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
     }
     let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
     let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
+    // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
+    let birth = Word(tables.hide(birth.0));
     if opens {
-        let insert = Insert { key: *key, place, dest: number, birth, clock: now.clock };
+        let insert = Insert { key, place, dest: number, birth, clock: now.clock };
         match flow_table::displace(tables, &insert, idle(now)) {
             Inserted::New => {
                 let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
@@ -462,7 +484,7 @@ where
             }
             Inserted::Full => {}
             Inserted::Contended => {
-                return join(tables, segment, key, place, now).ok_or(Reason::FlowContended.into());
+                return join::<I, T>(tables, segment, key, place, now).ok_or(Reason::FlowContended.into());
             }
         }
     }
@@ -482,14 +504,15 @@ fn idle(now: &Now<'_>) -> u32 {
 
 /// Checks that a destination is this host: packets from a loopback address go nowhere else (`docs/ipvs.md`, section 5.1).
 #[inline(always)]
-fn stays_here<T, E>(tables: &T, env: &E, now: &Now<'_>, dest: &Dest, number: u32) -> Result<(), Halt>
+fn stays_here<A, T, E>(tables: &T, env: &E, now: &Now<'_>, dest: &Dest, number: u32) -> Result<(), Halt>
 where
+    A: Address,
     T: Tables,
     E: Env,
 {
     let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
     let load = tables.dest_load(number).ok_or(Reason::Impossible)?;
-    forward::find_out(env, now.config, dest, load, cpu, now.clock)?;
+    forward::find_out::<A>(env, now.config, dest, load, cpu, now.clock)?;
     if forward::is_local(&cpu.next_hop) { Ok(()) } else { Err(Reason::SourceAddress.into()) }
 }
 
@@ -499,16 +522,17 @@ where
 ///
 /// Why it does not get there.
 #[inline(always)]
-pub fn to_server<P, T, E>(
+pub fn to_server<I, P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
-    ip: &Ip4Packet,
+    ip: &I,
     segment: Option<Segment>,
     connection: Connection,
     now: &Now<'_>,
 ) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
     T: Tables,
     E: Env,
@@ -520,7 +544,7 @@ where
     let cpu = tables.dest_cpu(connection.dest()).ok_or(Reason::Impossible)?;
     if !forward::is_known(now.config, cpu, now.clock) {
         let load = tables.dest_load(connection.dest()).ok_or(Reason::Impossible)?;
-        if let Err(halt) = forward::find_out(env, now.config, dest, load, cpu, now.clock) {
+        if let Err(halt) = forward::find_out::<I::Addr>(env, now.config, dest, load, cpu, now.clock) {
             cpu.counters.count_in(ip.len());
             return Err(halt);
         }
@@ -540,9 +564,9 @@ where
 ///
 /// Why the destination does not get it.
 #[inline(always)]
-fn rewrite_to_server(
+fn rewrite_to_server<I: Family>(
     packet: &mut impl Packet,
-    ip: &Ip4Packet,
+    ip: &I,
     segment: Option<Segment>,
     connection: Connection,
     cpu: &DestCpu,
@@ -552,16 +576,16 @@ fn rewrite_to_server(
     match connection.method() {
         ROUTE => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
-            nat::lower_ttl(packet, ip).ok_or(Reason::Impossible)?;
+            ip.lower_ttl(packet).ok_or(Reason::Impossible)?;
         }
         MASQ => {
             may_be_forwarded(ip, segment.is_some(), hop.mtu.get())?;
-            let server = (cpu.addr4(), server_port(connection, cpu, segment));
+            let server = (cpu.addr::<I::Addr>(), server_port(connection, cpu, segment));
             nat::translate(packet, ip, segment, End::Destination, server, 1).ok_or(Reason::Impossible)?;
         }
         TUNNEL => {
-            may_be_forwarded(ip, segment.is_some(), hop.mtu.get().saturating_sub(tunnel::OVERHEAD))?;
-            tunnel::encapsulate(packet, ip, Ip4::from_raw(hop.source.get()), cpu.addr4())?;
+            may_be_forwarded(ip, segment.is_some(), hop.mtu.get().saturating_sub(I::HEADER as u32))?;
+            tunnel::encapsulate(packet, ip, hop.source(), cpu.addr::<I::Addr>())?;
         }
         _ => return Err(Reason::Impossible.into()),
     }
@@ -580,15 +604,15 @@ fn server_port(connection: Connection, cpu: &DestCpu, segment: Option<Segment>) 
 ///
 /// When the server is masqueraded and the client is not on this host: the server's replies would not pass XDP.
 #[inline(always)]
-fn deliver(
+fn deliver<I: Family>(
     packet: &mut impl Packet,
-    ip: &Ip4Packet,
+    ip: &I,
     segment: Option<Segment>,
     connection: Connection,
     cpu: &DestCpu,
 ) -> Result<Exit, Halt> {
     if connection.method() == MASQ {
-        let server = cpu.addr4();
+        let server = cpu.addr::<I::Addr>();
         if !ip.source().is_loopback() {
             return Err(refuse_local(server).into());
         }
@@ -600,24 +624,24 @@ fn deliver(
 
 /// Why a masqueraded server on this host cannot be reached from outside.
 #[inline(always)]
-fn refuse_local(server: Ip4) -> Reason {
+fn refuse_local(server: impl Address) -> Reason {
     if server.is_loopback() { Reason::LoopbackDestination } else { Reason::LocalMasquerade }
 }
 
 /// Checks TTL and size, in the order ip_vs does. Errors about errors are not sent.
 #[inline(always)]
-fn may_be_forwarded(ip: &Ip4Packet, tell: bool, mtu: u32) -> Result<(), Halt> {
+fn may_be_forwarded<I: Family>(ip: &I, tell: bool, mtu: u32) -> Result<(), Halt> {
     let halt = |reason, complaint| if tell { Halt::tell(reason, complaint) } else { Halt::silent(reason) };
     if ip.ttl() <= 1 {
         return Err(halt(Reason::TtlExpired, Complaint::TTL_EXPIRED));
     }
-    if u32::from(ip.len()) <= mtu {
+    if ip.len() <= mtu {
         return Ok(());
     }
-    if !ip.dont_fragment() {
+    if ip.may_be_fragmented() {
         return Err(Reason::NeedsFragmentation.into());
     }
-    if mtu < tunnel::MTU_MIN {
+    if mtu < I::MTU_MIN {
         return Err(Reason::TooBig.into());
     }
     Err(halt(Reason::TooBig, Complaint::too_big(mtu)))
@@ -625,14 +649,15 @@ fn may_be_forwarded(ip: &Ip4Packet, tell: bool, mtu: u32) -> Result<(), Halt> {
 
 /// A packet of the masqueraded server of a connection, as far as the way to its client is known.
 #[inline(always)]
-fn established_reply<P, T, E>(
+fn established_reply<I, P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
-    parsed: (&Ip4Packet, Segment),
-    connection: (&Found<'_, Entry4>, &Key4),
+    parsed: (&I, Segment),
+    connection: (&Found<'_, EntryOf<I>>, &KeyOf<I>),
 ) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
     T: Tables,
     E: Env,
@@ -662,15 +687,16 @@ where
 ///
 /// Why it does not get there.
 #[inline(always)]
-pub fn reply<P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+pub fn reply<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet + HandOver,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
-    let Some((found, key)) = find_masqueraded(tables, ip.source(), ip.destination(), segment) else {
+    let Some((found, key)) = find_masqueraded::<I, T>(tables, ip.source(), ip.destination(), segment) else {
         return Err(Reason::NotService.into());
     };
     let service = (key.vaddr(), key.vport());
@@ -687,18 +713,18 @@ where
 /// [`Reason::ReplyRefused`] when the host is to tell the server why, and [`Reason::NeedsFragmentation`] when it would not:
 /// it would fragment the packet and send it on as it is, untranslated.
 #[inline(always)]
-fn rewrite_to_client(
+fn rewrite_to_client<I: Family>(
     packet: &mut impl Packet,
     tables: &impl Tables,
-    parsed: (&Ip4Packet, Segment),
+    parsed: (&I, Segment),
     dest: u32,
-    service: (Ip4, Port),
+    service: (I::Addr, Port),
     hop: &NextHop,
 ) -> Result<(), Halt> {
     let (ip, segment) = parsed;
     let local = forward::is_local(hop);
-    if !local && (ip.ttl() <= 1 || u32::from(ip.len()) > hop.mtu.get()) {
-        let told = ip.ttl() <= 1 || ip.dont_fragment();
+    if !local && (ip.ttl() <= 1 || ip.len() > hop.mtu.get()) {
+        let told = ip.ttl() <= 1 || !ip.may_be_fragmented();
         return Err(if told { Reason::ReplyRefused } else { Reason::NeedsFragmentation }.into());
     }
     count_out(tables, dest, ip.len());
@@ -708,15 +734,16 @@ fn rewrite_to_client(
 
 /// The masqueraded connection between the server that sent `segment` from `server` and `client`.
 #[inline(always)]
-pub fn find_masqueraded<'t, T: Buckets<Entry4>>(
+pub fn find_masqueraded<'t, I: Ip, T: TablesOf<I::Addr>>(
     tables: &'t T,
-    server: Ip4,
-    client: Ip4,
+    server: I::Addr,
+    client: I::Addr,
     segment: Segment,
-) -> Option<(Found<'t, Entry4>, Key4)> {
-    let key = Key4::new(segment.protocol(), (client, segment.destination()), (Ip4::default(), Port::default()));
-    let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    flow_table::find_reply(tables, &key, place, Server4::new(server, segment.source()))
+) -> Option<(Found<'t, EntryOf<I>>, KeyOf<I>)> {
+    let key =
+        KeyOf::<I>::new(segment.protocol(), (client, segment.destination()), (I::Addr::default(), Port::default()));
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
+    flow_table::find_reply(tables, &key, place, EndpointOf::<I>::new(server, segment.source(), segment.protocol()))
 }
 
 /// A reply of a DR or tunnel server that happens to pass the director: it moves its connection and is left alone.
@@ -725,19 +752,20 @@ pub fn find_masqueraded<'t, T: Buckets<Entry4>>(
 ///
 /// [`Reason::NotService`] when it is none.
 #[inline(always)]
-pub fn observe<P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Exit, Halt>
+pub fn observe<I, P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
+    I: Family,
     P: Packet,
-    T: Buckets<Entry4>,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
-    let ip = &parse::ipv4(packet)?;
+    let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let client = (ip.destination(), segment.destination());
-    let key = Key4::new(segment.protocol(), client, (ip.source(), segment.source()));
-    let place = Place::of(Entry4::hash(&key, &tables.seed()));
-    let found: Found<'_, Entry4> = flow_table::find(tables, &key, place).ok_or(Reason::NotService)?;
+    let key = KeyOf::<I>::new(segment.protocol(), client, (ip.source(), segment.source()));
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
+    let found: Found<'_, EntryOf<I>> = flow_table::find(tables, &key, place).ok_or(Reason::NotService)?;
     if found.word.method() == MASQ {
         return Err(Reason::NotService.into());
     }
@@ -749,7 +777,7 @@ where
 
 /// Counts a packet from a server, unless the destination has been removed (`docs/ipvs.md`, section 8.1).
 #[inline(always)]
-pub fn count_out(tables: &impl Tables, dest: u32, len: u16) {
+pub fn count_out(tables: &impl Tables, dest: u32, len: u32) {
     let available = tables.dest(dest).is_some_and(Dest::available);
     if let Some(cpu) = tables.dest_cpu(dest)
         && available

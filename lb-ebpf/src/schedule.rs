@@ -2,7 +2,9 @@
 
 use lb_common::{
     abi::{View, active_and_total, cursor},
-    flow::{Entry as _, Entry4, Key4},
+    addr::Address as _,
+    flow::Key,
+    hash::mix,
     proto::{Scheduler, sched_flag},
     reason::Reason,
     sched::{self, Bid},
@@ -17,14 +19,47 @@ use crate::{
 /// How often a round robin tries to move its cursor before it goes without.
 const CURSOR_ATTEMPTS: usize = 3;
 
-/// The number of the destination that the view's scheduler gives the new connection `key`.
+/// The two ends of a new connection, as far as schedulers look at them, in host byte order: two words for any family.
+#[derive(Clone, Copy)]
+pub struct Parties {
+    /// The client's address, folded, and in bits 32-47 its port.
+    client: u64,
+    /// The service's address, folded.
+    service: u64,
+}
+
+impl Parties {
+    /// The ends of the connection `key`.
+    #[inline(always)]
+    pub fn of(key: &impl Key) -> Self {
+        let client = u64::from(key.caddr().number()) | u64::from(key.cport().number()) << 32;
+        Self { client, service: key.vaddr().number().into() }
+    }
+
+    #[inline(always)]
+    const fn client(self) -> u32 {
+        self.client as u32
+    }
+
+    #[inline(always)]
+    const fn port(self) -> u16 {
+        (self.client >> 32) as u16
+    }
+
+    #[inline(always)]
+    const fn service(self) -> u32 {
+        self.service as u32
+    }
+}
+
+/// The number of the destination that the view's scheduler gives a new connection between `parties`.
 ///
 /// # Errors
 ///
 /// [`Reason::NoDestination`] when no destination is usable; [`Reason::ConfigurationChanged`] when the view was rewritten
 /// meanwhile, which takes two changes of the service during one packet.
 #[inline(never)]
-pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, key: Key4) -> Result<u32, Reason> {
+pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -> Result<u32, Reason> {
     let number = view;
     let view = tables.view(number).ok_or(Reason::Impossible)?;
     let version = view.version.load();
@@ -32,8 +67,8 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, key: Key4) -> Resul
     let dest = match scheduler {
         Scheduler::Rr => ring(tables, env, number, view, view.list.load(), view.list_len.load()),
         Scheduler::Wrr => ring(tables, env, number, view, view.ring.load(), view.ring_len.load()),
-        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(key.vaddr().number())),
-        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, key),
+        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(parties.service())),
+        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, parties),
         Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
             least_loaded(tables, env, view, Measure::of(scheduler).hidden(tables))
         }
@@ -150,10 +185,10 @@ impl<T: Tables> Scan for Hashed<'_, T> {
 /// sh and mh: the destination that the client is hashed to, or with the flag for it, the first usable one of a sequence of
 /// others that the hash begins.
 #[inline(always)]
-fn hashed(tables: &impl Tables, env: &impl Env, view: &View, key: Key4) -> Option<u32> {
+fn hashed(tables: &impl Tables, env: &impl Env, view: &View, parties: Parties) -> Option<u32> {
     let flags = view.flags.load();
-    let port = if flags & sched_flag::PORT != 0 { key.cport().number() } else { 0 };
-    let client = key.caddr().number().wrapping_add(port.into());
+    let port = if flags & sched_flag::PORT != 0 { parties.port() } else { 0 };
+    let client = parties.client().wrapping_add(port.into());
     let maglev = view.scheduler.load() == Scheduler::Mh as u32;
     let first = if maglev { sched::mh_slot(client) } else { sched::sh_bucket(client) };
     let found = bucket(tables, view, first);
@@ -298,7 +333,10 @@ impl<T: Tables> Bids<'_, T> {
         if !dest.usable() {
             return None;
         }
-        let address = u64::from(dest.addr4().raw()) | u64::from(dest.port().raw()) << 32;
+        let [a, b, c, d] = dest.addr.each_ref().map(|word| u64::from(word.load()));
+        // Of IPv4 addresses only the first word is not 0.
+        let network = if b | c | d == 0 { 0 } else { mix(mix(b | c << 32) ^ d) };
+        let address = network ^ (a | u64::from(dest.port().raw()) << 32);
         let weight = dest.weight.load();
         let bid = if self.by_weight { Bid::of_weight(weight) } else { Bid::new(self.connection, address, weight) };
         if bid.beats(&self.bid) {
@@ -309,7 +347,8 @@ impl<T: Tables> Bids<'_, T> {
     }
 }
 
-/// The number of the destination that every director with the same configuration gives the connection `key`.
+/// The number of the destination that every director with the same configuration gives a connection between `parties`, whose
+/// [`lb_common::flow::Entry::common_hash`] is `connection`.
 ///
 /// Schedulers that go by nothing but addresses, ports and weights (sh, dh, mh, fo) choose it themselves; the others go by
 /// what each director counts, so rendezvous hashing chooses for them.
@@ -318,16 +357,21 @@ impl<T: Tables> Bids<'_, T> {
 ///
 /// As those of [`pick`].
 #[inline(never)]
-pub fn pick_alike(tables: &impl Tables, env: &impl Env, view: u32, key: Key4) -> Result<u32, Reason> {
+pub fn pick_alike(
+    tables: &impl Tables,
+    env: &impl Env,
+    view: u32,
+    parties: Parties,
+    connection: u64,
+) -> Result<u32, Reason> {
     let view = tables.view(view).ok_or(Reason::Impossible)?;
     let version = view.version.load();
     let scheduler = Scheduler::try_from(view.scheduler.load() as u8).map_err(|_| Reason::Impossible)?;
     let dest = match scheduler {
-        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(key.vaddr().number())),
-        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, key),
+        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(parties.service())),
+        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, parties),
         _ => {
-            let (start, connection, by_weight) =
-                (view.list.load(), Entry4::common_hash(&key), scheduler == Scheduler::Fo);
+            let (start, by_weight) = (view.list.load(), scheduler == Scheduler::Fo);
             let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid: Bid::NONE };
             env.scan(view.list_len.load(), &mut bids);
             bids.best.checked_sub(1)

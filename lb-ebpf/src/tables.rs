@@ -1,11 +1,15 @@
 //! The tables the pipeline looks things up in.
 
 use lb_common::{
-    abi::{Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, Limiter, NextHop, Slot, View},
+    abi::{
+        Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointKey, Limiter, NextHop, Slot, View,
+    },
+    addr::Address,
     event::Event,
-    flow::Bucket4,
     hash::Seed,
 };
+
+use crate::flow_table::Buckets;
 
 /// The tables of an instance, as one CPU sees them.
 ///
@@ -13,17 +17,13 @@ use lb_common::{
 pub trait Tables {
     /// What the flow and endpoint tables are hashed with.
     fn seed(&self) -> Seed;
-    /// Buckets of the flow table, even.
-    fn flow_buckets(&self) -> u32;
-    /// Buckets of the endpoint table.
+    /// Buckets of each endpoint table.
     fn endpoint_buckets(&self) -> u32;
 
     /// The settings.
     fn config(&self) -> Option<&Config>;
     /// The budget of ICMP errors.
     fn limiter(&self) -> Option<&Limiter>;
-    /// A bucket of the endpoint table.
-    fn endpoints4(&self, index: u32) -> Option<&EndpointBucket4>;
     /// How to choose a destination of a service.
     fn view(&self, index: u32) -> Option<&View>;
     /// Where the scheduler of a view stands.
@@ -36,8 +36,6 @@ pub trait Tables {
     fn dest_load(&self, index: u32) -> Option<&DestLoad>;
     /// What this CPU keeps about a destination.
     fn dest_cpu(&self, index: u32) -> Option<&DestCpu>;
-    /// A bucket of the IPv4 flow table.
-    fn flows4(&self, index: u32) -> Option<&Bucket4>;
     /// The key of a next hop towards clients.
     fn adjacency(&self, index: u32) -> Option<&Adjacency>;
     /// What this CPU knows of a next hop towards clients.
@@ -52,3 +50,14 @@ pub trait Tables {
     /// Counts something that the director has done.
     fn count_event(&self, event: Event);
 }
+
+/// The endpoint table of one address family.
+pub trait Endpoints<K: EndpointKey>: Tables {
+    /// A bucket of it.
+    fn endpoint_bucket(&self, index: u32) -> Option<&EndpointBucket<K>>;
+}
+
+/// The tables of which each address family has its own.
+pub trait TablesOf<A: Address>: Buckets<A::Entry> + Endpoints<A::Endpoint> {}
+
+impl<A: Address, T: Buckets<A::Entry> + Endpoints<A::Endpoint>> TablesOf<A> for T {}

@@ -131,12 +131,12 @@ pub enum Error {
         found: u32,
     },
 
-    /// The flow table cannot be looked at so often.
-    #[error("--sweep-ms {wanted}: a table for {flows} connections takes {shortest} ms at the least")]
+    /// The flow tables cannot be looked at so often.
+    #[error("--sweep-ms {wanted}: tables for {flows} connections take {shortest} ms at the least")]
     Sweep {
         /// Milliseconds wanted.
         wanted: u32,
-        /// Connections that the table is made for.
+        /// Connections that the tables are made for.
         flows: u32,
         /// The shortest that there is, in milliseconds.
         shortest: u32,

@@ -5,7 +5,8 @@ use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4};
 use anyhow::{Result, ensure};
 use lb_common::{
     abi::{DestRecord, active_and_total},
-    flow::{Entry as _, Word},
+    addr::Ip4,
+    flow::{Entry as _, Key as _, Word},
     proto::{Method, Protocol, Scheduler},
     tcp::State,
     timeout,
@@ -259,7 +260,7 @@ impl<'e, E: Executor> Replay<'e, E> {
                 client: SocketAddrV4::new(Ipv4Addr::from(key.caddr().octets()), key.cport().number()),
                 service,
                 server: SocketAddrV4::new(
-                    Ipv4Addr::from(server.addr4().octets()),
+                    Ipv4Addr::from(server.addr::<Ip4>().octets()),
                     word.port(server.port(), key.vport()).number(),
                 ),
                 expires_s: u32::try_from(word.expires().since(now)).unwrap_or(0).div_ceil(hz),

@@ -15,6 +15,7 @@ use lb_ebpf::{
     env::Scan as _,
     forward::{Exit, Leave},
     host::{HostEnv, HostPacket, HostRoute, HostSizes, HostTables},
+    parse::Ip4Packet,
     pipeline::{self, Now},
 };
 use lb_userspace::{
@@ -60,7 +61,14 @@ impl Default for World {
 impl World {
     /// A director with a flow table of this many buckets, and routes to the whole cast.
     pub fn new(flow_buckets: u32) -> Self {
-        let sizes = HostSizes { services: 64, dests: 256, slots: 1 << 16, endpoint_buckets: 256, flow_buckets };
+        let sizes = HostSizes {
+            services: 64,
+            dests: 256,
+            slots: 1 << 16,
+            endpoint_buckets: 256,
+            flow_buckets,
+            flow_buckets6: 2,
+        };
         let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
         let config = &world.tables.config[0];
@@ -77,8 +85,8 @@ impl World {
                     mtu: 1500,
                     to: cast::server_mac(index),
                     from: cast::DIRECTOR_INSIDE_MAC,
-                    source: ip4(cast::DIRECTOR_INSIDE),
-                    gateway: ip4(cast::server(index)),
+                    source: cast::DIRECTOR_INSIDE.into(),
+                    gateway: cast::server(index).into(),
                 },
             );
         }
@@ -87,7 +95,7 @@ impl World {
 
     /// Sets what the routing table says about an address.
     pub fn route(&self, address: Ipv4Addr, route: HostRoute) {
-        self.env.routes.borrow_mut().insert(ip4(address), route);
+        self.env.routes.borrow_mut().insert(address.into(), route);
     }
 
     /// Makes clients reachable, all by one router.
@@ -99,8 +107,8 @@ impl World {
                 mtu: 1500,
                 to: cast::CLIENT_MAC,
                 from: cast::DIRECTOR_OUTSIDE_MAC,
-                source: ip4(cast::DIRECTOR_OUTSIDE),
-                gateway: ip4(cast::CLIENT_GATEWAY),
+                source: cast::DIRECTOR_OUTSIDE.into(),
+                gateway: cast::CLIENT_GATEWAY.into(),
             },
         );
     }
@@ -115,6 +123,7 @@ impl World {
             services: &tables.services,
             dests: &tables.dests,
             endpoints4: &tables.endpoints4,
+            endpoints6: &tables.endpoints6,
             views: &tables.views,
             slots: &tables.slots,
             cursors: &tables.cursors,
@@ -159,7 +168,7 @@ impl World {
     pub fn arrive(&self, ingress: u32, frame: &[u8]) -> Outcome {
         self.env.ingress.set(ingress);
         let mut packet = HostPacket::new(frame);
-        let exit: Exit = pipeline::process(&mut packet, &self.tables, &self.env);
+        let exit: Exit = pipeline::process::<Ip4Packet, _, _, _>(&mut packet, &self.tables, &self.env);
         let reason = exit.reason().and_then(|number| Reason::ALL.get(usize::from(number)).copied());
         Outcome { leave: exit.leave(), reason, frame: packet.bytes().to_vec() }
     }

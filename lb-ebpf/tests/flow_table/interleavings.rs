@@ -9,7 +9,7 @@
 use std::sync::Arc;
 
 use lb_common::{
-    flow::{Key4, Place},
+    flow::{Entry4, Key as _, Key4, Place},
     proto::Protocol,
 };
 use lb_ebpf::{
@@ -20,7 +20,7 @@ use lb_ebpf::{
 
 use crate::{
     scheduler::{Work, explore},
-    table::{ACK, FIN, HZ, Opening, Packet, SYN, Table, clock, key},
+    table::{ACK, FIN, HZ, Opening, Packet, SYN, Table, clock, host, key},
 };
 
 /// Clients from here on fill the table up; destinations alike.
@@ -37,12 +37,12 @@ const fn place(client: u8) -> Place {
 }
 
 fn tcp(client: u8) -> Key4 {
-    key(Protocol::Tcp, client, 1)
+    key::<Entry4>(Protocol::Tcp, client, 1)
 }
 
 /// The number of the client.
 fn number(key: &Key4) -> u8 {
-    key.caddr().octets()[3]
+    host(key.caddr())
 }
 
 fn opening(client: u8, dest: u32) -> Opening {

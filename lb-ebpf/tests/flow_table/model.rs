@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 
 use lb_common::{
-    flow::{ENTRIES_PER_BUCKET, Entry as _, Key4, Place, Word, flag},
+    addr::Address as _,
+    flow::{ENTRIES_PER_BUCKET, Entry, Entry4, Entry6, Key as _, Place, Word, flag},
     proto::Protocol,
     tcp::{self, Direction, Transition},
     timeout,
@@ -11,7 +12,6 @@ use lb_common::{
 use lb_ebpf::{
     ageing::What,
     flow_table::{Buckets as _, Inserted},
-    tables::Tables as _,
     track::From,
 };
 use proptest::{
@@ -19,7 +19,7 @@ use proptest::{
     test_runner::{Config, RngSeed},
 };
 
-use crate::table::{ACK, FIN, HZ, IDLE, Opening, SYN, Table, clock, key};
+use crate::table::{ACK, FIN, HZ, IDLE, Opening, SYN, Table, clock, host, key};
 
 const CLIENTS: usize = 24;
 const SERVICES: u8 = 3;
@@ -85,48 +85,44 @@ struct Connection {
     over: u32,
 }
 
-struct Model {
-    table: Table,
+struct Model<E: Entry> {
+    table: Table<E>,
     hashes: Vec<u64>,
     timeouts: [u32; 64],
     now: u32,
-    connections: BTreeMap<[u8; 13], (Key4, Connection)>,
+    connections: BTreeMap<Name, (E::Key, Connection)>,
 }
 
 /// What tells keys apart, in an order.
-fn name(key: &Key4) -> [u8; 13] {
-    let mut name = [0; 13];
-    name[..4].copy_from_slice(&key.caddr().octets());
-    name[4..6].copy_from_slice(&key.cport().raw().to_ne_bytes());
-    name[6..10].copy_from_slice(&key.vaddr().octets());
-    name[10..12].copy_from_slice(&key.vport().raw().to_ne_bytes());
-    name[12] = key.protocol() as u8;
-    name
+type Name = ([u32; 4], [u32; 4], u32, u8);
+
+fn name<E: Entry>(key: &E::Key) -> Name {
+    (key.caddr().words(), key.vaddr().words(), key.ports(), key.protocol() as u8)
 }
 
 fn protocol(udp: bool) -> Protocol {
     if udp { Protocol::Udp } else { Protocol::Tcp }
 }
 
-impl Model {
+impl<E: Entry> Model<E> {
     fn new(buckets: usize, hashes: Vec<u64>) -> Self {
         let timeouts = timeout::defaults(HZ);
         Self { table: Table::new(buckets), hashes, timeouts, now: 0, connections: BTreeMap::new() }
     }
 
-    fn place(&self, key: &Key4) -> Place {
-        let client = usize::from(key.caddr().octets()[3]);
+    fn place(&self, key: &E::Key) -> Place {
+        let client = usize::from(host(key.caddr()));
         Place::of(self.hashes[client + if key.protocol() == Protocol::Udp { CLIENTS } else { 0 }])
     }
 
-    fn opening(&self, key: Key4, dest: u32, tcp_flags: u8) -> Opening {
+    fn opening(&self, key: E::Key, dest: u32, tcp_flags: u8) -> Opening<E::Key> {
         Opening { key, place: self.place(&key), dest, tcp_flags }
     }
 
     /// The connection, if it is in the table and a packet of now belongs to it; `Err` if that is uncertain, for its last
     /// second has begun.
-    fn alive(&self, key: &Key4) -> Result<Option<Connection>, Connection> {
-        match self.connections.get(&name(key)) {
+    fn alive(&self, key: &E::Key) -> Result<Option<Connection>, Connection> {
+        match self.connections.get(&name::<E>(key)) {
             Some((_, connection)) if self.now < connection.over => Ok(Some(*connection)),
             Some((_, connection)) if self.now < connection.over + HZ => Err(*connection),
             _ => Ok(None),
@@ -136,7 +132,7 @@ impl Model {
     /// What a packet makes of a connection, or of none.
     fn moved(
         &self,
-        key: &Key4,
+        key: &E::Key,
         before: Option<Connection>,
         dest: u32,
         tcp_flags: u8,
@@ -153,8 +149,8 @@ impl Model {
         Connection { dest: before.map_or(dest, |before| before.dest), state, active, over: self.now + timeout }
     }
 
-    fn remember(&mut self, key: Key4, connection: Connection) {
-        self.connections.insert(name(&key), (key, connection));
+    fn remember(&mut self, key: E::Key, connection: Connection) {
+        self.connections.insert(name::<E>(&key), (key, connection));
     }
 
     /// Whether a SYN begins another connection: `docs/ipvs.md`, section 4.8.
@@ -165,7 +161,7 @@ impl Model {
 
     /// Both buckets of this place are full of connections that are not over, or may be not.
     fn is_full(&self, place: Place) -> bool {
-        let buckets = self.table.flow_buckets();
+        let buckets = self.table.buckets();
         [place.first(buckets), place.second(buckets)].into_iter().all(|number| {
             let bucket = self.table.bucket(number).expect("a bucket");
             let used = bucket.entries().iter().filter(|entry| {
@@ -177,7 +173,7 @@ impl Model {
     }
 
     /// Creates a connection. Returns whether there was room.
-    fn create(&mut self, opening: &Opening, displace: bool) -> Result<bool, TestCaseError> {
+    fn create(&mut self, opening: &Opening<E::Key>, displace: bool) -> Result<bool, TestCaseError> {
         let full = self.is_full(opening.place);
         let mut inserted = self.table.insert(opening, clock(self.now));
         prop_assert_eq!(inserted, if full { Inserted::Full } else { Inserted::New });
@@ -198,7 +194,7 @@ impl Model {
     }
 
     /// One connection has made room, and none that has been established or idle for less than it takes.
-    fn check_displaced(&mut self, before: &[(Key4, Word, u32)]) -> Result<(), TestCaseError> {
+    fn check_displaced(&mut self, before: &[(E::Key, Word, u32)]) -> Result<(), TestCaseError> {
         let after = self.table.connections();
         let gone: Vec<_> = before
             .iter()
@@ -206,7 +202,7 @@ impl Model {
             .map(|(key, ..)| *key)
             .collect();
         prop_assert_eq!(gone.len(), 1, "{:?}", gone);
-        let Some((key, connection)) = self.connections.remove(&name(&gone[0])) else { return Ok(()) };
+        let Some((key, connection)) = self.connections.remove(&name::<E>(&gone[0])) else { return Ok(()) };
         match key.protocol() {
             Protocol::Tcp => prop_assert_ne!(connection.state, tcp::State::Established as u8, "{:?}", key),
             Protocol::Udp => prop_assert!(connection.over <= self.now + IDLE + HZ, "{:?}: {:?}", key, connection),
@@ -218,7 +214,7 @@ impl Model {
         let now = clock(self.now);
         match action {
             Action::Packet { udp, client, service, dest, flags, displace } => {
-                let key = key(protocol(udp), client as u8, service);
+                let key = key::<E>(protocol(udp), client as u8, service);
                 let flags = FLAGS[flags];
                 let opening = self.opening(key, dest, flags);
                 let before = match self.alive(&key) {
@@ -240,25 +236,26 @@ impl Model {
                         self.remember(key, moved);
                     }
                     None => {
-                        self.connections.remove(&name(&key));
+                        self.connections.remove(&name::<E>(&key));
                         self.create(&opening, displace)?;
                     }
                 }
             }
             Action::Insert { udp, client, service, dest } => {
-                let key = key(protocol(udp), client as u8, service);
+                let key = key::<E>(protocol(udp), client as u8, service);
                 let opening = self.opening(key, dest, SYN);
                 if self.table.find(&key, opening.place).is_some_and(|found| !found.word.expired(now.now, HZ)) {
                     // There is one: whether or not there is room for another, none is made.
                     prop_assert_ne!(self.table.insert(&opening, now), Inserted::New);
                 } else {
-                    self.connections.remove(&name(&key));
+                    self.connections.remove(&name::<E>(&key));
                     self.create(&opening, false)?;
                 }
             }
             Action::Reply { udp, client, dest, flags } => {
-                let client = key(protocol(udp), client as u8, 0);
-                let of_client = |other: &Key4| (other.protocol(), other.caddr()) == (client.protocol(), client.caddr());
+                let client = key::<E>(protocol(udp), client as u8, 0);
+                let of_client =
+                    |other: &E::Key| (other.protocol(), other.caddr()) == (client.protocol(), client.caddr());
                 let certain = self
                     .connections
                     .values()
@@ -267,7 +264,7 @@ impl Model {
                     None => prop_assert!(!certain, "a reply of {} to {:?} belongs to nobody", dest, client),
                     Some((found, key)) => {
                         prop_assert_eq!(found.dest, dest);
-                        let known = self.connections.get(&name(&key)).copied();
+                        let known = self.connections.get(&name::<E>(&key)).copied();
                         let Some((_, connection)) = known else { return Err(TestCaseError::fail("found nobody")) };
                         prop_assert_eq!(connection.dest, dest);
                         let alive = self.now < connection.over;
@@ -280,7 +277,7 @@ impl Model {
                             }
                             Err(_) => {
                                 prop_assert!(!alive);
-                                self.connections.remove(&name(&key));
+                                self.connections.remove(&name::<E>(&key));
                             }
                         }
                     }
@@ -303,9 +300,9 @@ impl Model {
     }
 
     /// Whether a packet of a client belongs to a connection, which it moves then.
-    fn join(&self, opening: &Opening) -> bool {
+    fn join(&self, opening: &Opening<E::Key>) -> bool {
         let Some(found) = self.table.find(&opening.key, opening.place) else { return false };
-        let known = self.connections.get(&name(&opening.key)).map(|(_, connection)| connection.dest);
+        let known = self.connections.get(&name::<E>(&opening.key)).map(|(_, connection)| connection.dest);
         assert_eq!(Some(found.dest), known, "{:?}", opening.key);
         self.table.step(&found, opening.tcp_flags, From::Client, clock(self.now)).is_ok()
     }
@@ -315,9 +312,9 @@ impl Model {
         self.table.audit();
         let mut found = BTreeMap::new();
         for (key, word, dest) in self.table.connections() {
-            found.insert(name(&key), ());
+            found.insert(name::<E>(&key), ());
             // A connection that is over may be in the table still, whatever the model has forgotten of it.
-            let Some((_, connection)) = self.connections.get(&name(&key)) else {
+            let Some((_, connection)) = self.connections.get(&name::<E>(&key)) else {
                 prop_assert!(word.expired(clock(self.now).now, HZ), "{:?} {:?} is of nobody", key, word);
                 continue;
             };
@@ -355,9 +352,11 @@ proptest! {
         hashes in hashes(),
         actions in prop::collection::vec(action(), 1..if cfg!(miri) { 30 } else { 300 }),
     ) {
-        let mut model = Model::new(buckets, hashes);
+        let mut model = Model::<Entry4>::new(buckets, hashes.clone());
+        let mut model6 = Model::<Entry6>::new(buckets, hashes);
         for action in actions {
             model.act(action)?;
+            model6.act(action)?;
         }
     }
 }

@@ -3,12 +3,12 @@
 use bytemuck::{Zeroable, allocation::zeroed_slice_box};
 use lb_common::{
     abi::{
-        Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointBucket4, Limiter, NextHop, Record as _,
-        Slot, View, slot,
+        Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointKey as _, Limiter, NextHop,
+        Record as _, Slot, View, slot,
     },
-    addr::{Ip4, Port},
+    addr::{Address, Ip4, Port},
     event::Event,
-    flow::{Bucket, Bucket4, Entry as _, Entry4, Key4, Place, Server4, Word},
+    flow::{Bucket, Endpoint, Entry, Entry4, Key as _, Key4, Place, Word},
     hash::Seed,
     jiffies::Jiffies,
     proto::{Method, Protocol},
@@ -32,8 +32,8 @@ pub(crate) const IDLE: u32 = 100 * HZ;
 pub(crate) const DESTS: u32 = 64;
 
 /// The table, its counters, its destinations and its settings.
-pub(crate) struct Table {
-    flows: Box<[Bucket4]>,
+pub(crate) struct Table<E = Entry4> {
+    flows: Box<[Bucket<E>]>,
     loads: Box<[DestLoad]>,
     dests: Box<[Dest]>,
     config: Box<[Config]>,
@@ -41,8 +41,8 @@ pub(crate) struct Table {
 
 /// A connection to be opened: who, and to which destination.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Opening {
-    pub(crate) key: Key4,
+pub(crate) struct Opening<K = Key4> {
+    pub(crate) key: K,
     pub(crate) place: Place,
     pub(crate) dest: u32,
     /// The flags of its first segment; none for UDP.
@@ -60,15 +60,26 @@ pub(crate) enum Packet {
     Lost(Inserted),
 }
 
+/// A host of a network, as the last octets of its address.
+fn address<A: Address>(network: [u8; 2], host: u8) -> A {
+    let word = u32::from_ne_bytes([10, network[0], network[1], host]);
+    A::from_words(if A::FAMILY == Ip4::FAMILY { [word, 0, 0, 0] } else { [1, 2, 3, word] })
+}
+
+/// The number of the host in an [`address`].
+pub(crate) fn host(address: impl Address) -> u8 {
+    address.words().into_iter().rfind(|word| *word != 0).map_or(0, |word| word.to_ne_bytes()[3])
+}
+
 /// The connections of `protocol` between a client and a service, by their numbers.
-pub(crate) fn key(protocol: Protocol, client: u8, service: u8) -> Key4 {
-    let client = (Ip4::new([10, 1, 0, client]), Port::new(40_000));
-    Key4::new(protocol, client, (Ip4::new([10, 9, 9, service]), Port::new(80)))
+pub(crate) fn key<E: Entry>(protocol: Protocol, client: u8, service: u8) -> E::Key {
+    let client = (address([1, 0], client), Port::new(40_000));
+    E::Key::new(protocol, client, (address([9, 9], service), Port::new(80)))
 }
 
 /// Where the destination with this number listens.
-pub(crate) fn server(dest: u32) -> Server4 {
-    Server4::new(Ip4::new([10, 0, 0, dest as u8]), Port::new(8080))
+fn server<E: Entry>(dest: u32, protocol: Protocol) -> Endpoint<E> {
+    Endpoint::<E>::new(address([0, 0], dest as u8), Port::new(8080), protocol)
 }
 
 /// The time `ticks` after the clock began, which wraps soon after.
@@ -76,7 +87,7 @@ pub(crate) fn clock(ticks: u32) -> Clock {
     Clock { now: Jiffies((u32::MAX - 500).wrapping_add(ticks)), hz: HZ }
 }
 
-impl Table {
+impl<E: Entry> Table<E> {
     /// An empty table.
     pub(crate) fn new(buckets: usize) -> Self {
         let table = Self {
@@ -86,10 +97,9 @@ impl Table {
             config: zeroed_slice_box(1),
         };
         for (number, dest) in (0..).zip(&table.dests) {
-            let addr = Ip4::new([10, 0, 0, number]).raw();
+            let addr = address::<E::Addr>([0, 0], number).words();
             let port_method = u32::from(Port::new(8080).raw()) | u32::from(Method::Masq as u8) << 16;
-            let record =
-                DestRecord { addr: [addr, 0, 0, 0], port_method, weight: 1, state: slot::USED, ..Zeroable::zeroed() };
+            let record = DestRecord { addr, port_method, weight: 1, state: slot::USED, ..Zeroable::zeroed() };
             dest.store(&record);
         }
         for (shared, timeout) in table.config[0].timeouts.iter().zip(timeout::defaults(HZ)) {
@@ -102,7 +112,7 @@ impl Table {
     /// Makes it as new. Every word keeps its address.
     pub(crate) fn clear(&self) {
         for entry in self.flows.iter().flat_map(Bucket::entries) {
-            entry.fill(&key(Protocol::Tcp, 0, 0), 0);
+            entry.fill(&key::<E>(Protocol::Tcp, 0, 0), 0);
             entry.word().store(0);
         }
         self.loads.iter().for_each(|load| load.connections.store(0));
@@ -112,45 +122,39 @@ impl Table {
         Now { config: &self.config[0], clock }
     }
 
-    fn birth(&self, opening: &Opening, clock: Clock) -> Insert<Entry4> {
-        let Opening { key, place, dest, tcp_flags } = *opening;
+    fn birth<'k>(&self, opening: &'k Opening<E::Key>, clock: Clock) -> Insert<'k, E> {
+        let Opening { ref key, place, dest, tcp_flags } = *opening;
         let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, 0);
         Insert { key, place, dest, birth, clock }
     }
 
     /// Creates a connection that has not been found.
-    pub(crate) fn insert(&self, opening: &Opening, clock: Clock) -> Inserted {
+    pub(crate) fn insert(&self, opening: &Opening<E::Key>, clock: Clock) -> Inserted {
         flow_table::insert(self, &self.birth(opening, clock))
     }
 
     /// Creates a connection that has not been found and that there is no room for.
-    pub(crate) fn displace(&self, opening: &Opening, clock: Clock) -> Inserted {
+    pub(crate) fn displace(&self, opening: &Opening<E::Key>, clock: Clock) -> Inserted {
         flow_table::displace(self, &self.birth(opening, clock), IDLE)
     }
 
     /// The connection, if there is one; it may be past its time.
-    pub(crate) fn find(&self, key: &Key4, place: Place) -> Option<Found<'_, Entry4>> {
+    pub(crate) fn find(&self, key: &E::Key, place: Place) -> Option<Found<'_, E>> {
         flow_table::find(self, key, place)
     }
 
     /// The connection between the client of `key` and the destination with this number, and its whole key.
-    pub(crate) fn find_reply(&self, key: &Key4, place: Place, dest: u32) -> Option<(Found<'_, Entry4>, Key4)> {
-        flow_table::find_reply(self, key, place, server(dest))
+    pub(crate) fn find_reply(&self, key: &E::Key, place: Place, dest: u32) -> Option<(Found<'_, E>, E::Key)> {
+        flow_table::find_reply(self, key, place, server::<E>(dest, key.protocol()))
     }
 
     /// Lets a packet change the connection that was found for it.
-    pub(crate) fn step(
-        &self,
-        found: &Found<'_, Entry4>,
-        tcp_flags: u8,
-        from: From,
-        clock: Clock,
-    ) -> Result<Word, Gone> {
+    pub(crate) fn step(&self, found: &Found<'_, E>, tcp_flags: u8, from: From, clock: Clock) -> Result<Word, Gone> {
         track::step(self, found, (tcp_flags, from), &self.now(clock))
     }
 
     /// Does what the pipeline does with a packet of a client.
-    pub(crate) fn packet(&self, opening: &Opening, clock: Clock) -> Packet {
+    pub(crate) fn packet(&self, opening: &Opening<E::Key>, clock: Clock) -> Packet {
         let join = || {
             let found = self.find(&opening.key, opening.place)?;
             self.step(&found, opening.tcp_flags, From::Client, clock).ok()?;
@@ -169,12 +173,12 @@ impl Table {
     /// Ends connections of all buckets. Returns how many.
     pub(crate) fn sweep(&self, what: What) -> u64 {
         let mut sweep = Sweep { tables: self, first: 0, what, ended: 0 };
-        (0..self.flow_buckets()).for_each(|index| sweep.bucket::<Entry4>(index));
+        (0..self.buckets()).for_each(|index| sweep.bucket::<E>(index));
         sweep.ended
     }
 
     /// The connections that the table holds, whether or not their time is over.
-    pub(crate) fn connections(&self) -> Vec<(Key4, Word, u32)> {
+    pub(crate) fn connections(&self) -> Vec<(E::Key, Word, u32)> {
         audit::connections(&self.flows).expect("at rest, every connection has one entry")
     }
 
@@ -191,12 +195,9 @@ pub(crate) const ACK: u8 = tcp::flag::ACK;
 /// The last segment of one side.
 pub(crate) const FIN: u8 = tcp::flag::FIN | tcp::flag::ACK;
 
-impl Tables for Table {
+impl<E: Entry> Tables for Table<E> {
     fn seed(&self) -> Seed {
         Seed::new([0; 3])
-    }
-    fn flow_buckets(&self) -> u32 {
-        self.flows.len() as u32
     }
     fn endpoint_buckets(&self) -> u32 {
         0
@@ -205,9 +206,6 @@ impl Tables for Table {
         self.config.first()
     }
     fn limiter(&self) -> Option<&Limiter> {
-        None
-    }
-    fn endpoints4(&self, _: u32) -> Option<&EndpointBucket4> {
         None
     }
     fn view(&self, _: u32) -> Option<&View> {
@@ -228,9 +226,6 @@ impl Tables for Table {
     fn dest_cpu(&self, _: u32) -> Option<&DestCpu> {
         None
     }
-    fn flows4(&self, index: u32) -> Option<&Bucket4> {
-        self.flows.get(index as usize)
-    }
     fn adjacency(&self, _: u32) -> Option<&Adjacency> {
         None
     }
@@ -244,8 +239,11 @@ impl Tables for Table {
     fn count_event(&self, _: Event) {}
 }
 
-impl Buckets<Entry4> for Table {
-    fn bucket(&self, index: u32) -> Option<&Bucket4> {
-        self.flows4(index)
+impl<E: Entry> Buckets<E> for Table<E> {
+    fn buckets(&self) -> u32 {
+        self.flows.len() as u32
+    }
+    fn bucket(&self, index: u32) -> Option<&Bucket<E>> {
+        self.flows.get(index as usize)
     }
 }

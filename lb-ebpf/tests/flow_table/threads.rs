@@ -3,7 +3,11 @@
 
 use std::thread;
 
-use lb_common::{abi::control, proto::Protocol};
+use lb_common::{
+    abi::control,
+    flow::{Entry, Entry4, Entry6},
+    proto::Protocol,
+};
 use lb_ebpf::{ageing::What, track::From};
 
 use crate::table::{ACK, FIN, HZ, Opening, Packet, SYN, Table, clock, key};
@@ -29,18 +33,18 @@ impl Random {
 }
 
 /// The destination of a connection tells whose it is: a packet that goes to another's is on a wrong way.
-fn opening(client: u8, server: u32, tcp_flags: u8) -> Opening {
-    let key = key(Protocol::Tcp, client, 1);
+fn opening<E: Entry>(client: u8, server: u32, tcp_flags: u8) -> Opening<E::Key> {
+    let key = key::<E>(Protocol::Tcp, client, 1);
     // All in two buckets, in pairs of their own.
     let hash = u64::from(client) << 16 | (u64::from(client) * 80) & 0x3ff;
     Opening { key, place: lb_common::flow::Place::of(hash), dest: u32::from(client) * SERVERS + server, tcp_flags }
 }
 
-fn act(table: &Table, random: &mut Random, begin: u32) {
+fn act<E: Entry>(table: &Table<E>, random: &mut Random, begin: u32) {
     let client = random.below(CLIENTS.into()) as u8;
     let ticks = begin + random.below(62 * HZ);
     let flags = [SYN, SYN, ACK, ACK, FIN][random.below(5) as usize];
-    let packet = opening(client, random.below(SERVERS), flags);
+    let packet = opening::<E>(client, random.below(SERVERS), flags);
     let is_own = |dest: u32| assert_eq!(dest / SERVERS, u32::from(client), "a packet went to another client's server");
     match random.below(24) {
         0 => drop(table.sweep(What::Dest(u64::from(random.below(SERVERS * u32::from(CLIENTS)))))),
@@ -61,7 +65,12 @@ fn act(table: &Table, random: &mut Random, begin: u32) {
 
 #[test]
 fn threads_leave_an_exact_table() {
-    let table = Table::new(2);
+    leave_an_exact_table::<Entry4>();
+    leave_an_exact_table::<Entry6>();
+}
+
+fn leave_an_exact_table<E: Entry + Sync>() {
+    let table = Table::<E>::new(2);
     for round in 0..ROUNDS {
         thread::scope(|scope| {
             for thread in 1..=THREADS {

@@ -60,7 +60,7 @@ fn flush(place: &Place, selection: &Selection) -> Result<(), Failure> {
     let mut session = Session::open(place)?;
     session.recover(&lock)?;
     let endings = selection.endings(&session.state()?)?;
-    let (control, buckets) = (Control::open(place)?, session.maps().instance().flow_buckets);
+    let (control, buckets) = (Control::open(place)?, session.maps().instance().buckets());
     let mut ended = 0;
     for ending in endings {
         ended += control.flush(buckets, ending)?;
@@ -68,10 +68,10 @@ fn flush(place: &Place, selection: &Selection) -> Result<(), Failure> {
     output::print(&format!("{ended} connections ended\n"))
 }
 
-/// What the flow table of a running instance is read with.
+/// What the flow tables of a running instance are read with.
 pub(crate) fn reader<'a>(place: &Place, maps: &'a Maps) -> Result<Reader<'a>, Failure> {
     let now = Control::open(place)?.clock()?;
-    Ok(Reader { flows: &maps.flows4, dests: &maps.dests, now, hz: maps.instance().hz })
+    Ok(Reader { flows4: &maps.flows4, flows6: &maps.flows6, dests: &maps.dests, now, hz: maps.instance().hz })
 }
 
 #[derive(Serialize)]

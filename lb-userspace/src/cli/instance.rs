@@ -35,9 +35,13 @@ pub(crate) struct Up {
     /// if it can
     #[arg(long, value_enum, default_value = "auto")]
     mode: ModeWord,
-    /// Connections to make room for, 1000 to 16777216 (1048576 unless given; about 54 bytes each)
+    /// IPv4 connections to make room for, 1000 to 16777216 (1048576 unless given; about 54 bytes each)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(Capacity::FLOWS_MIN as i64..=Capacity::FLOWS_MAX as i64))]
     max_flows: Option<u32>,
+    /// IPv6 connections to make room for, 1000 to 16777216 (a quarter of --max-flows unless given, 1000 at the least; about
+    /// 107 bytes each)
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(Capacity::FLOWS_MIN as i64..=Capacity::FLOWS_MAX as i64))]
+    max_flows6: Option<u32>,
     /// Services to make room for, 1 to 65536 (4096 unless given)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=Capacity::SERVICES_MAX as i64))]
     max_services: Option<u32>,
@@ -69,6 +73,7 @@ impl Up {
             interfaces: self.interfaces,
             wish,
             flows: self.max_flows,
+            flows6: self.max_flows6,
             services: self.max_services,
             dests: self.max_dests,
             sweep_ms: self.sweep_ms,
@@ -124,7 +129,7 @@ impl Ageing {
             (sweeps > 0).then_some(u64::from(ticks) * 1000 / u64::from(instance.hz.max(1)))
         };
         Self {
-            sweep_ms: Pace { slice, interval_ns }.sweep_ms(instance.flow_buckets),
+            sweep_ms: Pace { slice, interval_ns }.sweep_ms(instance.buckets()),
             interval_ms: interval_ns / 1_000_000,
             sweeps,
             last_sweep_ms: ms(last_began, last_ended),

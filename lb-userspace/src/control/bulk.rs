@@ -6,7 +6,12 @@ use std::{
     time::Duration,
 };
 
-use lb_common::{abi::ConnectionRecord, addr::Port, proto::Protocol, tcp};
+use lb_common::{
+    abi::ConnectionRecord,
+    addr::{Address as _, Ip4, Port},
+    proto::Protocol,
+    tcp,
+};
 
 use crate::{
     control::{
@@ -112,6 +117,10 @@ pub fn insert(
 /// A connection to destination number `dest` as the control program takes it; `None` for IPv6.
 fn record(connection: &NewConnection, dest: u32, hz: u32) -> Option<ConnectionRecord> {
     let NewConnection { service: ServiceKey { protocol, address }, client, state, remaining, .. } = *connection;
+    let word = |address: IpAddr| match words(address) {
+        (Ip4::FAMILY, words) => Some(words[0]),
+        _ => None,
+    };
     let port = |address: SocketAddr| u32::from(Port::new(address.port()).raw());
     let state = match protocol.protocol() {
         Protocol::Tcp => state as u32,
@@ -119,8 +128,8 @@ fn record(connection: &NewConnection, dest: u32, hz: u32) -> Option<ConnectionRe
     };
     let ticks = remaining.as_millis() * u128::from(hz) / 1000;
     Some(ConnectionRecord {
-        client: words(client.ip())?[0],
-        service: words(address.ip())?[0],
+        client: word(client.ip())?,
+        service: word(address.ip())?,
         ports: port(client) | port(address) << 16,
         dest,
         protocol_state: protocol.protocol() as u32 | state << 8,

@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use bytemuck::Zeroable as _;
@@ -19,7 +19,7 @@ use crate::{
         journal,
         model::{DestSpec, Refusal, ServiceKey, ServiceSpec},
         shared::{Counters, Shared},
-        state::{AF_INET, State, dest_address, service_key, words},
+        state::{State, dest_address, dest_family, service_key, words},
     },
     error::Error,
 };
@@ -85,10 +85,8 @@ impl<'a> Change<'a> {
     ///
     /// When it exists, or there is no room for it.
     pub fn add_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
-        let addr = words(key.address.ip()).ok_or(Refusal::Family(key.address))?;
-        if key.address.port() == 0 {
-            return Err(Refusal::ZeroPort(key));
-        }
+        check_service(key)?;
+        let (family, addr) = words(key.address.ip());
         if self.state.by_key.contains_key(&key) {
             return Err(Refusal::ServiceExists(key));
         }
@@ -96,7 +94,7 @@ impl<'a> Change<'a> {
         let port = u32::from(Port::new(key.address.port()).raw());
         let record = ServiceRecord {
             state: slot::USED,
-            family: AF_INET,
+            family,
             addr,
             port_protocol: port | (key.protocol.protocol() as u32) << 16,
             scheduler: spec.scheduler as u32,
@@ -169,7 +167,6 @@ impl<'a> Change<'a> {
     pub fn add_dest(&mut self, key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
         let service = self.service(key)?;
         check_dest(key, address, spec)?;
-        let addr = words(address.ip()).ok_or(Refusal::Family(address))?;
         if self.find_dest(service, address).is_some() {
             return Err(Refusal::DestExists(key, address));
         }
@@ -182,9 +179,10 @@ impl<'a> Change<'a> {
         }
         self.catch_up(service);
         let masqueraded = self.state.dests.get(&number).map_or(0, |old| old.masqueraded);
+        let (family, addr) = words(address.ip());
         let record = DestRecord {
             addr,
-            port_method: port_method(address.port(), spec.method),
+            port_method: port_method(family, address.port(), spec.method),
             weight: spec.weight,
             state: slot::USED,
             service,
@@ -214,7 +212,7 @@ impl<'a> Change<'a> {
         let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
         self.catch_up(service);
         if let Some(record) = self.state.dests.get_mut(&number) {
-            record.port_method = port_method(address.port(), spec.method);
+            record.port_method = port_method(dest_family(record), address.port(), spec.method);
             record.weight = spec.weight;
             if spec.weight != 0 {
                 record.last_weight = spec.weight;
@@ -400,15 +398,34 @@ pub enum Commit {
     Failed(#[from] Error),
 }
 
-fn port_method(port: u16, method: Method) -> u32 {
-    u32::from(Port::new(port).raw()) | (method as u32) << 16 | AF_INET << 24
+fn port_method(family: u32, port: u16, method: Method) -> u32 {
+    u32::from(Port::new(port).raw()) | (method as u32) << 16 | family << 24
+}
+
+/// Whether hosts on more than one link can send packets to this address, and it is that of one host (RFC 4291).
+const fn is_routed_unicast(address: Ipv6Addr) -> bool {
+    !(address.is_unspecified()
+        || address.is_multicast()
+        || address.is_unicast_link_local()
+        || address.to_ipv4_mapped().is_some())
+}
+
+fn check_service(key: ServiceKey) -> Result<(), Refusal> {
+    match key.address.ip() {
+        IpAddr::V6(address) if !is_routed_unicast(address) => Err(Refusal::NotServed(key)),
+        _ if key.address.port() == 0 => Err(Refusal::ZeroPort(key)),
+        _ => Ok(()),
+    }
 }
 
 fn check_dest(key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
     let unicast = match address.ip() {
         IpAddr::V4(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast()),
-        IpAddr::V6(_) => return Err(Refusal::Family(address)),
+        IpAddr::V6(ip) => is_routed_unicast(ip),
     };
+    if address.is_ipv4() != key.address.is_ipv4() {
+        return Err(Refusal::Families { service: key, dest: address });
+    }
     if !unicast {
         return Err(Refusal::NotUnicast(address));
     }

@@ -4,10 +4,10 @@ use std::{collections::HashMap, ops::Range};
 
 use lb_common::{
     abi::{
-        ENDPOINT_PROBES, EndpointBucket4, EndpointKey4, Record as _, ServiceRecord, SlotRecord, Target, View,
-        ViewRecord, cursor, slot,
+        DestRecord, ENDPOINT_PROBES, EndpointBucket, EndpointKey, EndpointKey4, EndpointKey6, Record as _,
+        ServiceRecord, SlotRecord, Target, View, ViewRecord, cursor, slot,
     },
-    addr::{Ip4, Port},
+    addr::{Address, Ip4, Ip6, Port},
     hash::Seed,
     proto::{Protocol, Scheduler},
     sched::{MhDest, dh_table, mh_table, sh_table, wrr_cycle},
@@ -16,13 +16,14 @@ use lb_common::{
 use crate::control::{
     model::Refusal,
     shared::Shared,
-    state::{State, service_key},
+    state::{State, dest_family, service_key},
 };
 
 /// What is to be written for a change, beside what packets read now.
 pub struct Compiled {
     views: Vec<CompiledView>,
-    endpoints: Vec<EndpointEdit>,
+    endpoints4: Vec<EndpointEdit<EndpointKey4>>,
+    endpoints6: Vec<EndpointEdit<EndpointKey6>>,
 }
 
 struct CompiledView {
@@ -32,11 +33,11 @@ struct CompiledView {
     cursor: u32,
 }
 
-struct EndpointEdit {
+struct EndpointEdit<K> {
     bucket: usize,
     index: usize,
     /// The key to put there; `None` when it is there already.
-    key: Option<EndpointKey4>,
+    key: Option<K>,
     target: Target,
 }
 
@@ -58,17 +59,18 @@ pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
     if at & cursor::FRESH != 0 { (0, slot.threshold) } else { (slot.dest + 1, slot.threshold) }
 }
 
-/// Compiles the views of `services`, and the edits that bring the endpoint table to what `state` says.
+/// Compiles the views of `services`, and the edits that bring the endpoint tables to what `state` says.
 ///
 /// # Errors
 ///
 /// When there is no room.
 pub fn compile(shared: &Shared<'_>, state: &State, services: impl Iterator<Item = u32>) -> Result<Compiled, Refusal> {
-    let wanted = targets(state);
-    let endpoints = edits(shared, &wanted)?;
+    let seed = shared.instance.load().seed;
+    let endpoints4 = edits(shared.endpoints4, &seed, &targets::<Ip4>(state))?;
+    let endpoints6 = edits(shared.endpoints6, &seed, &targets::<Ip6>(state))?;
     let mut room = Room::new(shared);
     let views = services.map(|slot| compile_view(state, slot, &mut room)).collect::<Result<_, _>>()?;
-    Ok(Compiled { views, endpoints })
+    Ok(Compiled { views, endpoints4, endpoints6 })
 }
 
 impl Compiled {
@@ -77,13 +79,18 @@ impl Compiled {
         for view in &self.views {
             view.write(shared);
         }
-        for edit in &self.endpoints {
-            let bucket: Option<&EndpointBucket4> = shared.endpoints4.get(edit.bucket);
-            let Some(endpoint) = bucket.and_then(|bucket| bucket.endpoints.get(edit.index)) else { continue };
-            match edit.key {
-                Some(key) => endpoint.claim(key, edit.target),
-                None => endpoint.set_target(edit.target),
-            }
+        write(&self.endpoints4, shared.endpoints4);
+        write(&self.endpoints6, shared.endpoints6);
+    }
+}
+
+fn write<K: EndpointKey>(edits: &[EndpointEdit<K>], table: &[EndpointBucket<K>]) {
+    for edit in edits {
+        let bucket = table.get(edit.bucket);
+        let Some(endpoint) = bucket.and_then(|bucket| bucket.endpoints.get(edit.index)) else { continue };
+        match edit.key {
+            Some(key) => endpoint.claim(key, edit.target),
+            None => endpoint.set_target(edit.target),
         }
     }
 }
@@ -164,7 +171,7 @@ fn table(scheduler: Scheduler, state: &State, list: &[u32]) -> Option<Vec<SlotRe
         Scheduler::Dh => dh_table(list.len()),
         Scheduler::Mh => {
             let dests = records().map(|record| MhDest {
-                address: Ip4::from_raw(record.addr[0]).number(),
+                address: number(record),
                 port: Port::from_raw(record.port_method as u16).number(),
                 last_weight: record.last_weight,
             });
@@ -174,6 +181,14 @@ fn table(scheduler: Scheduler, state: &State, list: &[u32]) -> Option<Vec<SlotRe
     };
     let slot = |position: usize| SlotRecord { dest: list.get(position).copied().unwrap_or(0), threshold: 0 };
     Some(positions.into_iter().map(slot).collect())
+}
+
+/// The address of a destination as ip_vs folds it for hashing.
+fn number(record: &DestRecord) -> u32 {
+    match dest_family(record) {
+        Ip6::FAMILY => Ip6::from_words(record.addr).number(),
+        _ => Ip4::from_words(record.addr).number(),
+    }
 }
 
 /// The cursor that goes on behind `pointer`, a destination plus one, in the pass with `threshold`; or, for no pointer, at
@@ -221,36 +236,37 @@ impl Room {
     }
 }
 
-/// The views that packets find at this moment: what the endpoint table says, not the records, which a change under way
+/// The views that packets find at this moment: what the endpoint tables say, not the records, which a change under way
 /// may be ahead of.
 pub fn in_force(shared: &Shared<'_>) -> impl Iterator<Item = u32> {
-    shared
-        .endpoints4
-        .iter()
-        .flat_map(|bucket| &bucket.endpoints)
-        .filter_map(|endpoint| endpoint.read())
-        .filter_map(|(_, target)| target.view())
+    views_in(shared.endpoints4).chain(views_in(shared.endpoints6))
 }
 
-/// What every endpoint shall be to the director.
-fn targets(state: &State) -> HashMap<EndpointKey4, Target> {
-    let mut wanted: HashMap<EndpointKey4, Target> = HashMap::new();
-    let mut add = |key: EndpointKey4, flags: u64| wanted.entry(key).or_default().0 |= flags;
-    for record in state.services.values() {
-        let addr = Ip4::from_raw(record.addr[0]);
-        let key = EndpointKey4::new(addr, port(record.port_protocol), protocol(record));
-        add(EndpointKey4::address(addr), Target::ADDRESS);
+fn views_in<K: EndpointKey>(table: &[EndpointBucket<K>]) -> impl Iterator<Item = u32> {
+    let endpoints = table.iter().flat_map(|bucket| &bucket.endpoints);
+    endpoints.filter_map(|endpoint| endpoint.read()).filter_map(|(_, target)| target.view())
+}
+
+/// What every endpoint of a family shall be to the director.
+fn targets<A: Address>(state: &State) -> HashMap<A::Endpoint, Target> {
+    let mut wanted: HashMap<A::Endpoint, Target> = HashMap::new();
+    let mut add = |key: A::Endpoint, flags: u64| wanted.entry(key).or_default().0 |= flags;
+    for record in state.services.values().filter(|record| record.family == A::FAMILY) {
+        let addr = A::from_words(record.addr);
+        let key = A::Endpoint::new(addr, port(record.port_protocol), protocol(record));
+        add(A::Endpoint::address(addr), Target::ADDRESS);
         if record.state == slot::USED {
             add(key, Target::default().with_view(record.view).0);
         } else {
             add(key, Target::FORMER_SERVICE);
         }
     }
-    for record in state.dests.values().filter(|record| record.masqueraded != 0) {
+    let masqueraded = |record: &&DestRecord| record.masqueraded != 0 && dest_family(record) == A::FAMILY;
+    for record in state.dests.values().filter(masqueraded) {
         let Some(service) = state.services.get(&record.service) else { continue };
         let own = port(record.port_method);
         let port = if own == Port::default() { port(service.port_protocol) } else { own };
-        add(EndpointKey4::new(Ip4::from_raw(record.addr[0]), port, protocol(service)), Target::SERVER);
+        add(A::Endpoint::new(A::from_words(record.addr), port, protocol(service)), Target::SERVER);
     }
     wanted
 }
@@ -263,14 +279,18 @@ fn protocol(record: &ServiceRecord) -> Protocol {
     service_key(record).protocol.protocol()
 }
 
-/// The edits that make the endpoint table hold `wanted` and nothing else. New and changed endpoints come first, so that
+/// The edits that make an endpoint table hold `wanted` and nothing else. New and changed endpoints come first, so that
 /// nothing that stays is ever missing.
-fn edits(shared: &Shared<'_>, wanted: &HashMap<EndpointKey4, Target>) -> Result<Vec<EndpointEdit>, Refusal> {
+fn edits<K: EndpointKey>(
+    table: &[EndpointBucket<K>],
+    seed: &Seed,
+    wanted: &HashMap<K, Target>,
+) -> Result<Vec<EndpointEdit<K>>, Refusal> {
     let mut missing = wanted.clone();
     let mut changed = Vec::new();
     let mut removed = Vec::new();
-    let mut taken: Vec<[bool; 4]> = Vec::with_capacity(shared.endpoints4.len());
-    for (bucket, endpoints) in shared.endpoints4.iter().enumerate() {
+    let mut taken: Vec<[bool; 4]> = Vec::with_capacity(table.len());
+    for (bucket, endpoints) in table.iter().enumerate() {
         let mut used = [false; 4];
         for (index, endpoint) in endpoints.endpoints.iter().enumerate() {
             let Some((key, target)) = endpoint.read() else { continue };
@@ -283,9 +303,8 @@ fn edits(shared: &Shared<'_>, wanted: &HashMap<EndpointKey4, Target>) -> Result<
         }
         taken.push(used);
     }
-    let seed = shared.instance.load().seed;
     for (key, target) in missing {
-        let (bucket, index) = free_endpoint(&seed, &key, &mut taken).ok_or(Refusal::NoEndpoints)?;
+        let (bucket, index) = free_endpoint(seed, &key, &mut taken).ok_or(Refusal::NoEndpoints)?;
         changed.push(EndpointEdit { bucket, index, key: Some(key), target });
     }
     changed.extend(removed);
@@ -294,7 +313,7 @@ fn edits(shared: &Shared<'_>, wanted: &HashMap<EndpointKey4, Target>) -> Result<
 
 /// A slot for `key`, which is taken then. The search of the data plane stops at a bucket with a slot that was never used,
 /// so the first free one it comes by is the right one.
-fn free_endpoint(seed: &Seed, key: &EndpointKey4, taken: &mut [[bool; 4]]) -> Option<(usize, usize)> {
+fn free_endpoint<K: EndpointKey>(seed: &Seed, key: &K, taken: &mut [[bool; 4]]) -> Option<(usize, usize)> {
     let buckets = taken.len();
     let first = key.bucket(seed, buckets as u32) as usize;
     for probe in 0..ENDPOINT_PROBES as usize {

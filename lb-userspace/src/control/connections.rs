@@ -1,11 +1,11 @@
 //! The connections in the flow table, as people see them.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use lb_common::{
     abi::{Dest, Record as _},
-    addr::{Ip4, Port},
-    flow::{Bucket4, Entry as _, Entry4, Word},
+    addr::{Address, Port},
+    flow::{Bucket, Bucket4, Bucket6, Entry, Key as _, Word},
     jiffies::Jiffies,
     proto::{Method, Protocol},
     tcp,
@@ -14,6 +14,7 @@ use lb_common::{
 use crate::control::{
     bulk::Selection,
     model::{Prefix, Transport},
+    state::{dest_family, ip},
 };
 
 /// How often an entry that is being given to another connection is read again.
@@ -62,11 +63,13 @@ impl Filter {
     }
 }
 
-/// What the flow table is read with.
+/// What the flow tables are read with.
 #[derive(Clone, Copy)]
 pub struct Reader<'a> {
-    /// The flow table.
-    pub flows: &'a [Bucket4],
+    /// The IPv4 flow table.
+    pub flows4: &'a [Bucket4],
+    /// The IPv6 flow table.
+    pub flows6: &'a [Bucket6],
     /// The destinations.
     pub dests: &'a [Dest],
     /// The data plane's clock.
@@ -76,15 +79,17 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    /// Every connection, in the order of the table. A connection that begins, ends or changes meanwhile is there or not,
+    /// Every connection, in the order of the tables, IPv4 first. A connection that begins, ends or changes meanwhile is there or not,
     /// but never in parts.
     pub fn connections(self) -> impl Iterator<Item = Connection> + 'a {
-        self.flows.iter().flat_map(Bucket4::entries).filter_map(move |entry| self.connection(entry))
+        let four = self.flows4.iter().flat_map(Bucket::entries).filter_map(move |entry| self.connection(entry));
+        let six = self.flows6.iter().flat_map(Bucket::entries).filter_map(move |entry| self.connection(entry));
+        four.chain(six)
     }
 
-    fn connection(&self, entry: &Entry4) -> Option<Connection> {
+    fn connection<E: Entry>(&self, entry: &E) -> Option<Connection> {
         for _ in 0..ATTEMPTS {
-            let before = Word(entry.word.load());
+            let before = Word(entry.word().load());
             if !before.is_live() {
                 return None;
             }
@@ -94,7 +99,7 @@ impl<'a> Reader<'a> {
             let record = self.dests.get(entry.dest().load() as usize).map(Dest::load);
             // What has been read belongs together if the entry has been one connection all the while; the state is the
             // newest.
-            let word = Word(entry.word.load());
+            let word = Word(entry.word().load());
             if !word.same_life(before) {
                 continue;
             }
@@ -107,7 +112,7 @@ impl<'a> Reader<'a> {
                 protocol: word.protocol().into(),
                 client: socket(key.caddr(), key.cport()),
                 service: socket(key.vaddr(), key.vport()),
-                destination: socket(Ip4::from_raw(record.addr[0]), port),
+                destination: SocketAddr::new(ip(dest_family(&record), record.addr), port.number()),
                 state: state_name(word),
                 expires: u64::from(word.expires().since(self.now).max(0).cast_unsigned()) * 1000
                     / u64::from(self.hz.max(1)),
@@ -119,8 +124,8 @@ impl<'a> Reader<'a> {
     }
 }
 
-fn socket(address: Ip4, port: Port) -> SocketAddr {
-    SocketAddr::new(Ipv4Addr::from(address.octets()).into(), port.number())
+fn socket<A: Address>(address: A, port: Port) -> SocketAddr {
+    SocketAddr::new(ip(A::FAMILY, address.words()), port.number())
 }
 
 /// What stands for the state of a UDP connection.
@@ -135,9 +140,12 @@ fn state_name(word: Word) -> &'static str {
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use bytemuck::Zeroable as _;
     use lb_common::{
         abi::{DestRecord, slot},
+        addr::Ip4,
         flow::{Key4, flag},
     };
 
@@ -164,7 +172,7 @@ mod tests {
             ..DestRecord::zeroed()
         };
         dest.store(&record);
-        Reader { flows: &[bucket], dests: &[dest], now: NOW, hz: 250 }.connections().collect()
+        Reader { flows4: &[bucket], flows6: &[], dests: &[dest], now: NOW, hz: 250 }.connections().collect()
     }
 
     fn live(state: tcp::State, flags: u64, expires: Jiffies) -> Word {

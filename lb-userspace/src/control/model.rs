@@ -170,12 +170,20 @@ pub enum Refusal {
     /// No service has or had such a destination.
     #[error("no destination {}: see `xdpvs conn list`", host(.0, *.1))]
     NoSuchDest(IpAddr, Option<u16>),
-    /// An address no host can have.
-    #[error("destination {0}: not the address of one host")]
+    /// An address no host can have, or that says nothing without a link.
+    #[error("destination {0}: not the address of one host{but}", but = link(.0))]
     NotUnicast(SocketAddr),
-    /// IPv6.
-    #[error("{0}: IPv6 is not supported yet")]
-    Family(SocketAddr),
+    /// An address that clients cannot send to from other links, or that is not that of one host.
+    #[error("service {0}: use a unicast address that is not link-local")]
+    NotServed(ServiceKey),
+    /// IPv4 and IPv6 do not mix.
+    #[error("destination {dest}: service {service} is {}, and so are its destinations", family(.service))]
+    Families {
+        /// The service.
+        service: ServiceKey,
+        /// The destination.
+        dest: SocketAddr,
+    },
     /// DR and tunnel do not translate ports.
     #[error("destination {address}: {method} does not change the port, which is {port} for this service: leave it out")]
     PortMapping {
@@ -227,6 +235,14 @@ pub enum Refusal {
     /// No room in the endpoint table.
     #[error("no room for another address and port: `xdpvs down`, then `xdpvs up` with a higher --max-dests")]
     NoEndpoints,
+}
+
+fn link(address: &SocketAddr) -> &'static str {
+    if address.is_ipv6() { ", or link-local" } else { "" }
+}
+
+fn family(key: &ServiceKey) -> &'static str {
+    if key.address.is_ipv4() { "IPv4" } else { "IPv6" }
 }
 
 fn host(address: &IpAddr, port: Option<u16>) -> String {

@@ -1,6 +1,8 @@
 //! The maps of an instance that the control plane reads and writes, wherever their memory is.
 
-use lb_common::abi::{Config, Cursor, Dest, DestLoad, EndpointBucket4, Instance, JournalSlot, Service, Slot, View};
+use lb_common::abi::{
+    Config, Cursor, Dest, DestLoad, EndpointBucket4, EndpointBucket6, Instance, JournalSlot, Service, Slot, View,
+};
 
 use crate::{datapath::open::Maps, error::Error};
 
@@ -14,6 +16,7 @@ pub struct Shared<'a> {
     pub services: &'a [Service],
     pub dests: &'a [Dest],
     pub endpoints4: &'a [EndpointBucket4],
+    pub endpoints6: &'a [EndpointBucket6],
     pub views: &'a [View],
     pub slots: &'a [Slot],
     pub cursors: &'a [Cursor],
@@ -30,6 +33,7 @@ impl Maps {
             services: &self.services,
             dests: &self.dests,
             endpoints4: &self.endpoints4,
+            endpoints6: &self.endpoints6,
             views: &self.views,
             slots: &self.slots,
             cursors: &self.cursors,

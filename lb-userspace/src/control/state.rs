@@ -2,12 +2,12 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
 };
 
 use lb_common::{
     abi::{DestRecord, Record as _, ServiceRecord, slot},
-    addr::{Ip4, Port},
+    addr::{Address, Ip4, Ip6, Port},
     proto::{Method, Protocol, Scheduler},
 };
 
@@ -15,9 +15,6 @@ use crate::control::{
     model::{Dest, DestSpec, Service, ServiceKey, ServiceSpec},
     shared::Shared,
 };
-
-/// The kernel's number of the IPv4 address family.
-pub const AF_INET: u32 = 2;
 
 /// All records in use, by slot, and where to find them.
 #[derive(Clone, Default)]
@@ -115,12 +112,17 @@ impl State {
 /// What tells a service apart from others.
 pub fn service_key(record: &ServiceRecord) -> ServiceKey {
     let protocol = Protocol::try_from((record.port_protocol >> 16) as u8).unwrap_or(Protocol::Tcp);
-    ServiceKey { protocol: protocol.into(), address: socket_address(&record.addr, record.port_protocol) }
+    ServiceKey { protocol: protocol.into(), address: socket_address(record.family, record.addr, record.port_protocol) }
 }
 
 /// The address and port of a destination.
 pub fn dest_address(record: &DestRecord) -> SocketAddr {
-    socket_address(&record.addr, record.port_method)
+    socket_address(dest_family(record), record.addr, record.port_method)
+}
+
+/// The address family of a destination.
+pub fn dest_family(record: &DestRecord) -> u32 {
+    record.port_method >> 24
 }
 
 /// How a destination is set.
@@ -129,15 +131,22 @@ pub fn dest_spec(record: &DestRecord) -> DestSpec {
     DestSpec { method, weight: record.weight }
 }
 
-fn socket_address(addr: &[u32; 4], port: u32) -> SocketAddr {
-    let addr = Ip4::from_raw(addr[0]);
-    SocketAddr::new(IpAddr::V4(Ipv4Addr::from(addr.octets())), Port::from_raw(port as u16).number())
+fn socket_address(family: u32, addr: [u32; 4], port: u32) -> SocketAddr {
+    SocketAddr::new(ip(family, addr), Port::from_raw(port as u16).number())
 }
 
-/// An address as the maps hold it; `None` for IPv6.
-pub fn words(address: IpAddr) -> Option<[u32; 4]> {
+/// An address of some family that the maps hold as `words`.
+pub fn ip(family: u32, words: [u32; 4]) -> IpAddr {
+    match family {
+        Ip6::FAMILY => Ip6::from_words(words).octets().into(),
+        _ => Ip4::from_words(words).octets().into(),
+    }
+}
+
+/// An address as the maps hold it: its family and its words.
+pub fn words(address: IpAddr) -> (u32, [u32; 4]) {
     match address {
-        IpAddr::V4(address) => Some([Ip4::new(address.octets()).raw(), 0, 0, 0]),
-        IpAddr::V6(_) => None,
+        IpAddr::V4(address) => (Ip4::FAMILY, Ip4::new(address.octets()).words()),
+        IpAddr::V6(address) => (Ip6::FAMILY, Ip6::new(address.octets()).words()),
     }
 }

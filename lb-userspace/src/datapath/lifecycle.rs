@@ -22,8 +22,10 @@ pub struct Request {
     pub interfaces: Vec<String>,
     /// How the programs are to run on them.
     pub wish: Wish,
-    /// Connections to make room for, 1,000 to 16,777,216.
+    /// IPv4 connections to make room for, 1,000 to 16,777,216.
     pub flows: Option<u32>,
+    /// IPv6 connections to make room for, 1,000 to 16,777,216.
+    pub flows6: Option<u32>,
     /// Services to make room for, 1 to 65,536.
     pub services: Option<u32>,
     /// Destinations to make room for, 1 to 262,144.
@@ -36,8 +38,10 @@ impl Request {
     /// The sizes of a new instance.
     fn capacity(&self) -> Capacity {
         let default = Capacity::default();
+        let flows = self.flows.unwrap_or(default.flows);
         Capacity {
-            flows: self.flows.unwrap_or(default.flows),
+            flows,
+            flows6: self.flows6.unwrap_or_else(|| Capacity::flows6_for(flows)),
             services: self.services.unwrap_or(default.services),
             dests: self.dests.unwrap_or(default.dests),
         }
@@ -48,6 +52,7 @@ impl Request {
         let instance = session.maps().instance();
         for (option, wanted, found) in [
             ("flows", self.flows, instance.max_flows),
+            ("flows6", self.flows6, instance.max_flows6),
             ("services", self.services, instance.services),
             ("dests", self.dests, instance.dests),
         ] {
@@ -58,7 +63,7 @@ impl Request {
         Ok(())
     }
 
-    /// The pace of ageing, if one is wanted, in a flow table of `buckets` buckets for `flows` connections.
+    /// The pace of ageing, if one is wanted, in flow tables of `buckets` buckets for `flows` connections.
     fn pace(&self, buckets: u32, flows: u32) -> Result<Option<Pace>, Error> {
         let Some(sweep_ms) = self.sweep_ms else { return Ok(None) };
         let pace = Pace::new(buckets, sweep_ms);
@@ -111,7 +116,7 @@ fn start(place: &Place, lock: &Lock, request: &Request) -> Result<Vec<Notice>, E
     // Of an instance that does not exist nothing is linked: the plan is about the interfaces named.
     let plans = attach::plan(place, &request.interfaces, request.wish)?;
     let capacity = request.capacity();
-    let pace = request.pace(capacity.flow_buckets(), capacity.flows)?;
+    let pace = request.pace(capacity.flow_buckets() + capacity.flow_buckets6(), capacity.flows + capacity.flows6)?;
     let mut programs = load::create(place, lock, &capacity)?;
     let started = attach_each(place, &mut programs, plans.iter(), request.wish).and_then(|notices| {
         forwarding::switch_on(place)?;
@@ -129,7 +134,7 @@ fn renew(place: &Place, lock: &Lock, request: &Request) -> Result<Vec<Notice>, E
     session.recover(lock)?;
     request.check(&session)?;
     let instance = session.maps().instance();
-    let pace = request.pace(instance.flow_buckets, instance.max_flows)?;
+    let pace = request.pace(instance.buckets(), instance.max_flows + instance.max_flows6)?;
     let plans = attach::plan(place, &request.interfaces, request.wish)?;
     let mut programs = load::replace(place, lock, session.maps())?;
     let (linked, new): (Vec<&Plan>, Vec<&Plan>) = plans.iter().partition(|plan| plan.is_linked());

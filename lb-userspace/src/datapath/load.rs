@@ -97,11 +97,13 @@ fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
         layout: abi::LAYOUT,
         hz: ticks_per_second(),
         flow_buckets: capacity.flow_buckets(),
+        flow_buckets6: capacity.flow_buckets6(),
         endpoint_buckets: capacity.endpoint_buckets(),
         services: capacity.services,
         dests: capacity.dests,
         slots: capacity.slots(),
         max_flows: capacity.flows,
+        max_flows6: capacity.flows6,
         journal: capacity.journal(),
         generation: 0,
         seed: random_seed()?,
@@ -183,7 +185,7 @@ pub fn retire(place: &Place, _: &Lock) -> Result<(), Error> {
 /// When the kernel does not start it.
 pub fn start_ageing(place: &Place, maps: &Maps, pace: Option<Pace>) -> Result<(), Error> {
     let AgeingRecord { slice, interval_ns, .. } = open::ageing(place)?.record;
-    let kept = if slice == 0 { Pace::usual(maps.instance().flow_buckets) } else { Pace { slice, interval_ns } };
+    let kept = if slice == 0 { Pace::usual(maps.instance().buckets()) } else { Pace { slice, interval_ns } };
     Control::open(place)?.start_ageing(pace.unwrap_or(kept))
 }
 
@@ -196,12 +198,14 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
         (map::SERVICES, record.services),
         (map::DESTS, record.dests),
         (map::ENDPOINTS4, record.endpoint_buckets),
+        (map::ENDPOINTS6, record.endpoint_buckets),
         (map::VIEWS, 2 * record.services),
         (map::SLOTS, record.slots),
         (map::CURSORS, 2 * record.services),
         (map::DEST_LOADS, record.dests),
         (map::DEST_CPUS, record.dests),
         (map::FLOWS4, record.flow_buckets),
+        (map::FLOWS6, record.flow_buckets6),
     ] {
         loader.map_max_entries(name, entries);
     }
@@ -211,6 +215,7 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
     for (name, value) in [
         ("HZ", GlobalData::from(&record.hz)),
         ("FLOW_BUCKETS", GlobalData::from(&record.flow_buckets)),
+        ("FLOW_BUCKETS6", GlobalData::from(&record.flow_buckets6)),
         ("ENDPOINT_BUCKETS", GlobalData::from(&record.endpoint_buckets)),
         ("SEED", GlobalData::from(&seed)),
     ] {
@@ -223,13 +228,12 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
     for name in [program::XDPVS, program::CONTROL] {
         programs.get::<Xdp>(name)?.load().map_err(|source| Error::program("load", name, source))?;
     }
-    for stage in Stage::ALL {
-        let name = stage.program();
+    for (index, name) in Stage::programs() {
         let xdp: &mut Xdp = programs.get(name)?;
         xdp.load().map_err(|source| Error::program("load", name, source))?;
         let fd = xdp.fd().and_then(|fd| fd.try_clone().map_err(Into::into));
         let fd = fd.map_err(|source| Error::program("keep", name, source))?;
-        stages.set(stage as u32, &fd, 0).map_err(|source| Error::map("write", STAGES, source))?;
+        stages.set(index, &fd, 0).map_err(|source| Error::map("write", STAGES, source))?;
     }
     programs.neighbour()?.load().map_err(|source| Error::program("load", program::NEIGHBOUR, source))?;
     pin(&mut programs, stages, pins)?;

@@ -30,12 +30,14 @@ pub mod map {
     pub const SERVICES: &str = "SERVICES";
     pub const DESTS: &str = "DESTS";
     pub const ENDPOINTS4: &str = "ENDPOINTS4";
+    pub const ENDPOINTS6: &str = "ENDPOINTS6";
     pub const VIEWS: &str = "VIEWS";
     pub const SLOTS: &str = "SLOTS";
     pub const CURSORS: &str = "CURSORS";
     pub const DEST_LOADS: &str = "DEST_LOADS";
     pub const DEST_CPUS: &str = "DEST_CPUS";
     pub const FLOWS4: &str = "FLOWS4";
+    pub const FLOWS6: &str = "FLOWS6";
     pub const ADJACENCY: &str = "ADJACENCY";
     pub const ADJACENCY_CPUS: &str = "ADJACENCY_CPUS";
     pub const LIMITER: &str = "LIMITER";
@@ -43,19 +45,21 @@ pub mod map {
     pub const AGEING: &str = "AGEING";
 
     /// Every map that is pinned.
-    pub const ALL: [&str; 17] = [
+    pub const ALL: [&str; 19] = [
         INSTANCE,
         CONFIG,
         JOURNAL,
         SERVICES,
         DESTS,
         ENDPOINTS4,
+        ENDPOINTS6,
         VIEWS,
         SLOTS,
         CURSORS,
         DEST_LOADS,
         DEST_CPUS,
         FLOWS4,
+        FLOWS6,
         ADJACENCY,
         ADJACENCY_CPUS,
         LIMITER,

@@ -5,10 +5,10 @@ use std::path::Path;
 use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     abi::{
-        self, AgeingValue, Config, Cursor, Dest, DestCpuRecord, DestLoad, EndpointBucket4, Instance, InstanceRecord,
-        JournalSlot, Record as _, Service, Slot, View,
+        self, AgeingValue, Config, Cursor, Dest, DestCpuRecord, DestLoad, EndpointBucket4, EndpointBucket6, Instance,
+        InstanceRecord, JournalSlot, Record as _, Service, Slot, View,
     },
-    flow::Bucket4,
+    flow::{Bucket4, Bucket6},
 };
 
 use crate::{
@@ -32,8 +32,10 @@ pub struct Maps {
     pub services: Mapped<Service>,
     /// The destinations.
     pub dests: Mapped<Dest>,
-    /// What addresses and ports are to the director.
+    /// What IPv4 addresses and ports are to the director.
     pub endpoints4: Mapped<EndpointBucket4>,
+    /// What IPv6 addresses and ports are to the director.
+    pub endpoints6: Mapped<EndpointBucket6>,
     /// How services choose destinations.
     pub views: Mapped<View>,
     /// Lists and rings.
@@ -44,6 +46,8 @@ pub struct Maps {
     pub dest_loads: Mapped<DestLoad>,
     /// The IPv4 flow table.
     pub flows4: Mapped<Bucket4>,
+    /// The IPv6 flow table.
+    pub flows6: Mapped<Bucket6>,
 }
 
 impl Maps {
@@ -71,11 +75,13 @@ impl Maps {
             services: mapped(directory, map::SERVICES, access)?,
             dests: mapped(directory, map::DESTS, access)?,
             endpoints4: mapped(directory, map::ENDPOINTS4, access)?,
+            endpoints6: mapped(directory, map::ENDPOINTS6, access)?,
             views: mapped(directory, map::VIEWS, access)?,
             slots: mapped(directory, map::SLOTS, access)?,
             cursors: mapped(directory, map::CURSORS, access)?,
             dest_loads: mapped(directory, map::DEST_LOADS, Access::Read)?,
             flows4: mapped(directory, map::FLOWS4, Access::Read)?,
+            flows6: mapped(directory, map::FLOWS6, Access::Read)?,
         })
     }
 

@@ -5,8 +5,10 @@ use lb_common::{abi::ENDPOINTS_PER_BUCKET, flow::ENTRIES_PER_BUCKET};
 /// What an instance is to hold, as the user says it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Capacity {
-    /// Connections, 1,000 to 16,777,216.
+    /// IPv4 connections, 1,000 to 16,777,216.
     pub flows: u32,
+    /// IPv6 connections, 1,000 to 16,777,216.
+    pub flows6: u32,
     /// Services, 1 to 65,536.
     pub services: u32,
     /// Destinations of all services together, 1 to 262,144.
@@ -15,7 +17,7 @@ pub struct Capacity {
 
 impl Default for Capacity {
     fn default() -> Self {
-        Self { flows: 1 << 20, services: 4096, dests: 16_384 }
+        Self { flows: 1 << 20, flows6: Self::flows6_for(1 << 20), services: 4096, dests: 16_384 }
     }
 }
 
@@ -32,15 +34,30 @@ impl Capacity {
     /// Most destinations.
     pub const DESTS_MAX: u32 = 1 << 18;
 
-    /// Buckets of the flow table: six tenths of its entries are in use when it holds as many connections as it is made
-    /// for, so that both buckets of a connection are practically never full.
+    /// The IPv6 connections that an instance for `flows` IPv4 connections is made for unless it is told: a quarter, which
+    /// takes half as much memory.
+    pub const fn flows6_for(flows: u32) -> u32 {
+        if flows / 4 < Self::FLOWS_MIN { Self::FLOWS_MIN } else { flows / 4 }
+    }
+
+    /// Buckets of the IPv4 flow table: six tenths of its entries are in use when it holds as many connections as it is
+    /// made for, so that both buckets of a connection are practically never full.
     pub const fn flow_buckets(&self) -> u32 {
-        let entries = self.flows as u64 * 5 / 3;
+        Self::buckets_for(self.flows)
+    }
+
+    /// Buckets of the IPv6 flow table.
+    pub const fn flow_buckets6(&self) -> u32 {
+        Self::buckets_for(self.flows6)
+    }
+
+    const fn buckets_for(flows: u32) -> u32 {
+        let entries = flows as u64 * 5 / 3;
         let buckets = entries.div_ceil(ENTRIES_PER_BUCKET as u64) as u32;
         buckets.next_multiple_of(2)
     }
 
-    /// Buckets of the endpoint table, a power of two: less than half of it is in use when every service has an address
+    /// Buckets of each endpoint table, a power of two: less than half of it is in use when every service has an address
     /// of its own and every destination is masqueraded.
     pub const fn endpoint_buckets(&self) -> u32 {
         let endpoints = 2 * self.services + self.dests;

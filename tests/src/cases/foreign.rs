@@ -30,14 +30,12 @@ fn busy(name: &str) -> Case {
 }
 
 fn other_frames() -> Case {
-    let mut case = busy("frames that are not IPv4, or not for one host");
+    let mut case = busy("frames that are not IP, or not for one host");
     let arp = [0, 1, 8, 0, 6, 4, 0, 1, 2, 0, 0, 0, 0x0c, 0, 10, 0, 0, 2, 0, 0, 0, 0, 0, 0, 10, 9, 9, 9];
-    let ipv6 = [0x60, 0, 0, 0, 0, 0, 59, 64];
     let request = REQUEST.tcp("S", b"");
     let tagged = [&[0, 5][..], &request[12..]].concat();
     for (ether_type, payload) in [
         (EtherType::ARP, &arp[..]),
-        (EtherType::IPV6, &[&ipv6[..], &[0xfe; 32]].concat()),
         (EtherType::VLAN_TAGGED_FRAME, &tagged),
         (EtherType::PROVIDER_BRIDGING, &tagged),
         (EtherType(0x88cc), b"anything"),

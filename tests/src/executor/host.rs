@@ -8,6 +8,7 @@ use lb_ebpf::{
     env::Scan as _,
     forward::Leave,
     host::{HEADROOM, HostPacket, HostRoute},
+    parse::Ip4Packet,
     pipeline::{self, Now},
 };
 use lb_userspace::control::{
@@ -18,7 +19,7 @@ use lb_userspace::control::{
 use crate::{
     cast::{self, special},
     executor::{Executor, MTU, Outcome, SERVERS, Verdict, Wire, mtu},
-    world::{HostCounters, World, ip4},
+    world::{HostCounters, World},
 };
 
 /// What a network driver gives an XDP program.
@@ -73,16 +74,16 @@ impl Host {
                 mtu: mtu(number),
                 to: cast::server_mac(number),
                 from: cast::DIRECTOR_INSIDE_MAC,
-                source: ip4(cast::DIRECTOR_INSIDE),
-                gateway: ip4(server),
+                source: cast::DIRECTOR_INSIDE.into(),
+                gateway: server.into(),
             };
             self.world.route(
                 server,
                 match number {
                     special::UNRESOLVED => HostRoute::Unresolved {
                         ifindex: cast::INSIDE,
-                        source: ip4(cast::DIRECTOR_INSIDE),
-                        gateway: ip4(server),
+                        source: cast::DIRECTOR_INSIDE.into(),
+                        gateway: server.into(),
                     },
                     special::UNREACHABLE => HostRoute::Nowhere(Reason::NoRoute),
                     special::LOCAL => HostRoute::Local,
@@ -91,8 +92,8 @@ impl Host {
                         mtu: MTU,
                         to: cast::server_mac(number),
                         from: cast::DIRECTOR_OUTSIDE_MAC,
-                        source: ip4(cast::DIRECTOR_OUTSIDE),
-                        gateway: ip4(server),
+                        source: cast::DIRECTOR_OUTSIDE.into(),
+                        gateway: server.into(),
                     },
                     _ => inside,
                 },
@@ -107,8 +108,8 @@ impl Host {
             cast::FAR_CLIENT,
             HostRoute::Unresolved {
                 ifindex: cast::OUTSIDE,
-                source: ip4(cast::DIRECTOR_OUTSIDE),
-                gateway: ip4(cast::FAR_GATEWAY),
+                source: cast::DIRECTOR_OUTSIDE.into(),
+                gateway: cast::FAR_GATEWAY.into(),
             },
         );
         self.world.route(cast::LOST_CLIENT, HostRoute::Nowhere(Reason::NoRoute));
@@ -174,7 +175,7 @@ impl Executor for Host {
         self.world.env.ingress.set(index(by));
         let mut packet = HostPacket::with_headroom(frame, self.driver.headroom);
         packet.metadata = self.driver.metadata;
-        let exit = pipeline::process(&mut packet, &self.world.tables, &self.world.env);
+        let exit = pipeline::process::<Ip4Packet, _, _, _>(&mut packet, &self.world.tables, &self.world.env);
         let verdict = match (exit.leave(), packet.handed_over) {
             (Leave::Host, Some((ifindex, _, [gateway, ..]))) => {
                 Verdict::HandOver(wire(ifindex), Ip4::from_raw(gateway).octets().into())

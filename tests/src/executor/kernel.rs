@@ -104,7 +104,8 @@ impl Site {
         let pins = Pins(place.clone());
         let lock = place.lock()?;
         // Ten entries make a bucket, of which six are in use when the table is as full as it is made for.
-        let capacity = Capacity { flows: flow_buckets * 6, services: SERVICES, dests: DESTS };
+        let capacity =
+            Capacity { flows: flow_buckets * 6, flows6: Capacity::FLOWS_MIN, services: SERVICES, dests: DESTS };
         load::create(&place, &lock, &capacity)?;
         Ok(Self { namespace, pins, flow_buckets })
     }
@@ -273,7 +274,7 @@ impl Executor for Kernel<'_> {
     }
 
     fn end_connections(&mut self) {
-        self.control.flush(self.maps.instance().flow_buckets, Ending::All).expect("the control program runs");
+        self.control.flush(self.maps.instance().buckets(), Ending::All).expect("the control program runs");
     }
 
     fn refill_limiter(&mut self) {

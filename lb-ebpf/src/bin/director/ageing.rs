@@ -7,9 +7,8 @@ use aya_ebpf::{
     helpers::generated::{bpf_timer_init, bpf_timer_set_callback, bpf_timer_start},
 };
 use lb_ebpf::{
-    ageing::{Sweep, What},
+    ageing::{self, Sweep, What},
     kernel,
-    tables::Tables,
 };
 
 use crate::maps::{self, AGEING, Ageing, Maps};
@@ -42,13 +41,13 @@ pub(crate) fn start(slice: u32, interval_ns: u64) -> Option<()> {
     }
 }
 
-/// Looks at the next slice of the flow table and arms the timer again.
+/// Looks at the next slice of the flow tables and arms the timer again.
 unsafe extern "C" fn tick(_map: *mut c_void, _key: *mut u32, value: *mut Ageing) -> i64 {
     // SAFETY: the kernel passes the value that the timer stands in. Only this callback writes the record while the
     // timer runs, and a timer does not run twice at a time.
     let record = unsafe { &mut (*value).record };
     if let Some(clock) = maps::clock() {
-        let buckets = Maps.flow_buckets();
+        let buckets = ageing::buckets(&Maps);
         if record.next == 0 {
             record.began = clock.now.0;
         }

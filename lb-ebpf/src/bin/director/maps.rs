@@ -13,18 +13,19 @@ use aya_ebpf::{
 };
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket4,
-        Instance, JournalSlot, Limiter, NextHop, Service, Slot, Stage, View,
+        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket,
+        EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance, JournalSlot, Limiter, NextHop, Service,
+        Slot, Stage, View,
     },
     event::{COUNTERS, Event},
-    flow::{Bucket, Bucket4, Entry4},
+    flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
     hash::Seed,
 };
 use lb_ebpf::{
     env::Clock,
     flow_table::Buckets,
     kernel::{self, Kernel},
-    tables::Tables,
+    tables::{Endpoints, Tables},
 };
 
 /// `BPF_F_MMAPABLE`: userspace maps the values into its memory, and they begin on a page.
@@ -43,6 +44,8 @@ static DESTS: Array<Dest, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static ENDPOINTS4: Array<EndpointBucket4, 1, MMAPABLE> = Array::new();
 #[btf_map]
+static ENDPOINTS6: Array<EndpointBucket6, 1, MMAPABLE> = Array::new();
+#[btf_map]
 static VIEWS: Array<View, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static SLOTS: Array<Slot, 1, MMAPABLE> = Array::new();
@@ -54,6 +57,8 @@ static DEST_LOADS: Array<DestLoad, 1, MMAPABLE> = Array::new();
 static DEST_CPUS: PerCpuArray<DestCpu, 1> = PerCpuArray::new();
 #[btf_map]
 static FLOWS4: Array<Bucket4, 2, MMAPABLE> = Array::new();
+#[btf_map]
+static FLOWS6: Array<Bucket6, 2, MMAPABLE> = Array::new();
 #[btf_map]
 static ADJACENCY: Array<Adjacency, { ADJACENCIES as usize }> = Array::new();
 #[btf_map]
@@ -68,7 +73,7 @@ static REASONS: PerCpuArray<Cell<u64>, { COUNTERS as usize }> = PerCpuArray::new
 pub(crate) static AGEING: Array<Ageing, 1> = Array::new();
 /// The program of each [`Stage`].
 #[btf_map]
-pub(crate) static STAGES: ProgramArray<{ Stage::ALL.len() }> = ProgramArray::new();
+pub(crate) static STAGES: ProgramArray<{ Stage::PROGRAMS as usize }> = ProgramArray::new();
 
 /// The ageing timer and where it stands; see [`lb_common::abi::AgeingValue`].
 #[repr(C)]
@@ -82,10 +87,13 @@ const _: () = assert!(size_of::<Ageing>() == size_of::<AgeingValue>());
 /// Ticks per second of the kernel.
 #[unsafe(no_mangle)]
 static HZ: Global<u32> = Global::new(250);
-/// Buckets of the flow table.
+/// Buckets of the IPv4 flow table.
 #[unsafe(no_mangle)]
 static FLOW_BUCKETS: Global<u32> = Global::new(2);
-/// Buckets of the endpoint table.
+/// Buckets of the IPv6 flow table.
+#[unsafe(no_mangle)]
+static FLOW_BUCKETS6: Global<u32> = Global::new(2);
+/// Buckets of each endpoint table.
 #[unsafe(no_mangle)]
 static ENDPOINT_BUCKETS: Global<u32> = Global::new(1);
 /// The instance's secret.
@@ -124,11 +132,6 @@ impl Tables for Maps {
     }
 
     #[inline(always)]
-    fn flow_buckets(&self) -> u32 {
-        FLOW_BUCKETS.load()
-    }
-
-    #[inline(always)]
     fn endpoint_buckets(&self) -> u32 {
         ENDPOINT_BUCKETS.load()
     }
@@ -144,14 +147,12 @@ impl Tables for Maps {
     }
 
     getters! {
-        endpoints4, ENDPOINTS4, EndpointBucket4;
         view, VIEWS, View;
         cursor, CURSORS, Cursor;
         slot, SLOTS, Slot;
         dest, DESTS, Dest;
         dest_load, DEST_LOADS, DestLoad;
         dest_cpu, DEST_CPUS, DestCpu;
-        flows4, FLOWS4, Bucket4;
         adjacency, ADJACENCY, Adjacency;
         adjacency_cpu, ADJACENCY_CPUS, NextHop;
     }
@@ -179,9 +180,30 @@ fn increment(index: u32) {
     }
 }
 
-impl Buckets<Entry4> for Maps {
-    #[inline(always)]
-    fn bucket(&self, index: u32) -> Option<&Bucket<Entry4>> {
-        self.flows4(index)
-    }
+macro_rules! of_families {
+    ($($entry:ident, $buckets:ident, $flows:ident, $key:ident, $endpoints:ident;)+) => {$(
+        impl Buckets<$entry> for Maps {
+            #[inline(always)]
+            fn buckets(&self) -> u32 {
+                $buckets.load()
+            }
+
+            #[inline(always)]
+            fn bucket(&self, index: u32) -> Option<&Bucket<$entry>> {
+                $flows.get(index)
+            }
+        }
+
+        impl Endpoints<$key> for Maps {
+            #[inline(always)]
+            fn endpoint_bucket(&self, index: u32) -> Option<&EndpointBucket<$key>> {
+                $endpoints.get(index)
+            }
+        }
+    )+};
+}
+
+of_families! {
+    Entry4, FLOW_BUCKETS, FLOWS4, EndpointKey4, ENDPOINTS4;
+    Entry6, FLOW_BUCKETS6, FLOWS6, EndpointKey6, ENDPOINTS6;
 }

@@ -1,90 +1,114 @@
 //! The programs, each a thin wrapper around the library.
 
 use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
-use lb_common::{abi::Stage, reason::Reason};
+use lb_common::{
+    abi::Stage,
+    addr::{Ip4, Ip6},
+    reason::Reason,
+};
 use lb_ebpf::{
     forward::Exit,
     icmp::{self, Complaint},
     kernel::{Kernel, XdpPacket, action},
-    pipeline::{self, Stages},
+    parse::{Ip4Packet, Ip6Packet},
+    pipeline::{self, Family, Stages},
     tables::Tables as _,
 };
 
 use crate::maps::{self, Maps, STAGES};
 
-/// Every frame that arrives on an interface of the director.
-#[xdp]
-pub(crate) fn xdpvs(ctx: XdpContext) -> u32 {
-    let mut packet = XdpPacket::new(ctx.ctx);
-    action(pipeline::process(&mut packet, &Maps, &maps::kernel(ctx.ctx)))
-}
-
-macro_rules! stage {
-    ($($(#[$doc:meta])* $name:ident: $stage:ident;)+) => {$(
+macro_rules! programs {
+    ($($(#[$doc:meta])* $name:ident: $family:ty, $function:ident($($stage:ident)?);)+) => {$(
         $(#[$doc])*
         #[xdp]
         pub(crate) fn $name(ctx: XdpContext) -> u32 {
             let mut packet = XdpPacket::new(ctx.ctx);
-            action(pipeline::process_stage(&mut packet, &Maps, &maps::kernel(ctx.ctx), Stage::$stage))
+            let env = maps::kernel(ctx.ctx);
+            action(pipeline::$function::<$family, _, _, _>(&mut packet, &Maps, &env $(, Stage::$stage)?))
         }
     )+};
 }
 
-stage! {
+programs! {
+    /// Every frame that arrives on an interface of the director.
+    xdpvs: Ip4Packet, process();
+    /// [`Stage::Six`].
+    six: Ip6Packet, process();
     /// [`Stage::Request`].
-    request: Request;
+    request: Ip4Packet, process_stage(Request);
     /// [`Stage::Reply`].
-    reply: Reply;
+    reply: Ip4Packet, process_stage(Reply);
     /// [`Stage::Observe`].
-    observe: Observe;
+    observe: Ip4Packet, process_stage(Observe);
     /// [`Stage::Icmp`].
-    icmp: Icmp;
+    icmp: Ip4Packet, process_stage(Icmp);
     /// [`Stage::Unusual`].
-    unusual: Unusual;
+    unusual: Ip4Packet, process_stage(Unusual);
     /// [`Stage::Open`].
-    open: Open;
+    open: Ip4Packet, process_stage(Open);
     /// [`Stage::Overflow`].
-    overflow: Overflow;
+    overflow: Ip4Packet, process_stage(Overflow);
+    /// [`Stage::Request`] of IPv6.
+    request6: Ip6Packet, process_stage(Request);
+    /// [`Stage::Reply`] of IPv6.
+    reply6: Ip6Packet, process_stage(Reply);
+    /// [`Stage::Observe`] of IPv6.
+    observe6: Ip6Packet, process_stage(Observe);
+    /// [`Stage::Icmp`] of IPv6.
+    icmp6: Ip6Packet, process_stage(Icmp);
+    /// [`Stage::Unusual`] of IPv6.
+    unusual6: Ip6Packet, process_stage(Unusual);
+    /// [`Stage::Open`] of IPv6.
+    open6: Ip6Packet, process_stage(Open);
+    /// [`Stage::Overflow`] of IPv6.
+    overflow6: Ip6Packet, process_stage(Overflow);
 }
 
-impl Stages<XdpPacket, Maps> for Kernel {
-    #[inline(always)]
-    fn enter(&self, _: &mut XdpPacket, tables: &Maps, stage: Stage) -> Exit {
-        let ctx = XdpContext::new(self.ctx);
-        // One call for each stage: a call of a constant program becomes a jump.
-        // SAFETY: the programs take the same context.
-        unsafe {
-            match stage {
-                Stage::Request => STAGES.tail_call(&ctx, Stage::Request as u32),
-                Stage::Reply => STAGES.tail_call(&ctx, Stage::Reply as u32),
-                Stage::Observe => STAGES.tail_call(&ctx, Stage::Observe as u32),
-                Stage::Icmp => STAGES.tail_call(&ctx, Stage::Icmp as u32),
-                Stage::Unusual => STAGES.tail_call(&ctx, Stage::Unusual as u32),
-                Stage::Open => STAGES.tail_call(&ctx, Stage::Open as u32),
-                Stage::Overflow => STAGES.tail_call(&ctx, Stage::Overflow as u32),
+macro_rules! stages {
+    ($family:ty, $addr:ty, $answer:ident, $($stage:ident)+) => {
+        impl Stages<$family, XdpPacket, Maps> for Kernel {
+            #[inline(always)]
+            fn enter(&self, _: &mut XdpPacket, tables: &Maps, stage: Stage) -> Exit {
+                let ctx = XdpContext::new(self.ctx);
+                match stage {
+                    // One call for each stage: a call of a constant program becomes a jump.
+                    // SAFETY: the programs take the same context.
+                    $(Stage::$stage => unsafe { STAGES.tail_call(&ctx, const { Stage::$stage.program::<$addr>() }) },)+
+                    #[allow(unreachable_patterns, reason = "IPv4 has every stage")]
+                    _ => {}
+                }
+                tables.count(Reason::Impossible as u8);
+                Exit::stop(Reason::Impossible as u8)
+            }
+
+            #[inline(always)]
+            fn answer(&self, _: &mut XdpPacket, _: &Maps, complaint: Complaint) -> Option<Exit> {
+                let exit = $answer(self.ctx, complaint.bits());
+                (exit != NOTHING).then_some(Exit::from_bits(exit))
             }
         }
-        tables.count(Reason::Impossible as u8);
-        Exit::stop(Reason::Impossible as u8)
-    }
 
-    #[inline(always)]
-    fn answer(&self, _: &mut XdpPacket, _: &Maps, complaint: Complaint) -> Option<Exit> {
-        let exit = answer(self.ctx, complaint.bits());
-        (exit != NOTHING).then_some(Exit::from_bits(exit))
-    }
+        /// [`icmp::answer`], for every program of the family.
+        ///
+        /// Verifier: a global function, which it looks at once, however often it is called.
+        #[unsafe(no_mangle)]
+        extern "C" fn $answer(ctx: *mut xdp_md, complaint: u64) -> u64 {
+            answer::<$family>(ctx, complaint)
+        }
+    };
 }
+
+stages!(Ip4Packet, Ip4, answer4, Request Reply Observe Icmp Unusual Open Overflow Six);
+stages!(Ip6Packet, Ip6, answer6, Request Reply Observe Icmp Unusual Open Overflow);
 
 /// The result of [`answer`] when there is none.
 const NOTHING: u64 = u64::MAX;
 
-/// [`icmp::answer`], for every program.
-///
-/// Verifier: a global function, which it looks at once, however often it is called.
-#[unsafe(no_mangle)]
-extern "C" fn answer(ctx: *mut xdp_md, complaint: u64) -> u64 {
+#[inline(always)]
+fn answer<I: Family>(ctx: *mut xdp_md, complaint: u64) -> u64 {
     let mut packet = XdpPacket::new(ctx);
     let complaint = Complaint::from_bits(complaint);
-    let exit = complaint.and_then(|complaint| icmp::answer(&mut packet, &Maps, &maps::kernel(ctx), complaint));
+    let exit =
+        complaint.and_then(|complaint| icmp::answer::<I, XdpPacket>(&mut packet, &Maps, &maps::kernel(ctx), complaint));
     exit.map_or(NOTHING, Exit::bits)
 }

@@ -335,6 +335,9 @@ pub fn send<P: Packet + HandOver>(packet: &mut P, env: &impl Env, hop: &NextHop)
     match hop.kind.get() {
         hop::VIA => transmit(packet, env, hop),
         hop::UNRESOLVED => {
+            // Where the head has grown, anything may stand for addresses. The host writes its own, but sends on nothing
+            // that seems to be for a group.
+            packet.write_words(0, [0; 3]).ok_or(Reason::Impossible)?;
             packet.hand_over(hop).ok_or(Reason::MetadataUnsupported)?;
             Ok(Exit::host(Reason::NeighbourUnknown))
         }

@@ -56,7 +56,8 @@ impl HostPacket {
 
     /// A frame with these bytes, and this much room before it.
     pub fn with_headroom(bytes: &[u8], headroom: usize) -> Self {
-        let mut memory = vec![0; headroom];
+        // As in a driver's buffer there is something from before, and of all that may be there the worst.
+        let mut memory = vec![0xff; headroom];
         memory.extend_from_slice(bytes);
         Self { memory, start: headroom, handed_over: None, metadata: true }
     }

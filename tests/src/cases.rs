@@ -286,6 +286,9 @@ fn arrive(arrival: &Arrival, executor: &mut impl Executor) -> Result<(), String>
     if counts != arrival.counts {
         let _ = writeln!(difference, "  counted {counts:?}\n expected {:?}", arrival.counts);
     }
+    if matches!(outcome.verdict, Verdict::HandOver(..)) && outcome.frame[0] & 1 != 0 {
+        let _ = writeln!(difference, "  handed over as if for a group, which the host does not send on");
+    }
     let anonymous = |frame: &[u8]| {
         let mut frame = if arrival.any_id { with_id(frame, [0; 2]) } else { frame.to_vec() };
         if matches!(arrival.verdict, Verdict::HandOver(..)) {

@@ -105,6 +105,12 @@ impl Bid {
         Self { draw: 0, distance: 1, weight: weight as u64 }
     }
 
+    /// The same, with each of its numbers changed by `change`.
+    #[inline(always)]
+    pub fn each(self, change: impl Fn(u64) -> u64) -> Self {
+        Self { draw: change(self.draw), distance: change(self.distance), weight: change(self.weight) }
+    }
+
     /// Whether this bid is the better one.
     ///
     /// Which of two bids wins does not depend on their order, for directors may have their destinations in any.

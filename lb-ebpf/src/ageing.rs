@@ -31,10 +31,23 @@ pub struct Sweep<'t, T> {
 pub enum What {
     /// Those whose time is over.
     Over(Clock),
-    /// Those of this destination, or of any for [`control::ANY`].
-    Dest(u64),
-    /// Those of any destination of the service in this slot.
-    Service(u64),
+    /// Those of a destination or a service.
+    ///
+    /// Verifier: a number says which, for it can be hidden; see [`Scan`].
+    Of {
+        /// 0 for the destination with this number, or for any with [`control::ANY`]; else for any destination of the service
+        /// in the slot with this number.
+        service: u64,
+        /// The number.
+        number: u64,
+    },
+}
+
+impl What {
+    /// Those of the destination with this number, or of any for [`control::ANY`].
+    pub const fn dest(number: u32) -> Self {
+        Self::Of { service: 0, number: number as u64 }
+    }
 }
 
 impl<T: Tables> Sweep<'_, T> {
@@ -64,9 +77,9 @@ impl<T: Tables> Sweep<'_, T> {
     fn ends(&self, word: Word, dest: u32) -> bool {
         match self.what {
             What::Over(clock) => word.expired(clock.now, clock.hz),
-            What::Dest(wanted) => wanted == u64::from(control::ANY) || wanted == u64::from(dest),
-            What::Service(wanted) => {
-                self.tables.dest(dest).is_some_and(|dest| u64::from(dest.service.load()) == wanted)
+            What::Of { service: 0, number } => number == u64::from(control::ANY) || number == u64::from(dest),
+            What::Of { number, .. } => {
+                self.tables.dest(dest).is_some_and(|dest| u64::from(dest.service.load()) == number)
             }
         }
     }

@@ -13,6 +13,9 @@ pub struct Clock {
 }
 
 /// Something done many times over, in order; see [`Env::scan`].
+///
+/// Verifier: of what a scan branches on, what begins as a constant is hidden. Linux 6.1 looks at a callback with the constants
+/// that it finds on its caller's stack, not again for other ones, and removes the branches that have not been taken.
 pub trait Scan {
     /// Does it for `index`. Returns whether to go on.
     fn visit(&mut self, index: u32) -> bool;

@@ -150,6 +150,7 @@ impl<T: Tables> Scan for NextUsable<'_, T> {
 /// The first usable entry after `index`, going round.
 #[inline(always)]
 fn next_usable(tables: &impl Tables, env: &impl Env, start: u32, len: u32, index: u32) -> Option<(u32, u32)> {
+    let index = tables.hide(index.into()) as u32;
     let mut scan = NextUsable { tables, start, len, index, found: 0 };
     env.scan(len, &mut scan);
     Some((scan.index, scan.found.checked_sub(1)?))
@@ -195,7 +196,8 @@ fn hashed(tables: &impl Tables, env: &impl Env, view: &View, parties: Parties) -
     if found.is_some() || flags & sched_flag::FALLBACK == 0 || view.ring_len.load() == 0 {
         return found;
     }
-    let mut scan = Hashed { tables, view, maglev: maglev.into(), client, first, found: 0 };
+    let maglev = tables.hide(maglev.into());
+    let mut scan = Hashed { tables, view, maglev, client, first, found: 0 };
     env.scan(view.ring_len.load(), &mut scan);
     scan.found.checked_sub(1)
 }
@@ -310,8 +312,8 @@ struct Bids<'t, T> {
     start: u32,
     /// The connection's common hash.
     connection: u64,
-    /// Whether weights alone count.
-    by_weight: bool,
+    /// 1 when weights alone count, else 0.
+    by_weight: u64,
     /// The best destination so far, plus one; 0 before there is one.
     best: u32,
     bid: Bid,
@@ -338,7 +340,7 @@ impl<T: Tables> Bids<'_, T> {
         let network = if b | c | d == 0 { 0 } else { mix(mix(b | c << 32) ^ d) };
         let address = network ^ (a | u64::from(dest.port().raw()) << 32);
         let weight = dest.weight.load();
-        let bid = if self.by_weight { Bid::of_weight(weight) } else { Bid::new(self.connection, address, weight) };
+        let bid = if self.by_weight != 0 { Bid::of_weight(weight) } else { Bid::new(self.connection, address, weight) };
         if bid.beats(&self.bid) {
             self.best = number + 1;
             self.bid = bid;
@@ -371,8 +373,10 @@ pub fn pick_alike(
         Scheduler::Dh => bucket(tables, view, sched::dh_bucket(parties.service())),
         Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, parties),
         _ => {
-            let (start, by_weight) = (view.list.load(), scheduler == Scheduler::Fo);
-            let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid: Bid::NONE };
+            let start = view.list.load();
+            let by_weight = tables.hide((scheduler == Scheduler::Fo).into());
+            let bid = Bid::NONE.each(|number| tables.hide(number));
+            let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid };
             env.scan(view.list_len.load(), &mut bids);
             bids.best.checked_sub(1)
         }

@@ -199,7 +199,7 @@ fn a_look_up_never_mixes_two_connections_of_one_entry() {
             None
         });
         let replace: Work<Option<Packet>> = Arc::new(move |table| {
-            table.sweep(What::Dest(1));
+            table.sweep(What::dest(1));
             Some(table.packet(&next, clock(BEGIN)))
         });
         for looker in [look, reply] {
@@ -223,9 +223,9 @@ fn a_connection_that_stays_is_found_whatever_happens_around_it() {
     // It stands beside the entry that changes, or in its first bucket, or in the second.
     for (occupied, between) in [(0, 0), (0, 3), (5, 8)] {
         let churn: Work<Option<Packet>> = Arc::new(|table| {
-            table.sweep(What::Dest(2));
+            table.sweep(What::dest(2));
             table.packet(&opening(3, 3), clock(BEGIN));
-            table.sweep(What::Dest(3));
+            table.sweep(What::dest(3));
             None
         });
         let look: Work<Option<Packet>> = Arc::new(|table| {
@@ -357,7 +357,7 @@ fn a_flush_ends_connections_that_are_being_opened_and_moved() {
         vec![
             packet(opening(1, 1), BEGIN),
             segment(tcp(2), FIN, From::Server, BEGIN),
-            sweep(What::Dest(lb_common::abi::control::ANY.into())),
+            sweep(What::dest(lb_common::abi::control::ANY)),
         ],
         |table, said| {
             assert_eq!(said[0], Some(Packet::Opened(1)));
@@ -373,7 +373,7 @@ fn a_step_of_a_former_life_changes_nothing() {
     let table = Table::new(2);
     open(&table, &opening(1, 1));
     let found = table.find(&tcp(1), place(1)).expect("opened");
-    table.sweep(What::Dest(1));
+    table.sweep(What::dest(1));
     open(&table, &opening(1, 2));
     assert!(matches!(table.step(&found, FIN, From::Client, clock(BEGIN)), Err(Gone)));
     assert_eq!(table.audit(), [(2, (1, 1))].into());

@@ -291,7 +291,7 @@ impl<E: Entry> Model<E> {
                 prop_assert_eq!(self.check()?, self.table.connections().len());
             }
             Action::Flush(dest) => {
-                self.table.sweep(What::Dest(dest.into()));
+                self.table.sweep(What::dest(dest));
                 self.connections.retain(|_, (_, connection)| connection.dest != dest);
                 prop_assert!(self.table.audit().keys().all(|left| *left != dest));
             }

@@ -47,7 +47,7 @@ fn act<E: Entry>(table: &Table<E>, random: &mut Random, begin: u32) {
     let packet = opening::<E>(client, random.below(SERVERS), flags);
     let is_own = |dest: u32| assert_eq!(dest / SERVERS, u32::from(client), "a packet went to another client's server");
     match random.below(24) {
-        0 => drop(table.sweep(What::Dest(u64::from(random.below(SERVERS * u32::from(CLIENTS)))))),
+        0 => drop(table.sweep(What::dest(random.below(SERVERS * u32::from(CLIENTS))))),
         1 => drop(table.sweep(What::Over(clock(ticks)))),
         2 | 3 => drop(table.displace(&packet, clock(ticks))),
         4..8 => {
@@ -80,6 +80,6 @@ fn leave_an_exact_table<E: Entry + Sync>() {
         });
         table.audit();
     }
-    table.sweep(What::Dest(control::ANY.into()));
+    table.sweep(What::dest(control::ANY));
     assert_eq!(table.audit(), [].into(), "what is left when all have ended");
 }

@@ -139,7 +139,7 @@ impl Executor for Host {
 
     fn end_connections(&mut self) {
         let tables = &self.world.tables;
-        let what = What::Dest(u64::from(lb_common::abi::control::ANY));
+        let what = What::dest(lb_common::abi::control::ANY);
         let mut sweep = Sweep { tables, first: 0, what, ended: 0 };
         for bucket in 0..tables.flows4.len() as u32 {
             sweep.visit(bucket);

@@ -46,8 +46,10 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
             0
         }
         control::CLOCK => u64::from(maps::clock()?.now.0),
-        control::FLUSH => flush(first, count, What::Dest(subject)),
-        control::FLUSH_SERVICE => flush(first, count, What::Service(subject)),
+        control::FLUSH | control::FLUSH_SERVICE => {
+            let service = kernel::hide(u64::from(operation == control::FLUSH_SERVICE));
+            flush(first, count, What::Of { service, number: subject })
+        }
         control::INSERT => insert(ctx, count),
         _ => return None,
     };

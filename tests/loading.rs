@@ -13,25 +13,26 @@ use aya::{
 use lb_userspace::datapath::object;
 use xdpvs_tests::{bulk, lab::require_root};
 
-/// How many instructions the verifier may go through for each program: a fifth more than when this was written.
+/// How many instructions the verifier may go through for each program: a fifth more than when this was written, of the
+/// kernel whose verifier goes through the most. Kernels differ by as much as three times; `cargo xtask vm` shows it.
 const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
-    ("xdpvs", 41_000),
-    ("request", 18_000),
-    ("open", 72_000),
-    ("overflow", 69_000),
-    ("reply", 33_000),
-    ("observe", 4_000),
-    ("icmp", 85_000),
-    ("unusual", 46_000),
-    ("six", 76_000),
-    ("request6", 17_000),
-    ("open6", 136_000),
-    ("overflow6", 248_000),
-    ("reply6", 47_000),
-    ("observe6", 7_600),
-    ("icmp6", 67_000),
-    ("unusual6", 82_000),
-    ("control", 57_000),
+    ("xdpvs", 42_000),
+    ("request", 18_600),
+    ("open", 89_500),
+    ("overflow", 112_000),
+    ("reply", 43_200),
+    ("observe", 5_800),
+    ("icmp", 85_500),
+    ("unusual", 49_000),
+    ("six", 80_000),
+    ("request6", 18_600),
+    ("open6", 180_000),
+    ("overflow6", 380_000),
+    ("reply6", 60_000),
+    ("observe6", 9_000),
+    ("icmp6", 80_000),
+    ("unusual6", 90_000),
+    ("control", 170_000),
     ("neighbour", 40),
 ];
 const BENCH_BUDGETS: &[(&str, u32)] =

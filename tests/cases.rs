@@ -22,6 +22,7 @@ use xdpvs_tests::{
 fn run_all(cases: &[Case], executor: &mut impl Executor) {
     let failures: Vec<String> = cases.iter().filter_map(|case| cases::run(case, executor).err()).collect();
     assert!(failures.is_empty(), "{} of {} cases:\n{}", failures.len(), cases.len(), failures.join("\n"));
+    println!("{} cases hold {}", cases.len(), executor.name());
 }
 
 /// Reasons that no frame of the table can stop for.

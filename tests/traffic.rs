@@ -102,6 +102,11 @@ fn sizes(transport: Transport, method: Method) -> Vec<usize> {
 }
 
 fn every_byte_arrives(shape: Shape, method: Method) -> Result<()> {
+    bytes_arrive(shape, method, sizes)
+}
+
+/// Clients send as much as `sizes` says, over TCP and UDP.
+fn bytes_arrive(shape: Shape, method: Method, sizes: impl Fn(Transport, Method) -> Vec<usize>) -> Result<()> {
     let network = Network::new(shape, method)?;
     let _servers = start_servers(&network, method)?;
     for transport in [Transport::Tcp, Transport::Udp] {
@@ -113,7 +118,10 @@ fn every_byte_arrives(shape: Shape, method: Method) -> Result<()> {
             let sizes = sizes.iter().flat_map(|size| [size; SERVERS as usize]);
             sizes
                 .map(|&size| {
-                    let size_of_that = || format!("{transport} of {size} bytes by {method}, {shape:?}");
+                    let size_of_that = || {
+                        let reasons = director.say("stats").unwrap_or_else(|error| format!("{error:#}"));
+                        format!("{transport} of {size} bytes by {method}, {shape:?}\n{reasons}")
+                    };
                     ask(transport, &peers::pattern(size), size).with_context(size_of_that)
                 })
                 .collect()
@@ -147,6 +155,15 @@ every_byte_arrives! {
     every_byte_arrives_by_dr_two_armed: TwoArmed Route;
     every_byte_arrives_by_tunnel_one_armed: OneArmed Tunnel;
     every_byte_arrives_by_tunnel_two_armed: TwoArmed Tunnel;
+}
+
+/// Every method and transport in brief: what is asked of machines on which everything is slow.
+#[test]
+fn smoke() -> Result<()> {
+    let brief = |_, _| vec![1, 1000];
+    [Method::Masq, Method::Route, Method::Tunnel]
+        .into_iter()
+        .try_for_each(|method| bytes_arrive(Shape::OneArmed, method, brief))
 }
 
 /// The very first packet finds no neighbour known, and arrives all the same: nobody sends a datagram again.

@@ -1,4 +1,4 @@
-//! What a person types: `cargo xtask setup`, `build`, `demo`, `test`, `mutate`, `miri` and `bench`.
+//! What a person types: `cargo xtask setup`, `build`, `demo`, `test`, `vm`, `mutate`, `miri` and `bench`.
 
 #![forbid(unsafe_code)]
 
@@ -18,6 +18,7 @@ mod setup;
 mod step;
 mod test;
 mod toolchain;
+mod vm;
 
 #[derive(Parser)]
 #[command(
@@ -48,6 +49,15 @@ enum Task {
     Demo,
     /// Checks formatting and lints, builds, and runs every test
     Test,
+    /// Runs tests on kernels of Debian in virtual machines, and prints a table
+    Vm {
+        /// Versions, such as 6.1, or `newest`; without any, 6.1, 6.12 and newest
+        kernels: Vec<String>,
+        /// Test programs, such as `journal`, or `traffic:nat` for those with a word in their names; without any, all eBPF
+        /// programs are loaded, and packet cases and a laboratory run in brief
+        #[arg(last = true)]
+        tests: Vec<String>,
+    },
     /// Breaks the flow table's protocol in many ways, one at a time, and fails if the tests do not notice
     Mutate,
     /// Runs the flow table's tests under Miri, which is installed if it is missing
@@ -90,6 +100,11 @@ fn run(arguments: &Arguments) -> Result<()> {
             machine::check_privileges()?;
             let tools = setup::ensure(Scope::All, wanted)?;
             test::run(&tools)
+        }
+        Task::Vm { kernels, tests } => {
+            let kernels = if kernels.is_empty() { vm::all() } else { kernels.clone() };
+            let tools = setup::ensure(Scope::Machines, wanted)?;
+            vm::run(&tools, &kernels, &vm::Selection::of(tests))
         }
         Task::Mutate => mutate::run(),
         Task::Miri => miri::run(),

@@ -8,6 +8,7 @@ use crate::{
     machine::{self, BPFFS, find_program},
     step::{self, Log},
     toolchain::{self, Kind, LINKER_VERSION, NIGHTLY, Toolchain, Tools, host_cargo},
+    vm,
 };
 
 /// How much is needed.
@@ -17,6 +18,8 @@ pub(crate) enum Scope {
     Build,
     /// And to run it.
     Run,
+    /// And to run it on other kernels.
+    Machines,
     /// And to check its source.
     All,
 }
@@ -122,6 +125,11 @@ fn missing(scope: Scope, toolchain: &Toolchain, linker: Option<&Path>) -> Result
         if !machine::has_bpffs() {
             needs.push(Need { what: BPFFS.to_owned(), why: "keeps programs and maps in force", fix: Fix::Mount });
         }
+    }
+    // Where Debian's packages cannot be had, neither can its kernels.
+    if scope >= Scope::Machines && find_program("apt-get").is_some() {
+        let absent = vm::PROGRAMS.iter().filter(|(program, ..)| find_program(program).is_none());
+        needs.extend(absent.map(|&(program, package, why)| Need::package(program, package, why)));
     }
     Ok(needs)
 }

@@ -57,11 +57,11 @@ fn tests() -> Result<Tally> {
 
 /// What the tests came to, by what their runner says.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Tally {
-    passed: u32,
+pub(crate) struct Tally {
+    pub(crate) passed: u32,
     failed: u32,
     skipped: u32,
-    failures: Vec<String>,
+    pub(crate) failures: Vec<String>,
     /// The test program that runs.
     program: Option<String>,
     /// Whether the names of failed tests follow.
@@ -69,11 +69,11 @@ struct Tally {
 }
 
 impl Tally {
-    fn is_good(&self) -> bool {
+    pub(crate) fn is_good(&self) -> bool {
         self.failures.is_empty()
     }
 
-    fn take(&mut self, line: &str) {
+    pub(crate) fn take(&mut self, line: &str) {
         let words = line.trim();
         if let Some(program) = words.strip_prefix("Running ").or_else(|| words.strip_prefix("Doc-tests ")) {
             self.end_program();
@@ -114,7 +114,7 @@ impl Tally {
         }
     }
 
-    fn finish(&mut self, success: bool) {
+    pub(crate) fn finish(&mut self, success: bool) {
         self.end_program();
         if !success && self.failures.is_empty() {
             self.failures.push("the tests did not build".to_owned());

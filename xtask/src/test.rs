@@ -1,6 +1,7 @@
 //! Checks the source, builds, and runs every test.
 
 use std::{
+    env,
     io::{BufRead as _, BufReader, IsTerminal as _, Write as _, pipe, stdout},
     process::Stdio,
 };
@@ -10,6 +11,7 @@ use anyhow::{Context as _, Result, ensure};
 use crate::{
     build, machine, step,
     toolchain::{Tools, host_cargo},
+    vm,
 };
 
 /// Runs all of it. The tests run to their end even if some fail; the checks before them do not.
@@ -29,8 +31,22 @@ pub(crate) fn run(tools: &Tools) -> Result<()> {
     step::headed("target/release/xdpvs", build::program)?;
     let tally = step::headed("tests", tests)?;
     println!("{tally}");
+    let on_others = others();
     ensure!(tally.is_good(), "tests failed: {}", tally.failures.join(", "));
-    Ok(())
+    on_others
+}
+
+/// Tests on other kernels, if those can be had: without a network, all else is tested. Not so in continuous integration,
+/// which tests for everybody.
+fn others() -> Result<()> {
+    match step::headed("other kernels", || vm::kernel::fetch(vm::KERNELS.into_iter())) {
+        Ok(kernels) => vm::check(&kernels, &vm::Selection::usual()),
+        Err(error) if env::var_os("CI").is_some() => Err(error),
+        Err(error) => {
+            eprintln!("\nNOT TESTED on Linux {}: {error:#}", vm::KERNELS.join(" and "));
+            Ok(())
+        }
+    }
 }
 
 /// Runs the tests of the workspace and shows what they say.

@@ -1,15 +1,19 @@
 //! Taking packets out of the tunnel: the same frames through the library on this host and through the loaded program.
 
-use std::{cell::RefCell, net::Ipv4Addr};
+use std::cell::RefCell;
 
 use aya::{
     Ebpf, EbpfLoader,
     maps::{HashMap, MapData, PerCpuArray},
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
-use lb_common::{addr::Ip4, decapsulation::Decapsulation, reason::Fate};
+use lb_common::{
+    addr::{Ip4, Ip6},
+    decapsulation::Decapsulation,
+    reason::Fate,
+};
 use lb_ebpf::{
-    decapsulate::{self, VirtualAddresses},
+    decapsulate::{self, Serves, VirtualAddresses},
     host::HostPacket,
 };
 use lb_userspace::datapath::object;
@@ -36,21 +40,29 @@ impl Outcome {
     }
 }
 
-fn raw(address: Ipv4Addr) -> u32 {
-    Ip4::new(address.octets()).raw()
-}
+/// The address of services, in both families.
+const VIP4: Ip4 = Ip4::new(cast::VIP.octets());
+const VIP6: Ip6 = Ip6::new(cast::six::VIP.octets());
 
-/// The library, for [`cast::VIP`].
+/// The library, for these addresses.
 #[derive(Default)]
 struct Host {
     counted: RefCell<Vec<Decapsulation>>,
 }
 
-impl VirtualAddresses for Host {
+impl Serves<Ip4> for Host {
     fn contains(&self, address: Ip4) -> bool {
-        address.raw() == raw(cast::VIP)
+        address == VIP4
     }
+}
 
+impl Serves<Ip6> for Host {
+    fn contains(&self, address: Ip6) -> bool {
+        address == VIP6
+    }
+}
+
+impl VirtualAddresses for Host {
     fn count(&self, outcome: Decapsulation) {
         self.counted.borrow_mut().push(outcome);
     }
@@ -64,7 +76,7 @@ fn on_host(frame: &[u8]) -> Outcome {
     Outcome { counted: host.counted.into_inner(), frame }
 }
 
-/// The program in the kernel, for [`cast::VIP`].
+/// The program in the kernel, for these addresses.
 struct Kernel {
     ebpf: Ebpf,
 }
@@ -76,9 +88,12 @@ impl Kernel {
     fn load() -> Self {
         lab::require_root().unwrap();
         let mut ebpf = EbpfLoader::new().load(object::REALSERVER).unwrap();
-        let vips = ebpf.map_mut(object::realserver::VIPS).unwrap();
+        let vips = ebpf.map_mut(object::realserver::VIPS4).unwrap();
         let mut vips: HashMap<&mut MapData, u32, u32> = vips.try_into().unwrap();
-        vips.insert(raw(cast::VIP), 1, 0).unwrap();
+        vips.insert(VIP4.raw(), 1, 0).unwrap();
+        let vips = ebpf.map_mut(object::realserver::VIPS6).unwrap();
+        let mut vips: HashMap<&mut MapData, [u64; 2], u32> = vips.try_into().unwrap();
+        vips.insert(VIP6.raw(), 1, 0).unwrap();
         let program: &mut Xdp = ebpf.program_mut(object::realserver::DECAPSULATE).unwrap().try_into().unwrap();
         program.load().unwrap();
         Self { ebpf }
@@ -116,7 +131,7 @@ impl Kernel {
 #[test]
 fn every_case_on_this_host() {
     let cases = cases();
-    assert!(cases.len() > 200, "only {} cases", cases.len());
+    assert!(cases.len() > 500, "only {} cases", cases.len());
     for case in cases {
         assert_eq!(on_host(&case.frame), Outcome::expected(case.expected, &case.frame), "{}", case.name);
     }
@@ -156,13 +171,13 @@ fn host_and_kernel_agree_about_damaged_frames() {
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let cases = cases();
     let mut outcomes = std::collections::HashSet::new();
-    for _ in 0..5_000 {
+    for _ in 0..10_000 {
         let mut frame = cases[random.below(cases.len())].frame.clone();
         if frame.len() < Kernel::SHORTEST {
             continue;
         }
         for _ in 0..=random.below(3) {
-            let position = random.below(frame.len().min(80));
+            let position = random.below(frame.len().min(100));
             frame[position] = random.below(256) as u8;
         }
         let host = on_host(&frame);

@@ -6,7 +6,7 @@ use crate::reason::Fate;
 
 macro_rules! decapsulations {
     ($($variant:ident = $number:literal, $word:literal, $doc:literal;)+) => {
-        /// What becomes of an IPv4 packet that carries another for a virtual address of this host.
+        /// What becomes of a packet that carries another of its address family for a virtual address of this host.
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
         #[repr(u8)]
         pub enum Decapsulation {
@@ -36,7 +36,7 @@ decapsulations! {
     OuterChecksum = 2, "outer_checksum", "has a wrong checksum in its outer header";
     OuterFragment = 3, "outer_fragment", "was fragmented on its way through the tunnel";
     InnerTruncated = 4, "inner_truncated", "ends inside the header of the packet it carries";
-    InnerVersion = 5, "inner_version", "carries a packet whose IP version is not 4";
+    InnerVersion = 5, "inner_version", "carries a packet of another IP version than its own";
     InnerHeaderLength = 6, "inner_header_length", "carries a packet with a header length below the minimum";
     InnerTotalLength = 7, "inner_total_length", "carries a packet that is longer than itself or than its header says";
     InnerChecksum = 8, "inner_checksum", "carries a packet with a wrong header checksum";

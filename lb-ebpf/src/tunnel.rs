@@ -15,7 +15,7 @@ use crate::{
 };
 
 /// The protocol number of IPv4 in IP.
-pub(crate) const IPPROTO_IPIP: u8 = 4;
+const IPPROTO_IPIP: u8 = 4;
 /// The protocol number of IPv6 in IP.
 const IPPROTO_IPV6: u8 = 41;
 const DONT_FRAGMENT: u8 = 0x40;

@@ -65,3 +65,20 @@ pub const FAR_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 1);
 pub const FAR_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 9);
 /// A client without a route.
 pub const LOST_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 4, 0, 1);
+
+/// The same cast over IPv6, with the same link-layer addresses.
+pub mod six {
+    use std::net::Ipv6Addr;
+
+    /// The address of services.
+    pub const VIP: Ipv6Addr = Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 9);
+    /// The first of the clients.
+    pub const CLIENT: Ipv6Addr = Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 1);
+    /// The director's address towards the real servers.
+    pub const DIRECTOR_INSIDE: Ipv6Addr = Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 1);
+
+    /// Real server number `index`, from 0.
+    pub const fn server(index: u8) -> Ipv6Addr {
+        Ipv6Addr::new(0xfd00, 2, 0, 0, 0, 0, 0, 0x11 + index as u16)
+    }
+}

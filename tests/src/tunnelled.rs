@@ -4,9 +4,11 @@ use lb_common::{checksum, decapsulation::Decapsulation};
 
 use crate::{cast, frames::Frame};
 
+pub mod six;
+
 /// Length of an Ethernet header.
 const ETHERNET: usize = 14;
-/// Length of an IP header without options.
+/// Length of an IPv4 header without options.
 const IP: usize = 20;
 
 /// What is to become of a frame.
@@ -27,7 +29,7 @@ pub struct Case {
     pub name: String,
     /// The frame.
     pub frame: Vec<u8>,
-    /// What is to become of it, when the host serves [`cast::VIP`].
+    /// What is to become of it, when the host serves [`cast::VIP`] and [`cast::six::VIP`].
     pub expected: Expected,
 }
 
@@ -107,6 +109,7 @@ pub fn cases() -> Vec<Case> {
     bad_inner(&mut cases);
     congestion(&mut cases);
     others(&mut cases);
+    six::add(&mut cases);
     cases.0
 }
 

@@ -72,8 +72,10 @@ pub mod map {
 pub mod realserver {
     /// XDP: takes packets for virtual addresses out of the tunnel they came through.
     pub const DECAPSULATE: &str = "decapsulate";
-    /// Map, and pin: the virtual addresses, as they stand in a packet.
-    pub const VIPS: &str = "VIPS";
+    /// Map, and pin: the virtual IPv4 addresses, as they stand in a packet.
+    pub const VIPS4: &str = "VIPS4";
+    /// Map, and pin: the virtual IPv6 addresses, as they stand in a packet.
+    pub const VIPS6: &str = "VIPS6";
     /// Map, and pin: packets for them, by number of [`lb_common::decapsulation::Decapsulation`].
     pub const OUTCOMES: &str = "OUTCOMES";
 }

@@ -20,7 +20,7 @@ use crate::{
     datapath::{
         object::{
             self,
-            realserver::{DECAPSULATE, OUTCOMES, VIPS},
+            realserver::{DECAPSULATE, OUTCOMES, VIPS4},
         },
         place::{self, remove_tree},
     },
@@ -81,7 +81,7 @@ impl Tunnel {
         remove_tree(&self.directory)?;
         fs::create_dir_all(&self.directory).map_err(|source| Error::file("create", &self.directory, source))?;
         let mut loader = EbpfLoader::new();
-        for name in [VIPS, OUTCOMES] {
+        for name in [VIPS4, OUTCOMES] {
             loader.map_pin_path(name, self.directory.join(name));
         }
         let mut ebpf = loader.load(object::REALSERVER)?;
@@ -146,22 +146,22 @@ impl Tunnel {
     }
 
     fn vips(&self) -> Result<HashMap<MapData, u32, u32>, Error> {
-        HashMap::try_from(Map::HashMap(self.map(VIPS)?)).map_err(|source| Error::map("open", VIPS, source))
+        HashMap::try_from(Map::HashMap(self.map(VIPS4)?)).map_err(|source| Error::map("open", VIPS4, source))
     }
 
     /// Lets packets for `vip` out of the tunnel.
     pub(super) fn add(&self, vip: Ipv4Addr) -> Result<(), Error> {
-        self.vips()?.insert(key(vip), 1, 0).map_err(|source| Error::map("write", VIPS, source))
+        self.vips()?.insert(key(vip), 1, 0).map_err(|source| Error::map("write", VIPS4, source))
     }
 
     /// Leaves packets for `vip` where they are. What is already gone is no error.
     pub(super) fn remove(&self, vip: Ipv4Addr) -> Result<(), Error> {
-        if !self.directory.join(VIPS).exists() {
+        if !self.directory.join(VIPS4).exists() {
             return Ok(());
         }
         match self.vips()?.remove(&key(vip)) {
             Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
-            Err(source) => Err(Error::map("write", VIPS, source)),
+            Err(source) => Err(Error::map("write", VIPS4, source)),
         }
     }
 

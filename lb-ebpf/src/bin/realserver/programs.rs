@@ -8,18 +8,25 @@ use aya_ebpf::{
     macros::{btf_map, xdp},
     programs::XdpContext,
 };
-use lb_common::{addr::Ip4, decapsulation::Decapsulation, reason::Fate};
+use lb_common::{
+    addr::{Ip4, Ip6},
+    decapsulation::Decapsulation,
+    reason::Fate,
+};
 use lb_ebpf::{
-    decapsulate::{self, VirtualAddresses},
+    decapsulate::{self, Serves, VirtualAddresses},
     kernel::XdpPacket,
 };
 
 /// `BPF_F_NO_PREALLOC`: a real server has few virtual addresses.
 const NO_PREALLOC: usize = 1;
 
-/// The virtual addresses, as they stand in a packet, that packets are taken out of the tunnel for.
+/// The virtual IPv4 addresses, as they stand in a packet, that packets are taken out of the tunnel for.
 #[btf_map]
-static VIPS: HashMap<u32, u32, 1024, NO_PREALLOC> = HashMap::new();
+static VIPS4: HashMap<u32, u32, 1024, NO_PREALLOC> = HashMap::new();
+/// The virtual IPv6 addresses, likewise.
+#[btf_map]
+static VIPS6: HashMap<[u64; 2], u32, 1024, NO_PREALLOC> = HashMap::new();
 /// Packets for them, by [`Decapsulation`] number.
 #[btf_map]
 static OUTCOMES: PerCpuArray<Cell<u64>, { Decapsulation::ALL.len() }> = PerCpuArray::new();
@@ -35,12 +42,21 @@ pub(crate) fn decapsulate(ctx: XdpContext) -> u32 {
 
 struct Maps;
 
-impl VirtualAddresses for Maps {
+impl Serves<Ip4> for Maps {
     #[inline(always)]
     fn contains(&self, address: Ip4) -> bool {
-        VIPS.get_ptr(address.raw()).is_some()
+        VIPS4.get_ptr(address.raw()).is_some()
     }
+}
 
+impl Serves<Ip6> for Maps {
+    #[inline(always)]
+    fn contains(&self, address: Ip6) -> bool {
+        VIPS6.get_ptr(address.raw()).is_some()
+    }
+}
+
+impl VirtualAddresses for Maps {
     #[inline(always)]
     fn count(&self, outcome: Decapsulation) {
         if let Some(counter) = OUTCOMES.get(outcome as u32) {

@@ -1,9 +1,12 @@
 //! A host as a real server: what `up` changes, that it works, and that `down` undoes it.
 
+#[path = "realserver/six.rs"]
+mod six;
+
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, SocketAddrV4, TcpListener, UdpSocket},
+    net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, UdpSocket},
     os::fd::{AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
     process::{Command, Output},
@@ -14,7 +17,7 @@ use aya::{
     EbpfLoader,
     programs::{Xdp, XdpMode, xdp::XdpLinkId},
 };
-use etherparse::{Ipv4Header, PacketBuilder, SlicedPacket, TransportSlice};
+use etherparse::{IpNumber, Ipv4Header, Ipv6Header, NetSlice, PacketBuilder, SlicedPacket, TransportSlice};
 use lb_userspace::{
     datapath::object,
     netlink::{self, Mode},
@@ -22,13 +25,13 @@ use lb_userspace::{
 };
 use nix::sys::{
     socket::{
-        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrIn, recv, sendto, setsockopt, socket,
+        AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, recv, sendto, setsockopt, socket,
         sockopt,
     },
     time::{TimeVal, TimeValLike as _},
 };
 use xdpvs_tests::{
-    cast::{CLIENT, DIRECTOR_INSIDE, DIRECTOR_INSIDE_MAC, VIP, server, server_mac},
+    cast::{self, CLIENT, DIRECTOR_INSIDE, DIRECTOR_INSIDE_MAC, VIP, server, server_mac},
     lab::{self, End, NetNs},
     program,
 };
@@ -57,6 +60,26 @@ impl Lab {
         lab.cable("eth0");
         lab.server.ip("address add 10.2.0.11/24 dev eth0").unwrap();
         lab.peer.ip("address add 10.2.0.1/24 dev eth0").unwrap();
+        lab
+    }
+
+    /// A real server that speaks IPv6, too.
+    fn with_six() -> Self {
+        let lab = Self::new();
+        for (namespace, address) in [(&lab.server, cast::six::server(0)), (&lab.peer, cast::six::DIRECTOR_INSIDE)] {
+            // Neither asks first whether anybody else has its addresses, nor for a router.
+            for name in ["all", "eth0", "default"] {
+                namespace.sysctl(&format!("net.ipv6.conf.{name}.accept_dad"), "0").unwrap();
+                namespace.sysctl(&format!("net.ipv6.conf.{name}.router_solicitations"), "0").unwrap();
+            }
+            namespace.sysctl("net.ipv6.conf.all.disable_ipv6", "0").unwrap();
+            namespace.ip(&format!("address add {address}/64 dev eth0 nodad")).unwrap();
+        }
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while lab.server.ip("address").unwrap().contains("tentative") {
+            assert!(Instant::now() < deadline, "the server does not get its addresses");
+            std::thread::sleep(Duration::from_millis(20));
+        }
         lab
     }
 
@@ -97,11 +120,13 @@ impl Lab {
         self.server.enter(|| fs::read_to_string(path).unwrap().trim().to_owned()).unwrap()
     }
 
-    fn up(&self, name: &str, vip: Ipv4Addr, method: Method) -> Result<Vec<String>, Error> {
+    fn up(&self, name: &str, vip: impl Into<IpAddr>, method: Method) -> Result<Vec<String>, Error> {
+        let vip = vip.into();
         self.server.enter(|| realserver::up(name, vip, method)).unwrap()
     }
 
-    fn down(&self, name: &str, vip: Ipv4Addr) -> Result<Vec<String>, Error> {
+    fn down(&self, name: &str, vip: impl Into<IpAddr>) -> Result<Vec<String>, Error> {
+        let vip = vip.into();
         self.server.enter(|| realserver::down(name, vip)).unwrap()
     }
 
@@ -115,7 +140,8 @@ impl Lab {
             .server
             .enter(|| {
                 let mut found = Vec::new();
-                for interface in fs::read_dir("/proc/sys/net/ipv4/conf").unwrap().flatten() {
+                let family = |family| fs::read_dir(format!("/proc/sys/net/{family}/conf")).unwrap().flatten();
+                for interface in ["ipv4", "ipv6"].into_iter().flat_map(family) {
                     for file in fs::read_dir(interface.path()).unwrap().flatten() {
                         // Some can only be written.
                         let value = fs::read_to_string(file.path()).unwrap_or_default();
@@ -158,20 +184,27 @@ impl Lab {
     }
 
     /// Whether the peer learns the link-layer address of `vip` by asking for it on `name`.
-    fn answers_arp(&self, name: &str, vip: Ipv4Addr) -> bool {
-        self.peer.sysctl(&format!("net.ipv4.neigh.{name}.retrans_time_ms"), "50").unwrap();
+    fn answers(&self, name: &str, vip: impl Into<IpAddr>) -> bool {
+        let vip = vip.into();
+        let (family, any) = if vip.is_ipv6() { ("ipv6", "[::]:0") } else { ("ipv4", "0.0.0.0:0") };
+        self.peer.sysctl(&format!("net.{family}.neigh.{name}.retrans_time_ms"), "50").unwrap();
         self.peer.ip(&format!("neighbour flush dev {name}")).unwrap();
-        self.peer.ip(&format!("route replace {vip}/32 dev {name}")).unwrap();
+        self.peer.ip(&format!("route replace {vip} dev {name}")).unwrap();
         self.peer
             .enter(|| {
-                let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+                let socket = UdpSocket::bind(any).unwrap();
                 socket.send_to(b"who has it?", (vip, 9)).unwrap();
             })
             .unwrap();
+        self.learns(name, vip)
+    }
+
+    /// Whether the peer, which asks for `vip` on `name`, gets to know its link-layer address.
+    fn learns(&self, name: &str, vip: IpAddr) -> bool {
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
             let entry = self.peer.ip(&format!("neighbour show {vip} dev {name} nud all")).unwrap();
-            if entry.contains("lladdr") {
+            if entry.contains("lladdr") && !entry.contains("PROBE") {
                 return true;
             }
             if entry.contains("FAILED") {
@@ -336,15 +369,17 @@ fn an_interface_that_was_renamed_is_found_again() {
 
 #[test]
 fn a_killed_up_is_undone_by_down() {
-    for method in [Method::Dr, Method::Tun] {
-        let steps = if method == Method::Tun { 5 } else { 3 };
+    let (four, six) = (IpAddr::from(VIP), IpAddr::from(cast::six::VIP));
+    for (vip, method, steps) in
+        [(four, Method::Dr, 3), (four, Method::Tun, 5), (six, Method::Dr, 1), (six, Method::Tun, 2)]
+    {
         for killed_after in 0..=steps {
-            let lab = Lab::new();
+            let lab = if vip.is_ipv6() { Lab::with_six() } else { Lab::new() };
             lab.set("eth0.rp_filter", "1");
             let before = lab.dump();
             lab.server
                 .enter(|| {
-                    let mut up = Up::begin("eth0", VIP, method).unwrap();
+                    let mut up = Up::begin("eth0", vip, method).unwrap();
                     assert_eq!(up.remaining(), steps);
                     for _ in 0..killed_after {
                         up.step().unwrap();
@@ -357,15 +392,17 @@ fn a_killed_up_is_undone_by_down() {
                 "{advice:?}"
             );
             assert_eq!(
-                line(lab.up("eth0", VIP, method)),
-                "an earlier `xdpvs realserver up` for 10.9.9.9 on eth0 was killed: run `xdpvs realserver down eth0 --vip \
-                 10.9.9.9` first"
+                line(lab.up("eth0", vip, method)),
+                format!(
+                    "an earlier `xdpvs realserver up` for {vip} on eth0 was killed: run `xdpvs realserver down eth0 --vip \
+                     {vip}` first"
+                )
             );
             // Another address does not mind, whatever is left of the first.
             lab.up("eth0", SECOND_VIP, Method::Tun).unwrap();
             assert!(lab.program("eth0").is_some());
             lab.down("eth0", SECOND_VIP).unwrap();
-            assert_eq!(lab.down("eth0", VIP).unwrap(), Vec::<String>::new(), "killed after {killed_after} steps");
+            assert_eq!(lab.down("eth0", vip).unwrap(), Vec::<String>::new(), "killed after {killed_after} steps");
             lab.assert_untouched(&before);
         }
     }
@@ -390,7 +427,7 @@ fn an_up_that_fails_undoes_what_it_did() {
     let lab = Lab::new();
     lab.set("eth0.rp_filter", "1");
     let before = lab.dump();
-    let mut up = lab.server.enter(|| Up::begin("eth0", VIP, Method::Tun).unwrap()).unwrap();
+    let mut up = lab.server.enter(|| Up::begin("eth0", VIP.into(), Method::Tun).unwrap()).unwrap();
     // Somebody is quicker.
     let taken = occupy(&lab.server, "eth0");
     lab.server
@@ -426,7 +463,7 @@ fn what_is_refused_changes_nothing() {
         );
         assert_eq!(
             refused("eth0", Ipv4Addr::new(224, 0, 0, 1)),
-            "224.0.0.1: not an IPv4 address that a service can have: give one like 192.0.2.10"
+            "224.0.0.1: not an address that a service can have: give one like 192.0.2.10 or 2001:db8::10"
         );
         lab.assert_untouched(&before);
 
@@ -499,7 +536,7 @@ fn an_interface_serves_so_many_addresses_and_no_more() {
     lab.up("eth0", Ipv4Addr::new(10, 9, 200, 1), Method::Tun).unwrap();
     assert_eq!(
         line(lab.up("eth0", Ipv4Addr::new(10, 9, 200, 2), Method::Tun)),
-        "eth0 already serves 1024 tunnelled addresses, the most it can: take one down first"
+        "eth0 already serves 1024 tunnelled addresses of this family, the most it can: take one down first"
     );
     // Those that only the record knows go as they came.
     let mut found: record::Record = serde_json::from_slice(&fs::read(lab.record()).unwrap()).unwrap();
@@ -633,13 +670,13 @@ fn nobody_learns_the_address_by_arp() {
     lab.server.ip("address add 10.3.0.11/24 dev eth1").unwrap();
     // Without xdpvs everybody does: the question is heard, and answered.
     lab.server.ip("address add 10.9.9.10/32 dev lo").unwrap();
-    assert!(lab.answers_arp("eth0", SECOND_VIP));
+    assert!(lab.answers("eth0", SECOND_VIP));
     lab.up("eth0", VIP, Method::Dr).unwrap();
-    assert!(!lab.answers_arp("eth0", VIP));
-    assert!(lab.answers_arp("eth0", server(0)), "its own address is answered");
+    assert!(!lab.answers("eth0", VIP));
+    assert!(lab.answers("eth0", server(0)), "its own address is answered");
 
     // The other interface is the operator's, who is told.
-    assert!(lab.answers_arp("eth1", VIP));
+    assert!(lab.answers("eth1", VIP));
     assert_eq!(
         lab.status().servers[0].advice,
         ["eth1 answers ARP requests for 10.9.9.9: if the director is reached by it, run `sysctl -w \
@@ -664,14 +701,25 @@ fn nobody_learns_the_address_by_arp() {
     lab.down("eth0", VIP).unwrap();
 }
 
-fn listen(namespace: &NetNs, vip: Ipv4Addr) -> TcpListener {
+fn listen(namespace: &NetNs, vip: impl Into<IpAddr>) -> TcpListener {
+    let vip = vip.into();
     namespace.enter(|| TcpListener::bind((vip, 80)).unwrap()).unwrap()
+}
+
+/// The client's address of the family of `vip`.
+fn client_of(vip: IpAddr) -> IpAddr {
+    if vip.is_ipv6() { cast::six::CLIENT.into() } else { CLIENT.into() }
+}
+
+/// The server's address of the family of `vip`.
+fn server_of(vip: IpAddr) -> IpAddr {
+    if vip.is_ipv6() { cast::six::server(0).into() } else { server(0).into() }
 }
 
 /// A client behind a director that tunnels, both made by hand in the peer's namespace.
 struct Client {
-    /// Sends IP packets.
-    out: OwnedFd,
+    /// Send IP packets, of version 4 and of version 6.
+    out: [OwnedFd; 2],
     /// Receives IP packets.
     back: OwnedFd,
     port: u16,
@@ -682,8 +730,9 @@ impl Client {
         let open = |family, kind, protocol| socket(family, kind, SockFlag::SOCK_CLOEXEC, protocol).unwrap();
         let (out, back) = namespace
             .enter(|| {
-                let out = open(AddressFamily::Inet, SockType::Raw, SockProtocol::Raw);
-                (out, open(AddressFamily::Packet, SockType::Datagram, SockProtocol::EthIp))
+                let families = [AddressFamily::Inet, AddressFamily::Inet6];
+                let out = families.map(|family| open(family, SockType::Raw, SockProtocol::Raw));
+                (out, open(AddressFamily::Packet, SockType::Datagram, SockProtocol::EthAll))
             })
             .unwrap();
         setsockopt(&back, sockopt::ReceiveTimeout, &TimeVal::milliseconds(50)).unwrap();
@@ -691,8 +740,13 @@ impl Client {
     }
 
     /// Sends a segment to the address, in a tunnel to the server.
-    fn send(&self, vip: Ipv4Addr, flags: &str, sequence: u32, acknowledgement: u32, payload: &[u8]) {
-        let mut step = PacketBuilder::ipv4(CLIENT.octets(), vip.octets(), 63).tcp(self.port, 80, sequence, 64_240);
+    fn send(&self, vip: impl Into<IpAddr>, flags: &str, sequence: u32, acknowledgement: u32, payload: &[u8]) {
+        let vip = vip.into();
+        let step = match vip {
+            IpAddr::V4(vip) => PacketBuilder::ipv4(CLIENT.octets(), vip.octets(), 63),
+            IpAddr::V6(vip) => PacketBuilder::ipv6(cast::six::CLIENT.octets(), vip.octets(), 63),
+        };
+        let mut step = step.tcp(self.port, 80, sequence, 64_240);
         if flags.contains('S') {
             step = step.syn();
         }
@@ -701,25 +755,41 @@ impl Client {
         }
         let mut inner = Vec::new();
         step.write(&mut inner, payload).unwrap();
-        let (from, to) = (DIRECTOR_INSIDE.octets(), server(0).octets());
-        let outer = Ipv4Header::new(inner.len() as u16, 63, etherparse::IpNumber::IPV4, from, to).unwrap();
-        let packet = [outer.to_bytes().as_slice(), &inner].concat();
-        let to = SockaddrIn::from(SocketAddrV4::new(server(0), 0));
-        assert_eq!(sendto(self.out.as_raw_fd(), &packet, &to, MsgFlags::empty()).unwrap(), packet.len());
+        let len = inner.len() as u16;
+        let (out, outer) = if vip.is_ipv6() {
+            let header = Ipv6Header {
+                payload_length: len,
+                next_header: IpNumber::IPV6,
+                hop_limit: 63,
+                source: cast::six::DIRECTOR_INSIDE.octets(),
+                destination: cast::six::server(0).octets(),
+                ..Ipv6Header::default()
+            };
+            (&self.out[1], header.to_bytes().to_vec())
+        } else {
+            let (from, to) = (DIRECTOR_INSIDE.octets(), server(0).octets());
+            (&self.out[0], Ipv4Header::new(len, 63, IpNumber::IPV4, from, to).unwrap().to_bytes().to_vec())
+        };
+        let packet = [outer, inner].concat();
+        let to = SockaddrStorage::from(SocketAddr::new(server_of(vip), 0));
+        assert_eq!(sendto(out.as_raw_fd(), &packet, &to, MsgFlags::empty()).unwrap(), packet.len());
     }
 
     /// The next segment that the server sends to this client from `vip`: its sequence number and payload.
-    fn receive(&self, vip: Ipv4Addr) -> Option<(u32, Vec<u8>)> {
+    fn receive(&self, vip: impl Into<IpAddr>) -> Option<(u32, Vec<u8>)> {
+        let vip = vip.into();
         let deadline = Instant::now() + Duration::from_secs(2);
         let mut buffer = [0; 4096];
         while Instant::now() < deadline {
             let Ok(len) = recv(self.back.as_raw_fd(), &mut buffer, MsgFlags::empty()) else { continue };
             let Ok(packet) = SlicedPacket::from_ip(&buffer[..len]) else { continue };
-            let Some(etherparse::NetSlice::Ipv4(ip)) = packet.net else { continue };
+            let (from, to): (IpAddr, IpAddr) = match &packet.net {
+                Some(NetSlice::Ipv4(ip)) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+                Some(NetSlice::Ipv6(ip)) => (ip.header().source_addr().into(), ip.header().destination_addr().into()),
+                _ => continue,
+            };
             let Some(TransportSlice::Tcp(segment)) = packet.transport else { continue };
-            let header = ip.header();
-            let ends = (header.source_addr(), header.destination_addr(), segment.destination_port());
-            if ends == (vip, CLIENT, self.port) {
+            if (from, to, segment.destination_port()) == (vip, client_of(vip), self.port) {
                 return Some((segment.sequence_number(), segment.payload().to_vec()));
             }
         }
@@ -727,7 +797,8 @@ impl Client {
     }
 
     /// Whether the server answers a connection attempt that comes through the tunnel.
-    fn gets_answered(&mut self, vip: Ipv4Addr) -> bool {
+    fn gets_answered(&mut self, vip: impl Into<IpAddr>) -> bool {
+        let vip = vip.into();
         self.port += 1;
         self.send(vip, "S", 1000, 0, &[]);
         self.receive(vip).is_some()
@@ -735,21 +806,23 @@ impl Client {
 }
 
 /// Opens a connection through the tunnel, and sends a word each way.
-fn talk(lab: &Lab) {
-    lab.server.ip("route replace default via 10.2.0.1").unwrap();
-    let listener = listen(&lab.server, VIP);
+fn talk(lab: &Lab, vip: impl Into<IpAddr>) {
+    let vip = vip.into();
+    let director: IpAddr = if vip.is_ipv6() { cast::six::DIRECTOR_INSIDE.into() } else { DIRECTOR_INSIDE.into() };
+    lab.server.ip(&format!("route replace default via {director}")).unwrap();
+    let listener = listen(&lab.server, vip);
     let client = Client::new(&lab.peer);
-    client.send(VIP, "S", 1000, 0, &[]);
-    let (sequence, _) = client.receive(VIP).expect("the connection is accepted");
-    client.send(VIP, "A", 1001, sequence + 1, b"hello");
+    client.send(vip, "S", 1000, 0, &[]);
+    let (sequence, _) = client.receive(vip).expect("the connection is accepted");
+    client.send(vip, "A", 1001, sequence + 1, b"hello");
     let (mut stream, from) = listener.accept().unwrap();
-    assert_eq!(from.to_string(), "10.1.0.1:40000");
+    assert_eq!(from, SocketAddr::new(client_of(vip), 40_000));
     stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let mut word = [0; 5];
     stream.read_exact(&mut word).unwrap();
     assert_eq!(&word, b"hello");
     stream.write_all(b"world").unwrap();
-    let answer = std::iter::from_fn(|| client.receive(VIP)).find(|(_, payload)| !payload.is_empty());
+    let answer = std::iter::from_fn(|| client.receive(vip)).find(|(_, payload)| !payload.is_empty());
     assert_eq!(answer.map(|(_, payload)| payload).as_deref(), Some(b"world".as_slice()));
 }
 
@@ -762,7 +835,7 @@ fn a_connection_comes_out_of_the_tunnel() {
     let lab = Lab::new();
     lab.set("eth0.rp_filter", "1");
     lab.up("eth0", VIP, Method::Tun).unwrap();
-    talk(&lab);
+    talk(&lab, VIP);
     let status = lab.status();
     assert_eq!(status.tunnels[0].mode, Some(Mode::Native));
     assert_eq!(delivered(&status), 2);
@@ -787,7 +860,7 @@ fn where_the_driver_cannot_the_kernel_does() {
     let before = lab.dump();
     let notes = lab.up("eth0", VIP, Method::Tun).unwrap();
     assert!(notes.len() == 1 && notes[0].starts_with("the driver of eth0 does not run XDP programs ("), "{notes:?}");
-    talk(&lab);
+    talk(&lab, VIP);
     let status = lab.status();
     assert_eq!(status.tunnels[0].mode, Some(Mode::Generic));
     assert_eq!(delivered(&status), 2);
@@ -867,8 +940,8 @@ fn the_command_says_what_the_library_does() {
         outcome(&mut command(&words)),
         failed(
             2,
-            "invalid value '10.9.9' for '--vip <ADDR>': 10.9.9: not an IPv4 address that a service can have: give one like \
-             192.0.2.10"
+            "invalid value '10.9.9' for '--vip <ADDR>': 10.9.9: not an address that a service can have: give one like \
+             192.0.2.10 or 2001:db8::10"
         )
     );
 }

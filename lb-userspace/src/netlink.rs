@@ -1,4 +1,4 @@
-//! What is asked of the kernel's network configuration: interfaces, and the addresses on them.
+//! What is asked of the kernel's network configuration: interfaces, the addresses on them, and those they answer for.
 
 use std::net::IpAddr;
 
@@ -6,8 +6,10 @@ use futures_util::TryStreamExt as _;
 use rtnetlink::{
     Handle,
     packet_route::{
-        address::AddressAttribute,
+        AddressFamily,
+        address::{AddressAttribute, AddressFlags, CacheInfo},
         link::{LinkAttribute, LinkFlags, LinkLayerType, LinkXdp, XdpAttached},
+        neighbour::{NeighbourAddress, NeighbourAttribute},
     },
 };
 
@@ -70,7 +72,21 @@ pub struct Address {
     pub address: IpAddr,
     /// Length of its prefix.
     pub prefix: u8,
+    /// Whether the host takes another as the source of what it sends, if it has one (RFC 6724 section 5). IPv6 only.
+    pub deprecated: bool,
 }
+
+/// An address that an interface answers neighbour solicitations for in the name of another host.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Proxied {
+    /// Index of the interface.
+    pub index: u32,
+    /// The address.
+    pub address: IpAddr,
+}
+
+/// The lifetime of an address that does not end.
+const FOREVER: u32 = u32::MAX;
 
 /// Runs one exchange with the kernel to its end.
 fn talk<T>(
@@ -171,6 +187,10 @@ pub fn addresses() -> Result<Vec<Address>, Error> {
                 index: message.header.index,
                 address,
                 prefix: message.header.prefix_len,
+                deprecated: message.attributes.iter().any(|attribute| match attribute {
+                    AddressAttribute::Flags(flags) => flags.contains(AddressFlags::Deprecated),
+                    _ => false,
+                }),
             }));
         }
         Ok(found)
@@ -184,7 +204,34 @@ pub fn addresses() -> Result<Vec<Address>, Error> {
 /// The kernel's refusal.
 pub fn add_address(address: &Address) -> Result<(), Error> {
     talk("add an address", async |handle| {
-        handle.address().add(address.index, address.address, address.prefix).execute().await
+        let mut request = handle.address().add(address.index, address.address, address.prefix);
+        if address.deprecated {
+            let mut lifetime = CacheInfo::default();
+            (lifetime.ifa_preferred, lifetime.ifa_valid) = (0, FOREVER);
+            request.message_mut().attributes.push(AddressAttribute::CacheInfo(lifetime));
+        }
+        request.execute().await
+    })
+}
+
+/// Every address that an interface of this network namespace answers neighbour solicitations for in the name of another
+/// host, if it is told to forward and to do so.
+///
+/// # Errors
+///
+/// When the kernel does not answer.
+pub fn proxied() -> Result<Vec<Proxied>, Error> {
+    talk("list the proxied neighbours", async |handle| {
+        let mut messages = handle.neighbours().get().proxies().set_address_family(AddressFamily::Inet6).execute();
+        let mut found = Vec::new();
+        while let Some(message) = messages.try_next().await? {
+            let address = message.attributes.iter().find_map(|attribute| match attribute {
+                NeighbourAttribute::Destination(NeighbourAddress::Inet6(address)) => Some(*address),
+                _ => None,
+            });
+            found.extend(address.map(|address| Proxied { index: message.header.ifindex, address: address.into() }));
+        }
+        Ok(found)
     })
 }
 

@@ -1,13 +1,16 @@
 //! The other side of a service: this host as one of its real servers, for the forwarding methods that leave the virtual
 //! address in the packet (`docs/ipvs.md`, sections 5.4 and 5.5).
 //!
-//! Such a server has the virtual address, on the loopback interface, and must not tell so by ARP: only the director
-//! answers for it. Packets from a tunnel are taken out of it by an XDP program, so no tunnel device is needed.
+//! Such a server has the virtual address, on the loopback interface, and must not tell so by ARP or neighbour discovery:
+//! only the director answers for it. Packets from a tunnel are taken out of it by an XDP program, so no tunnel device is needed.
 //!
 //! What is changed is written down before it is changed, so that [`down`] can undo it whenever [`up`] ended; see
 //! [`record`]. Every function is about the network namespace of the calling thread.
 
-use std::{fmt, net::Ipv4Addr};
+use std::{
+    fmt,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -23,6 +26,7 @@ use crate::{
 
 pub mod record;
 mod setting;
+mod six;
 mod status;
 mod tunnel;
 
@@ -60,7 +64,7 @@ pub enum Error {
     Common(#[from] error::Error),
 
     /// An address that no host can have.
-    #[error("{given}: not an IPv4 address that a service can have: give one like 192.0.2.10")]
+    #[error("{given}: not an address that a service can have: give one like 192.0.2.10 or 2001:db8::10")]
     NotUnicast { given: String },
 
     /// The interface is the loopback.
@@ -79,42 +83,64 @@ pub enum Error {
 
     /// The address is where it is told to others.
     #[error(
-        "{vip} is on {name}, where every ARP request for it is answered: run `ip address del {vip}/{prefix} dev {name}`"
+        "{vip} is on {name}, where every {} for it is answered: run `ip address del {vip}/{prefix} dev {name}`",
+        question(vip)
     )]
-    AddressElsewhere { vip: Ipv4Addr, name: String, prefix: u8 },
+    AddressElsewhere { vip: IpAddr, name: String, prefix: u8 },
+
+    /// The interface answers in the name of others.
+    #[error(
+        "{name} answers neighbour solicitations for {vip} in the name of another host: run `ip neighbour del proxy {vip} dev \
+         {name}`"
+    )]
+    Proxied { vip: IpAddr, name: String },
+
+    /// The interface takes no part in IPv6.
+    #[error("IPv6 is off on {name}: {remedy}")]
+    NoIpv6 { name: String, remedy: String },
 
     /// A setting for all interfaces wins over the one for this.
     #[error(
         "net.ipv4.conf.all.arp_ignore is {all}, with which {name} answers ARP requests for {vip}: set it to 0, 1 or 2 with \
          `sysctl -w net.ipv4.conf.all.arp_ignore=0`"
     )]
-    ArpIgnore { all: i32, name: String, vip: Ipv4Addr },
+    ArpIgnore { all: i32, name: String, vip: IpAddr },
 
     /// The address is set up already.
     #[error(
         "{vip} is already set up on {name} ({method}): run `xdpvs realserver down {name} --vip {vip}` first to change it"
     )]
-    AlreadyUp { vip: Ipv4Addr, name: String, method: Method },
+    AlreadyUp { vip: IpAddr, name: String, method: Method },
 
     /// The address is half set up.
     #[error(
         "an earlier `xdpvs realserver up` for {vip} on {name} was killed: run `xdpvs realserver down {name} --vip {vip}` first"
     )]
-    HalfUp { vip: Ipv4Addr, name: String },
+    HalfUp { vip: IpAddr, name: String },
 
     /// The interface has been made anew.
     #[error(
         "{name} is not the interface it was when {vip} was set up on it: run `xdpvs realserver down {name} --vip {vip}` first"
     )]
-    InterfaceReplaced { name: String, vip: Ipv4Addr },
+    InterfaceReplaced { name: String, vip: IpAddr },
 
     /// The tunnel program has no room for another address.
-    #[error("{name} already serves {} tunnelled addresses, the most it can: take one down first", tunnel::VIPS_MAX)]
+    #[error(
+        "{name} already serves {} tunnelled addresses of this family, the most it can: take one down first",
+        tunnel::VIPS_MAX
+    )]
     Full { name: String },
 
     /// There is nothing to undo.
     #[error("{vip} has not been set up on {name}: see `xdpvs realserver status`")]
-    NotUp { vip: Ipv4Addr, name: String },
+    NotUp { vip: IpAddr, name: String },
+
+    /// The program that runs is not this version's.
+    #[error(
+        "the tunnel program on {name} was put there by another version of xdpvs: take down every address that \
+         `xdpvs realserver status` shows on {name} first"
+    )]
+    OtherVersion { name: String },
 
     /// The record cannot be understood.
     #[error(
@@ -129,19 +155,40 @@ pub enum Error {
     NotUndone(Box<Error>, Box<Error>),
 }
 
+/// How others ask for the link-layer address of `vip`.
+const fn question(vip: &IpAddr) -> &'static str {
+    if vip.is_ipv6() { "neighbour solicitation" } else { "ARP request" }
+}
+
 /// The address written as `text`.
 ///
 /// # Errors
 ///
-/// [`Error::NotUnicast`] when it is not an IPv4 address, or not one that a service can have.
-pub fn parse_vip(text: &str) -> Result<Ipv4Addr, Error> {
+/// [`Error::NotUnicast`] when it is not an address, or not one that a service can have.
+pub fn parse_vip(text: &str) -> Result<IpAddr, Error> {
     let refusal = || Error::NotUnicast { given: text.to_owned() };
     check_vip(text.parse().map_err(|_| refusal())?)
 }
 
-fn check_vip(vip: Ipv4Addr) -> Result<Ipv4Addr, Error> {
-    let usable = matches!(vip.octets()[0], 1..=223) && !vip.is_loopback();
+fn check_vip(vip: IpAddr) -> Result<IpAddr, Error> {
+    let usable = match vip {
+        IpAddr::V4(vip) => is_usable4(vip),
+        IpAddr::V6(vip) => is_usable6(vip),
+    };
     if usable { Ok(vip) } else { Err(Error::NotUnicast { given: vip.to_string() }) }
+}
+
+const fn is_usable4(vip: Ipv4Addr) -> bool {
+    matches!(vip.octets()[0], 1..=223) && !vip.is_loopback()
+}
+
+/// A link-local address means nothing without a link, and one with an IPv4 address in it is none of IPv6 on the wire.
+const fn is_usable6(vip: Ipv6Addr) -> bool {
+    !vip.is_unspecified()
+        && !vip.is_loopback()
+        && !vip.is_multicast()
+        && !vip.is_unicast_link_local()
+        && vip.to_ipv4_mapped().is_none()
 }
 
 /// A change that makes this host a real server.
@@ -162,7 +209,7 @@ pub struct Up {
     home: Home,
     record: Record,
     interface: Interface,
-    vip: Ipv4Addr,
+    vip: IpAddr,
     steps: Vec<Step>,
     notes: Vec<String>,
 }
@@ -174,7 +221,7 @@ pub struct Up {
 /// # Errors
 ///
 /// What stands in the way, or the kernel's refusal.
-pub fn up(name: &str, vip: Ipv4Addr, method: Method) -> Result<Vec<String>, Error> {
+pub fn up(name: &str, vip: IpAddr, method: Method) -> Result<Vec<String>, Error> {
     let mut up = Up::begin(name, vip, method)?;
     while up.remaining() > 0 {
         if let Err(error) = up.step() {
@@ -193,7 +240,7 @@ impl Up {
     /// # Errors
     ///
     /// What stands in the way.
-    pub fn begin(name: &str, vip: Ipv4Addr, method: Method) -> Result<Self, Error> {
+    pub fn begin(name: &str, vip: IpAddr, method: Method) -> Result<Self, Error> {
         if !nix::unistd::geteuid().is_root() {
             return Err(error::Error::NotRoot.into());
         }
@@ -203,7 +250,8 @@ impl Up {
         }
         let interfaces = netlink::interfaces()?;
         let interface = find(&interfaces, name)?.clone();
-        if !find(&interfaces, LOOPBACK)?.up {
+        let loopback = find(&interfaces, LOOPBACK)?;
+        if !loopback.up {
             return Err(Error::LoopbackDown);
         }
         let home = Home::lock()?;
@@ -211,11 +259,14 @@ impl Up {
         let site = record.site(name);
         check_record(site, &interface, vip)?;
         let address_is_there = check_addresses(&interfaces, vip)?;
+        if vip.is_ipv6() {
+            six::check(&interface, loopback, vip)?;
+        }
         let mut steps = Vec::new();
         let mut settings = setting::silence(name, vip)?;
         if method == Method::Tun {
-            settings.extend(setting::accept_tunnelled(name)?);
-            check_tunnel(&home, site, &interface)?;
+            settings.extend(setting::accept_tunnelled(name, vip)?);
+            check_tunnel(&home, site, &interface, vip)?;
         }
         steps.extend(settings.iter().map(|setting| Step::Set(setting.name)));
         if !address_is_there {
@@ -269,7 +320,7 @@ impl Up {
         if tunnel.is_attached(&self.interface) {
             return Ok(tunnel.add(self.vip)?);
         }
-        let vips: Vec<Ipv4Addr> = self.record.site(name).map(|site| site.tunnelled().collect()).unwrap_or_default();
+        let vips: Vec<IpAddr> = self.record.site(name).map(|site| site.tunnelled().collect()).unwrap_or_default();
         if let Some(refusal) = tunnel.attach(&self.interface, &vips)? {
             self.notes.push(format!(
                 "the driver of {name} does not run XDP programs ({refusal}): the tunnel program runs in generic mode, which \
@@ -309,7 +360,7 @@ impl Up {
 /// # Errors
 ///
 /// [`Error::NotUp`], or the kernel's refusal; what has been undone until then stays so, and the command can be repeated.
-pub fn down(name: &str, vip: Ipv4Addr) -> Result<Vec<String>, Error> {
+pub fn down(name: &str, vip: IpAddr) -> Result<Vec<String>, Error> {
     if !nix::unistd::geteuid().is_root() {
         return Err(error::Error::NotRoot.into());
     }
@@ -322,7 +373,7 @@ pub fn down(name: &str, vip: Ipv4Addr) -> Result<Vec<String>, Error> {
 }
 
 /// Undoes everything in the opposite order, so that the address is never told to others meanwhile.
-fn undo(home: &Home, record: &mut Record, name: &str, vip: Ipv4Addr) -> Result<Vec<String>, Error> {
+fn undo(home: &Home, record: &mut Record, name: &str, vip: IpAddr) -> Result<Vec<String>, Error> {
     let interfaces = netlink::interfaces()?;
     let Some(site) = record.site_mut_by_name(name) else { return Ok(Vec::new()) };
     let Some(server) = site.server(vip).cloned() else { return Ok(Vec::new()) };
@@ -337,9 +388,10 @@ fn undo(home: &Home, record: &mut Record, name: &str, vip: Ipv4Addr) -> Result<V
         }
     }
     let mut notes = Vec::new();
+    let left = || site.servers.iter().filter(|server| server.vip.is_ipv4());
     let needed = |setting: &Setting| match setting.name {
-        Name::RpFilter => site.servers.iter().any(|server| server.method == Method::Tun),
-        Name::ArpIgnore | Name::ArpAnnounce => !site.servers.is_empty(),
+        Name::RpFilter => left().any(|server| server.method == Method::Tun),
+        Name::ArpIgnore | Name::ArpAnnounce => left().next().is_some(),
     };
     let (keep, restore): (Vec<_>, Vec<_>) = site.settings.iter().cloned().partition(needed);
     site.settings = keep;
@@ -367,11 +419,18 @@ fn find<'a>(interfaces: &'a [Interface], name: &str) -> Result<&'a Interface, er
 }
 
 /// The virtual address as it stands on the loopback interface: no network of its own.
-fn on_loopback(vip: Ipv4Addr) -> Result<Address, error::Error> {
-    Ok(Address { index: netlink::interface(LOOPBACK)?.index, address: vip.into(), prefix: 32 })
+fn on_loopback(vip: IpAddr) -> Result<Address, error::Error> {
+    Ok(Address {
+        index: netlink::interface(LOOPBACK)?.index,
+        address: vip,
+        prefix: if vip.is_ipv6() { 128 } else { 32 },
+        // Over IPv6 the host chooses the source of what it sends among the addresses of all its interfaces. Over IPv4 it
+        // chooses among those of the interface that it sends by, and knows nothing of this.
+        deprecated: vip.is_ipv6(),
+    })
 }
 
-fn check_record(site: Option<&Site>, interface: &Interface, vip: Ipv4Addr) -> Result<(), Error> {
+fn check_record(site: Option<&Site>, interface: &Interface, vip: IpAddr) -> Result<(), Error> {
     let Some(site) = site else { return Ok(()) };
     let name = interface.name.clone();
     match site.server(vip) {
@@ -386,7 +445,7 @@ fn check_record(site: Option<&Site>, interface: &Interface, vip: Ipv4Addr) -> Re
 }
 
 /// Returns whether the address is on the loopback interface.
-fn check_addresses(interfaces: &[Interface], vip: Ipv4Addr) -> Result<bool, Error> {
+fn check_addresses(interfaces: &[Interface], vip: IpAddr) -> Result<bool, Error> {
     let loopback = find(interfaces, LOOPBACK)?.index;
     let found = netlink::addresses()?.into_iter().filter(|address| address.address == vip);
     let (here, elsewhere): (Vec<_>, Vec<_>) = found.partition(|address| address.index == loopback);
@@ -396,7 +455,7 @@ fn check_addresses(interfaces: &[Interface], vip: Ipv4Addr) -> Result<bool, Erro
     Err(Error::AddressElsewhere { vip, name, prefix: address.prefix })
 }
 
-fn check_tunnel(home: &Home, site: Option<&Site>, interface: &Interface) -> Result<(), Error> {
+fn check_tunnel(home: &Home, site: Option<&Site>, interface: &Interface, vip: IpAddr) -> Result<(), Error> {
     let name = &interface.name;
     if !interface.ethernet {
         return Err(Error::NotEthernet { name: name.clone() });
@@ -406,9 +465,11 @@ fn check_tunnel(home: &Home, site: Option<&Site>, interface: &Interface) -> Resu
         Some(xdp) if tunnel.program_on(interface) != Some(xdp.program) => {
             return Err(error::Error::InterfaceTaken { name: name.clone(), id: xdp.program }.into());
         }
+        Some(_) if !tunnel.is_current() => return Err(Error::OtherVersion { name: name.clone() }),
         _ => {}
     }
-    if site.is_some_and(|site| site.tunnelled().count() >= tunnel::VIPS_MAX) {
+    let of_family = |site: &Site| site.tunnelled().filter(|other| other.is_ipv6() == vip.is_ipv6()).count();
+    if site.is_some_and(|site| of_family(site) >= tunnel::VIPS_MAX) {
         return Err(Error::Full { name: name.clone() });
     }
     Ok(())
@@ -420,12 +481,23 @@ mod tests {
 
     #[test]
     fn addresses_that_no_service_has_are_refused() {
-        for text in
-            ["", "10.9.9", "10.9.9.9/32", "::1", "0.0.0.0", "0.1.2.3", "127.0.0.1", "224.0.0.1", "255.255.255.255"]
-        {
+        for text in ["", "10.9.9", "10.9.9.9/32", "0.0.0.0", "0.1.2.3", "127.0.0.1", "224.0.0.1", "255.255.255.255"] {
             assert!(matches!(parse_vip(text), Err(Error::NotUnicast { .. })), "{text}");
         }
-        for text in ["10.9.9.9", "192.0.2.10", "169.254.1.1", "223.255.255.255"] {
+        for text in [
+            "::",
+            "::1",
+            "ff02::1",
+            "ff0e::1",
+            "fe80::1",
+            "::ffff:10.9.9.9",
+            "[fd00:9::9]",
+            "fd00:9::9/128",
+            "fd00:9::9%eth0",
+        ] {
+            assert!(matches!(parse_vip(text), Err(Error::NotUnicast { .. })), "{text}");
+        }
+        for text in ["10.9.9.9", "192.0.2.10", "169.254.1.1", "223.255.255.255", "fd00:9::9", "2001:db8::10"] {
             assert_eq!(parse_vip(text).expect(text).to_string(), text);
         }
     }

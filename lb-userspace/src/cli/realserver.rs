@@ -1,6 +1,6 @@
 //! `realserver`: this host as a real server.
 
-use std::net::Ipv4Addr;
+use std::net::IpAddr;
 
 use clap::{Args, Subcommand, ValueEnum};
 use lb_userspace::realserver::{self, Method};
@@ -10,11 +10,11 @@ use crate::cli::{complain, failure::Failure, output::Form};
 /// What can be done to this host as a real server.
 #[derive(Subcommand, Debug)]
 pub(crate) enum RealServerCommand {
-    /// Accept packets for the address of a service, without telling others by ARP that it is here
+    /// Accept packets for the address of a service, without telling others on the link that it is here
     Up {
         #[command(flatten)]
         site: SiteWords,
-        /// How the director sends them: dr (it changes the link-layer address) or tun (in IP-in-IP packets)
+        /// How the director sends them: dr (it changes the link-layer address) or tun (in IP-in-IP packets of the same family)
         #[arg(long, value_enum)]
         method: MethodWord,
     },
@@ -35,7 +35,7 @@ pub(crate) struct SiteWords {
     interface: String,
     /// The address of the service
     #[arg(long, value_name = "ADDR", value_parser = realserver::parse_vip)]
-    vip: Ipv4Addr,
+    vip: IpAddr,
 }
 
 #[derive(ValueEnum, Clone, Copy, Debug)]

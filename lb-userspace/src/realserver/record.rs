@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{ErrorKind, Write as _},
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
@@ -41,7 +41,7 @@ pub struct Setting {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Server {
     /// The address.
-    pub vip: Ipv4Addr,
+    pub vip: IpAddr,
     /// How its packets arrive.
     pub method: Method,
     /// Whether everything it needs has been done.
@@ -63,16 +63,16 @@ pub struct Site {
 
 impl Site {
     /// The virtual address `vip` on this interface.
-    pub fn server(&self, vip: Ipv4Addr) -> Option<&Server> {
+    pub fn server(&self, vip: IpAddr) -> Option<&Server> {
         self.servers.iter().find(|server| server.vip == vip)
     }
 
-    pub(super) fn server_mut(&mut self, vip: Ipv4Addr) -> Option<&mut Server> {
+    pub(super) fn server_mut(&mut self, vip: IpAddr) -> Option<&mut Server> {
         self.servers.iter_mut().find(|server| server.vip == vip)
     }
 
     /// The virtual addresses whose packets arrive in a tunnel.
-    pub(super) fn tunnelled(&self) -> impl Iterator<Item = Ipv4Addr> {
+    pub(super) fn tunnelled(&self) -> impl Iterator<Item = IpAddr> {
         self.servers.iter().filter(|server| server.method == Method::Tun).map(|server| server.vip)
     }
 }
@@ -83,7 +83,7 @@ pub struct Record {
     /// The boot of the kernel that the changes were made to.
     boot: String,
     /// Addresses that were put on the loopback interface.
-    pub addresses: Vec<Ipv4Addr>,
+    pub addresses: Vec<IpAddr>,
     /// The interfaces.
     pub sites: Vec<Site>,
 }

@@ -1,6 +1,8 @@
 //! The kernel's settings of an interface that a real server depends on.
+//!
+//! They are for IPv4; IPv6 has no such settings, and needs none: see [`super::six`].
 
-use std::{fs, net::Ipv4Addr, path::PathBuf};
+use std::{fs, net::IpAddr, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -89,7 +91,10 @@ pub(super) fn answers(interface: &str) -> Result<bool, error::Error> {
 }
 
 /// What must be changed so that nobody learns from the interface that the host has `vip`.
-pub(super) fn silence(interface: &str, vip: Ipv4Addr) -> Result<Vec<Setting>, Error> {
+pub(super) fn silence(interface: &str, vip: IpAddr) -> Result<Vec<Setting>, Error> {
+    if vip.is_ipv6() {
+        return Ok(Vec::new());
+    }
     let mut settings = Vec::new();
     let (all, own) = both(interface, Name::ArpIgnore)?;
     if !is_silent(all.max(own)) {
@@ -107,7 +112,10 @@ pub(super) fn silence(interface: &str, vip: Ipv4Addr) -> Result<Vec<Setting>, Er
 
 /// What must be changed so that packets out of the tunnel are accepted: the client is seldom reached by the way to the
 /// director.
-pub(super) fn accept_tunnelled(interface: &str) -> Result<Option<Setting>, error::Error> {
+pub(super) fn accept_tunnelled(interface: &str, vip: IpAddr) -> Result<Option<Setting>, error::Error> {
+    if vip.is_ipv6() {
+        return Ok(None);
+    }
     let (all, own) = both(interface, Name::RpFilter)?;
     Ok((all.max(own) == STRICT).then_some(Setting { name: Name::RpFilter, before: own, set: LOOSE }))
 }

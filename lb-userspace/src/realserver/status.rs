@@ -1,6 +1,6 @@
 //! What this host serves as a real server, and what stands in its way.
 
-use std::{collections::BTreeMap, fmt, net::Ipv4Addr};
+use std::{collections::BTreeMap, fmt, net::IpAddr};
 
 use serde::Serialize;
 
@@ -9,13 +9,16 @@ use crate::{
     realserver::{
         Error, LOOPBACK, Method,
         record::{Home, Server, Site},
-        setting,
+        setting, six,
         tunnel::Tunnel,
     },
 };
 
-/// What a tunnel adds to a packet, in bytes.
-const TUNNEL_OVERHEAD: u32 = 20;
+/// What a tunnel adds to a packet for `vip`, in bytes.
+const fn tunnel_overhead(vip: IpAddr) -> u32 {
+    if vip.is_ipv6() { 40 } else { 20 }
+}
+
 /// The largest packet that senders usually send, in bytes.
 const USUAL_MTU: u32 = 1500;
 
@@ -34,7 +37,7 @@ pub struct ServerStatus {
     /// The interface that its packets arrive by.
     pub interface: String,
     /// The address.
-    pub address: Ipv4Addr,
+    pub address: IpAddr,
     /// How its packets arrive.
     pub method: Method,
     /// What keeps it from working, and what makes it work worse than it could, one sentence each.
@@ -107,14 +110,13 @@ fn advice(
     if !is_there {
         advice.push(format!("{vip} is no longer on {LOOPBACK}: {again}"));
     }
+    if vip.is_ipv6()
+        && let Some(remedy) = six::missing(interface)?
+    {
+        advice.push(format!("IPv6 is off on {}: {remedy}", interface.name));
+    }
     for other in interfaces.iter().filter(|other| other.ethernet && other.up) {
-        let name = &other.name;
-        if setting::answers(name)? {
-            advice.push(format!(
-                "{name} answers ARP requests for {vip}: if the director is reached by it, run `sysctl -w \
-                 net.ipv4.conf.{name}.arp_ignore=1 net.ipv4.conf.{name}.arp_announce=2`"
-            ));
-        }
+        advice.extend(told_by(other, vip)?);
     }
     if server.method == Method::Tun {
         match mode {
@@ -124,16 +126,37 @@ fn advice(
             }
             Some(Mode::Native | Mode::Offloaded) => {}
         }
-        if interface.mtu < USUAL_MTU + TUNNEL_OVERHEAD {
+        let overhead = tunnel_overhead(vip);
+        if interface.mtu < USUAL_MTU + overhead {
             advice.push(format!(
                 "the MTU of {name} leaves {} bytes for packets in the tunnel: with {} on the way from the director, clients \
                  need not send smaller ones",
-                interface.mtu.saturating_sub(TUNNEL_OVERHEAD),
-                USUAL_MTU + TUNNEL_OVERHEAD
+                interface.mtu.saturating_sub(overhead),
+                USUAL_MTU + overhead
             ));
         }
     }
     Ok(advice)
+}
+
+/// What to do when others on the link of this interface learn that the host has `vip`.
+fn told_by(interface: &Interface, vip: IpAddr) -> Result<Option<String>, Error> {
+    let name = &interface.name;
+    Ok(if vip.is_ipv6() {
+        six::answers(interface, vip)?.then(|| {
+            format!(
+                "{name} answers neighbour solicitations for {vip} in the name of another host: if the director is reached by \
+                 it, run `ip neighbour del proxy {vip} dev {name}`"
+            )
+        })
+    } else {
+        setting::answers(name)?.then(|| {
+            format!(
+                "{name} answers ARP requests for {vip}: if the director is reached by it, run `sysctl -w \
+                 net.ipv4.conf.{name}.arp_ignore=1 net.ipv4.conf.{name}.arp_announce=2`"
+            )
+        })
+    })
 }
 
 impl fmt::Display for Status {

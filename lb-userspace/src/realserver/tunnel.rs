@@ -2,25 +2,28 @@
 
 use std::{
     fs,
-    net::Ipv4Addr,
+    net::IpAddr,
     path::{Path, PathBuf},
 };
 
 use aya::{
-    Ebpf, EbpfLoader,
+    Ebpf, EbpfLoader, Pod,
     maps::{HashMap, Map, MapData, MapError, PerCpuArray},
     programs::{
         ProgramError, Xdp, XdpMode,
         links::{FdLink, PinnedLink},
     },
 };
-use lb_common::{addr::Ip4, decapsulation::Decapsulation};
+use lb_common::{
+    addr::{Ip4, Ip6},
+    decapsulation::Decapsulation,
+};
 
 use crate::{
     datapath::{
         object::{
             self,
-            realserver::{DECAPSULATE, OUTCOMES, VIPS4},
+            realserver::{DECAPSULATE, OUTCOMES, VIPS4, VIPS6},
         },
         place::{self, remove_tree},
     },
@@ -35,7 +38,10 @@ const DIRECTORY: &str = "xdpvs-realserver";
 /// The pin of the link, made last: where it is, everything is.
 const LINK: &str = "link";
 
-/// The most virtual addresses that one interface serves from tunnels.
+/// The maps that are pinned beside it.
+const PINNED: [&str; 3] = [VIPS4, VIPS6, OUTCOMES];
+
+/// The most virtual addresses of each family that one interface serves from tunnels.
 pub(super) const VIPS_MAX: usize = 1024;
 
 /// The place of the program on one interface.
@@ -73,15 +79,20 @@ impl Tunnel {
         self.program_on(interface).is_some()
     }
 
+    /// Whether the pins are those of this version's program.
+    pub(super) fn is_current(&self) -> bool {
+        PINNED.iter().all(|name| self.directory.join(name).exists())
+    }
+
     /// Puts the program on the interface, for these addresses. Returns why the driver does not run it, when it has to run
     /// in the kernel's receive path.
-    pub(super) fn attach(&self, interface: &Interface, vips: &[Ipv4Addr]) -> Result<Option<ProgramError>, Error> {
+    pub(super) fn attach(&self, interface: &Interface, vips: &[IpAddr]) -> Result<Option<ProgramError>, Error> {
         self.sweep();
         // What a killed process has left.
         remove_tree(&self.directory)?;
         fs::create_dir_all(&self.directory).map_err(|source| Error::file("create", &self.directory, source))?;
         let mut loader = EbpfLoader::new();
-        for name in [VIPS4, OUTCOMES] {
+        for name in PINNED {
             loader.map_pin_path(name, self.directory.join(name));
         }
         let mut ebpf = loader.load(object::REALSERVER)?;
@@ -145,23 +156,37 @@ impl Tunnel {
         MapData::from_pin(self.directory.join(name)).map_err(|source| Error::map("open", name, source))
     }
 
-    fn vips(&self) -> Result<HashMap<MapData, u32, u32>, Error> {
-        HashMap::try_from(Map::HashMap(self.map(VIPS4)?)).map_err(|source| Error::map("open", VIPS4, source))
+    fn vips<K: Pod>(&self, name: &'static str) -> Result<HashMap<MapData, K, u32>, Error> {
+        HashMap::try_from(Map::HashMap(self.map(name)?)).map_err(|source| Error::map("open", name, source))
+    }
+
+    fn insert<K: Pod>(&self, name: &'static str, key: K) -> Result<(), Error> {
+        self.vips(name)?.insert(key, 1, 0).map_err(|source| Error::map("write", name, source))
+    }
+
+    fn erase<K: Pod>(&self, name: &'static str, key: K) -> Result<(), Error> {
+        if !self.directory.join(name).exists() {
+            return Ok(());
+        }
+        match self.vips(name)?.remove(&key) {
+            Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
+            Err(source) => Err(Error::map("write", name, source)),
+        }
     }
 
     /// Lets packets for `vip` out of the tunnel.
-    pub(super) fn add(&self, vip: Ipv4Addr) -> Result<(), Error> {
-        self.vips()?.insert(key(vip), 1, 0).map_err(|source| Error::map("write", VIPS4, source))
+    pub(super) fn add(&self, vip: IpAddr) -> Result<(), Error> {
+        match vip {
+            IpAddr::V4(vip) => self.insert(VIPS4, Ip4::new(vip.octets()).raw()),
+            IpAddr::V6(vip) => self.insert(VIPS6, Ip6::new(vip.octets()).raw()),
+        }
     }
 
     /// Leaves packets for `vip` where they are. What is already gone is no error.
-    pub(super) fn remove(&self, vip: Ipv4Addr) -> Result<(), Error> {
-        if !self.directory.join(VIPS4).exists() {
-            return Ok(());
-        }
-        match self.vips()?.remove(&key(vip)) {
-            Err(MapError::KeyNotFound) | Ok(()) => Ok(()),
-            Err(source) => Err(Error::map("write", VIPS4, source)),
+    pub(super) fn remove(&self, vip: IpAddr) -> Result<(), Error> {
+        match vip {
+            IpAddr::V4(vip) => self.erase(VIPS4, Ip4::new(vip.octets()).raw()),
+            IpAddr::V6(vip) => self.erase(VIPS6, Ip6::new(vip.octets()).raw()),
         }
     }
 
@@ -186,8 +211,4 @@ fn is_dead(pin: &Path) -> bool {
         let has = |wanted: &str| text.lines().any(|line| line == wanted);
         has("link_type:\txdp") && has(&ours) && has("ifindex:\t0")
     })
-}
-
-fn key(vip: Ipv4Addr) -> u32 {
-    Ip4::new(vip.octets()).raw()
 }

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{IpAddr, Ipv4Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -41,13 +41,27 @@ const PORT: u16 = 80;
 const PROTOCOLS: [Transport; 2] = [Transport::Tcp, Transport::Udp];
 const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
 
-/// A TCP and a UDP service, each with one destination of each method.
+/// What has this IPv4 address, if it had an IPv6 address.
+fn six(address: SocketAddr) -> SocketAddr {
+    let IpAddr::V4(ip) = address.ip() else { panic!("IPv4") };
+    let [a, b] = [ip.to_bits() >> 16, ip.to_bits()].map(|half| half as u16);
+    SocketAddr::new(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, a, b).into(), address.port())
+}
+
+fn service6(protocol: Transport, port: u16) -> ServiceKey {
+    let ServiceKey { protocol, address } = service(protocol, port);
+    ServiceKey { protocol, address: six(address) }
+}
+
+/// A TCP and a UDP service of either family, each with one destination of each method.
 fn services(change: &mut Change<'_>) {
     for protocol in PROTOCOLS {
-        let key = service(protocol, PORT);
+        let [key, key6] = [service(protocol, PORT), service6(protocol, PORT)];
         change.add_service(key, scheduled(Scheduler::Sh)).expect("new");
+        change.add_service(key6, scheduled(Scheduler::Sh)).expect("new");
         for (index, method) in (0..).zip(METHODS) {
             change.add_dest(key, at(index, PORT), dest(method, 1)).expect("new");
+            change.add_dest(key6, six(at(index, PORT)), dest(method, 1)).expect("new");
         }
     }
 }
@@ -68,6 +82,18 @@ fn numbered(number: u32) -> NewConnection {
         state: State::ALL[number as usize / 6 % State::ALL.len()],
         remaining: Duration::from_secs(600),
     }
+}
+
+/// As [`numbered`], by IPv6.
+fn numbered6(number: u32) -> NewConnection {
+    let NewConnection { service, client, destination, state, remaining } = numbered(number);
+    let service = service6(service.protocol, PORT);
+    NewConnection { service, client: six(client), destination: six(destination), state, remaining }
+}
+
+/// Connections with these numbers, by either family in turn.
+fn both(numbers: std::ops::Range<u32>) -> impl Iterator<Item = NewConnection> {
+    numbers.flat_map(|number| [numbered(number), numbered6(number)])
 }
 
 fn insert(place: &Place, connections: impl IntoIterator<Item = NewConnection>) -> Insertions {
@@ -102,32 +128,35 @@ fn audited(site: &Site) -> audit::Connections {
 fn connections_are_created_as_they_are_said_to_be() {
     const NUMBER: u32 = 1000;
     let site = site("bulk", 200);
-    let all = Insertions { created: NUMBER.into(), ..Insertions::default() };
-    assert_eq!(insert(site.place(), (0..NUMBER).map(numbered)), all);
+    let all = Insertions { created: 2 * u64::from(NUMBER), ..Insertions::default() };
+    assert_eq!(insert(site.place(), both(0..NUMBER)), all);
     // Again, they are there already; among them are some that cannot be.
     let odd = numbered(0);
     let impossible = [
         NewConnection { service: service(Transport::Tcp, 81), ..odd },
         NewConnection { destination: at(5, PORT), ..odd },
-        NewConnection { client: "[fd00::1]:1024".parse().expect("an address"), ..odd },
+        NewConnection { client: six(odd.client), ..odd },
+        NewConnection { destination: six(odd.destination), ..odd },
+        NewConnection { service: service6(Transport::Tcp, 81), ..numbered6(0) },
+        NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered6(NUMBER) },
         NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered(NUMBER) },
     ];
-    let again = insert(site.place(), impossible.into_iter().chain((0..NUMBER).map(numbered)));
-    assert_eq!(again, Insertions { known: NUMBER.into(), refused: 4, ..Insertions::default() });
+    let again = insert(site.place(), impossible.into_iter().chain(both(0..NUMBER)));
+    assert_eq!(again, Insertions { known: 2 * u64::from(NUMBER), refused: 7, ..Insertions::default() });
 
     let found: HashMap<SocketAddr, Connection> =
         connections(site.place()).into_iter().map(|connection| (connection.client, connection)).collect();
-    assert_eq!(found.len(), NUMBER as usize);
-    for number in 0..NUMBER {
-        let NewConnection { service, client, destination, state, .. } = numbered(number);
+    assert_eq!(found.len(), 2 * NUMBER as usize);
+    for (index, expected) in both(0..NUMBER).enumerate() {
+        let NewConnection { service, client, destination, state, .. } = expected;
         let connection = found[&client];
         let state = if service.protocol == Transport::Udp { "UDP" } else { state.as_str() };
         assert_eq!((connection.protocol, connection.service), (service.protocol, service.address), "{connection:?}");
         assert_eq!((connection.destination, connection.state), (destination, state), "{connection:?}");
-        assert_eq!(connection.method, METHODS[number as usize / 2 % 3], "{connection:?}");
+        assert_eq!(connection.method, METHODS[index / 4 % 3], "{connection:?}");
         assert!((590_000..=600_000).contains(&connection.expires), "{connection:?}");
     }
-    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), NUMBER);
+    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 2 * NUMBER);
 }
 
 #[test]
@@ -163,14 +192,19 @@ fn what_there_is_no_room_for_is_told() {
 #[test]
 fn the_connections_of_a_service_or_destination_are_ended() {
     let site = site("bulkflush", 200);
-    let fill = || insert(site.place(), (0..600).map(numbered));
+    let fill = || insert(site.place(), both(0..600));
+    let [tcp6, udp6] = PROTOCOLS.map(|protocol| Some(service6(protocol, PORT)));
+    let server6 = |index| six(at(index, PORT)).ip();
     let [tcp, udp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT)));
     let server = |index| IpAddr::V4(cast::server(index));
     for (selection, ended) in [
         (Selection { service: tcp, dest: None }, 300),
         (Selection { service: None, dest: Some((server(1), None)) }, 200),
         (Selection { service: udp, dest: Some((server(1), Some(PORT))) }, 100),
-        (Selection::default(), 600),
+        (Selection { service: tcp6, dest: None }, 300),
+        (Selection { service: None, dest: Some((server6(1), None)) }, 200),
+        (Selection { service: udp6, dest: Some((server6(1), Some(PORT))) }, 100),
+        (Selection::default(), 1200),
     ] {
         fill();
         let is_meant = |connection: &Connection| {
@@ -181,15 +215,15 @@ fn the_connections_of_a_service_or_destination_are_ended() {
         assert_eq!(connections(site.place()).iter().filter(|connection| is_meant(connection)).count(), ended);
         assert_eq!(flush(site.place(), selection), Ok(ended as u64), "{selection:?}");
         let left = connections(site.place());
-        assert!(left.len() == 600 - ended && !left.iter().any(is_meant), "{selection:?} left {left:?}");
-        assert_eq!(audited(&site).values().map(|(_, total)| *total as usize).sum::<usize>(), 600 - ended);
+        assert!(left.len() == 1200 - ended && !left.iter().any(is_meant), "{selection:?} left {left:?}");
+        assert_eq!(audited(&site).values().map(|(_, total)| *total as usize).sum::<usize>(), 1200 - ended);
     }
     let elsewhere = service(Transport::Tcp, 81);
     assert_eq!(
         flush(site.place(), Selection { service: Some(elsewhere), dest: None }),
         Err(Refusal::NoService(elsewhere))
     );
-    for dest in [(server(5), None), (server(1), Some(81))] {
+    for dest in [(server(5), None), (server(1), Some(81)), (server6(1), None)] {
         let selection = Selection { service: tcp, dest: Some(dest) };
         assert_eq!(flush(site.place(), selection), Err(Refusal::NoSuchDest(dest.0, dest.1)));
     }

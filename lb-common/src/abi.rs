@@ -316,6 +316,12 @@ impl Dest {
     pub fn method(&self) -> u8 {
         (self.port_method.load() >> 16) as u8
     }
+
+    /// The kernel's number of the address family.
+    #[inline(always)]
+    pub fn family(&self) -> u32 {
+        self.port_method.load() >> 24
+    }
 }
 
 /// What a list or ring holds: a destination, and for a wrr ring the threshold of the pass it stands in.
@@ -960,18 +966,40 @@ pub mod control {
     /// Creates `count` connections, at most [`super::CONNECTIONS_MAX`]: the [`super::ConnectionRecord`]s that follow the
     /// request. Answers with the number of each [`super::Brought`], of sixteen bits, the first in the lowest.
     pub const INSERT: u32 = 5;
+    /// As [`INSERT`], of at most [`super::CONNECTIONS6_MAX`] [`super::ConnectionRecord6`]s.
+    pub const INSERT6: u32 = 6;
     /// Every destination.
     pub const ANY: u32 = u32::MAX;
 }
 
-/// A connection that no packet opens: another director has had it.
+/// An IPv4 connection that no packet opens: another director has had it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct ConnectionRecord {
-    /// Client address as it stands in a packet.
-    pub client: u32,
-    /// Service address as it stands in a packet.
-    pub service: u32,
+    /// Client address.
+    pub client: Ip4,
+    /// Service address.
+    pub service: Ip4,
+    /// Everything else.
+    pub details: ConnectionDetails,
+}
+
+/// An IPv6 connection that no packet opens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ConnectionRecord6 {
+    /// Client address.
+    pub client: Ip6,
+    /// Service address.
+    pub service: Ip6,
+    /// Everything else.
+    pub details: ConnectionDetails,
+}
+
+/// What a connection that no packet opens is, beside its addresses.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
+#[repr(C)]
+pub struct ConnectionDetails {
     /// Client port in the low half, service port in the high half, each as it stands in a packet.
     pub ports: u32,
     /// Number of the destination, which says the forwarding method.
@@ -984,8 +1012,14 @@ pub struct ConnectionRecord {
 
 /// Most connections of one [`control::INSERT`]. With them the frame is as long as the kernel takes them, nearly.
 pub const CONNECTIONS_MAX: usize = 128;
+/// Most connections of one [`control::INSERT6`].
+pub const CONNECTIONS6_MAX: usize = 64;
 
-/// What has become of a [`ConnectionRecord`].
+const _: () = assert!(
+    CONNECTIONS6_MAX * size_of::<ConnectionRecord6>() <= CONNECTIONS_MAX * size_of::<ConnectionRecord>()
+);
+
+/// What has become of a [`ConnectionRecord`] or [`ConnectionRecord6`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Brought {
@@ -1111,7 +1145,7 @@ mod tests {
         let shared = Dest::zeroed();
         let plain = DestRecord {
             addr: [1, 2, 3, 4],
-            port_method: u32::from(Port::new(8080).raw()) | 3 << 16,
+            port_method: u32::from(Port::new(8080).raw()) | 3 << 16 | 10 << 24,
             weight: 5,
             state: slot::USED,
             service: 6,
@@ -1125,7 +1159,7 @@ mod tests {
         };
         shared.store(&plain);
         assert_eq!(shared.load(), plain);
-        assert_eq!((shared.port(), shared.method()), (Port::new(8080), 3));
+        assert_eq!((shared.port(), shared.method(), shared.family()), (Port::new(8080), 3, 10));
         assert!(shared.usable());
         shared.weight.store(0);
         assert!(!shared.usable() && shared.available());

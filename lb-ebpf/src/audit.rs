@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::{
     abi::{DestLoad, active_and_total},
-    flow::{Bucket, Entry, Status, Word, flag},
+    flow::{Bucket, Bucket4, Bucket6, Entry, Status, Word, flag},
 };
 
 /// Active and all connections of destinations, by number; none without connections.
@@ -70,7 +70,21 @@ pub fn check<E: Entry>(flows: &[Bucket<E>], loads: &[DestLoad]) -> Result<Connec
 where
     E::Key: core::fmt::Debug,
 {
-    let (found, counted) = (recount(flows)?, counted(loads));
+    compare(recount(flows)?, loads)
+}
+
+/// [`check`] for the tables of both families.
+///
+/// # Errors
+///
+/// Those of [`check`].
+pub fn check_both(flows: (&[Bucket4], &[Bucket6]), loads: &[DestLoad]) -> Result<Connections, String> {
+    // A destination has one family.
+    compare(recount(flows.0)?.into_iter().chain(recount(flows.1)?).collect(), loads)
+}
+
+fn compare(found: Connections, loads: &[DestLoad]) -> Result<Connections, String> {
+    let counted = counted(loads);
     if found != counted {
         return Err(format!("the table holds {found:?}, the counters say {counted:?} (active, all)"));
     }

@@ -4,7 +4,10 @@
 use std::{thread, time::Duration};
 
 use anyhow::{Result, anyhow};
-use lb_common::{abi::DestLoad, flow::Bucket4};
+use lb_common::{
+    abi::DestLoad,
+    flow::{Bucket4, Bucket6},
+};
 pub use lb_ebpf::audit::Connections;
 use lb_userspace::datapath::open::Maps;
 
@@ -20,14 +23,15 @@ pub fn check(flows: &[Bucket4], loads: &[DestLoad]) -> Result<Connections> {
 /// How often a running instance is counted before a difference counts.
 const ATTEMPTS: usize = 20;
 
-/// [`check`] for a running instance that no packets pass. Its ageing timer may end a connection while it is counted, so a
+/// [`check`] for both tables of a running instance that no packets pass. Its ageing timer may end a connection while it is counted, so a
 /// difference must last.
 ///
 /// # Errors
 ///
 /// When the two differ.
 pub fn check_instance(maps: &Maps) -> Result<Connections> {
-    let count = || check(&maps.flows4, &maps.dest_loads);
+    let flows: (&[Bucket4], &[Bucket6]) = (&maps.flows4, &maps.flows6);
+    let count = || lb_ebpf::audit::check_both(flows, &maps.dest_loads).map_err(|difference| anyhow!(difference));
     for _ in 1..ATTEMPTS {
         if let Ok(connections) = count() {
             return Ok(connections);

@@ -7,8 +7,8 @@ use std::{
 };
 
 use lb_common::{
-    abi::ConnectionRecord,
-    addr::{Address as _, Ip4, Port},
+    abi::{ConnectionDetails, ConnectionRecord, ConnectionRecord6},
+    addr::{Ip4, Ip6, Port},
     proto::Protocol,
     tcp,
 };
@@ -17,11 +17,11 @@ use crate::{
     control::{
         model::{Refusal, ServiceKey},
         session::Session,
-        state::{State, dest_address, service_key, words},
+        state::{State, dest_address, service_key},
     },
     datapath::{
         place::Lock,
-        run::{Control, Ending, Insertions},
+        run::{Control, Ending, Insertions, NewRecord},
     },
     error::Error,
 };
@@ -82,7 +82,8 @@ pub struct NewConnection {
 }
 
 /// Creates connections in the running instance `session`, beside those that it has. Returns what came of them. One to a
-/// service or destination that is not configured, or to an IPv6 address, is refused, and the others are created.
+/// service or destination that is not configured, or of a client of another address family, is refused, and the others are
+/// created.
 ///
 /// Those that have been created when this process is killed stay, and the counters count them.
 ///
@@ -114,25 +115,31 @@ pub fn insert(
     Ok(insertions)
 }
 
-/// A connection to destination number `dest` as the control program takes it; `None` for IPv6.
-fn record(connection: &NewConnection, dest: u32, hz: u32) -> Option<ConnectionRecord> {
+/// A connection to destination number `dest` as the control program takes it; `None` when the client's address is of
+/// another family.
+fn record(connection: &NewConnection, dest: u32, hz: u32) -> Option<NewRecord> {
     let NewConnection { service: ServiceKey { protocol, address }, client, state, remaining, .. } = *connection;
-    let word = |address: IpAddr| match words(address) {
-        (Ip4::FAMILY, words) => Some(words[0]),
-        _ => None,
-    };
     let port = |address: SocketAddr| u32::from(Port::new(address.port()).raw());
     let state = match protocol.protocol() {
         Protocol::Tcp => state as u32,
         Protocol::Udp => 0,
     };
     let ticks = remaining.as_millis() * u128::from(hz) / 1000;
-    Some(ConnectionRecord {
-        client: word(client.ip())?,
-        service: word(address.ip())?,
+    let details = ConnectionDetails {
         ports: port(client) | port(address) << 16,
         dest,
         protocol_state: protocol.protocol() as u32 | state << 8,
         remaining: u32::try_from(ticks).unwrap_or(u32::MAX),
-    })
+    };
+    match (client.ip(), address.ip()) {
+        (IpAddr::V4(client), IpAddr::V4(service)) => {
+            let [client, service] = [client, service].map(|address| Ip4::new(address.octets()));
+            Some(NewRecord::Four(ConnectionRecord { client, service, details }))
+        }
+        (IpAddr::V6(client), IpAddr::V6(service)) => {
+            let [client, service] = [client, service].map(|address| Ip6::new(address.octets()));
+            Some(NewRecord::Six(ConnectionRecord6 { client, service, details }))
+        }
+        _ => None,
+    }
 }

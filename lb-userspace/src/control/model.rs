@@ -171,13 +171,13 @@ pub enum Refusal {
     #[error("no destination {}: see `xdpvs conn list`", host(.0, *.1))]
     NoSuchDest(IpAddr, Option<u16>),
     /// An address no host can have, or that says nothing without a link.
-    #[error("destination {0}: not the address of one host{but}", but = link(.0))]
+    #[error("destination {0}: {what}", what = not_one(.0))]
     NotUnicast(SocketAddr),
     /// An address that clients cannot send to from other links, or that is not that of one host.
     #[error("service {0}: use a unicast address that is not link-local")]
     NotServed(ServiceKey),
     /// IPv4 and IPv6 do not mix.
-    #[error("destination {dest}: service {service} is {}, and so are its destinations", family(.service))]
+    #[error("destination {dest}: service {service} is {}, and so must its destinations be", family(.service))]
     Families {
         /// The service.
         service: ServiceKey,
@@ -237,8 +237,8 @@ pub enum Refusal {
     NoEndpoints,
 }
 
-fn link(address: &SocketAddr) -> &'static str {
-    if address.is_ipv6() { ", or link-local" } else { "" }
+fn not_one(address: &SocketAddr) -> &'static str {
+    if address.is_ipv6() { "use a unicast address that is not link-local" } else { "not the address of one host" }
 }
 
 fn family(key: &ServiceKey) -> &'static str {

@@ -7,7 +7,7 @@ use aya::programs::{TestRun as _, TestRunOptions, Xdp};
 use aya_obj::programs::XdpAttachType;
 use bytemuck::Zeroable as _;
 use lb_common::{
-    abi::{Brought, CONNECTIONS_MAX, ConnectionRecord, ControlRequest, control},
+    abi::{Brought, CONNECTIONS_MAX, CONNECTIONS6_MAX, ConnectionRecord, ConnectionRecord6, ControlRequest, control},
     jiffies::Jiffies,
 };
 
@@ -115,7 +115,7 @@ impl Control {
         self.request(request).map(|_| ())
     }
 
-    /// Ends connections in a table of `buckets` buckets. Returns their number.
+    /// Ends connections in tables of `buckets` buckets together. Returns their number.
     ///
     /// # Errors
     ///
@@ -142,24 +142,70 @@ impl Control {
     /// # Errors
     ///
     /// When the kernel does not run the program; those of earlier runs are there then.
-    pub fn insert(&self, connections: impl IntoIterator<Item = ConnectionRecord>) -> Result<Insertions, Error> {
-        let mut connections = connections.into_iter();
+    pub fn insert(&self, connections: impl IntoIterator<Item = NewRecord>) -> Result<Insertions, Error> {
         let mut insertions = Insertions::default();
-        let mut frame = Vec::with_capacity(FRAME_MAX);
-        loop {
-            frame.clear();
-            frame.extend_from_slice(&[0; size_of::<ControlRequest>()]);
-            let mut count = 0;
-            for record in connections.by_ref().take(CONNECTIONS_MAX) {
-                frame.extend_from_slice(bytemuck::bytes_of(&record));
-                count += 1;
+        let mut four = Batch::new(control::INSERT, CONNECTIONS_MAX);
+        let mut six = Batch::new(control::INSERT6, CONNECTIONS6_MAX);
+        for connection in connections {
+            let batch = match &connection {
+                NewRecord::Four(record) => four.add(bytemuck::bytes_of(record)),
+                NewRecord::Six(record) => six.add(bytemuck::bytes_of(record)),
+            };
+            if batch.is_full() {
+                insertions.add(self.run(batch.frame())?);
+                batch.clear();
             }
-            if count == 0 {
-                return Ok(insertions);
-            }
-            let request = ControlRequest { operation: control::INSERT, count, ..ControlRequest::zeroed() };
-            frame[..size_of::<ControlRequest>()].copy_from_slice(bytemuck::bytes_of(&request));
-            insertions.add(self.run(&frame)?);
         }
+        for batch in [&mut four, &mut six].into_iter().filter(|batch| batch.count > 0) {
+            insertions.add(self.run(batch.frame())?);
+        }
+        Ok(insertions)
+    }
+}
+
+/// A connection that no packet opens.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum NewRecord {
+    /// By IPv4.
+    Four(ConnectionRecord),
+    /// By IPv6.
+    Six(ConnectionRecord6),
+}
+
+/// A request to create connections, and these.
+struct Batch {
+    operation: u32,
+    frame: Vec<u8>,
+    count: usize,
+    most: usize,
+}
+
+impl Batch {
+    fn new(operation: u32, most: usize) -> Self {
+        let mut frame = Vec::with_capacity(FRAME_MAX);
+        frame.resize(size_of::<ControlRequest>(), 0);
+        Self { operation, frame, count: 0, most }
+    }
+
+    fn add(&mut self, record: &[u8]) -> &mut Self {
+        self.frame.extend_from_slice(record);
+        self.count += 1;
+        self
+    }
+
+    fn is_full(&self) -> bool {
+        self.count == self.most
+    }
+
+    fn frame(&mut self) -> &[u8] {
+        let request =
+            ControlRequest { operation: self.operation, count: self.count as u32, ..ControlRequest::zeroed() };
+        self.frame[..size_of::<ControlRequest>()].copy_from_slice(bytemuck::bytes_of(&request));
+        &self.frame
+    }
+
+    fn clear(&mut self) {
+        self.frame.truncate(size_of::<ControlRequest>());
+        self.count = 0;
     }
 }

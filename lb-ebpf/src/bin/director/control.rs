@@ -8,12 +8,17 @@ use aya_ebpf::{
     programs::XdpContext,
 };
 use lb_common::{
-    abi::{Brought, CONNECTIONS_MAX, ConnectionRecord, ControlRequest, control},
+    abi::{
+        Brought, CONNECTIONS_MAX, CONNECTIONS6_MAX, ConnectionDetails, ConnectionRecord, ConnectionRecord6,
+        ControlRequest, control,
+    },
+    addr::{Address, Ip4, Ip6},
     sync::opaque,
 };
 use lb_ebpf::{
     ageing::{Sweep, What},
     bring,
+    flow_table::Buckets,
     kernel::{self, XdpPacket},
     packet::Packet,
 };
@@ -50,7 +55,8 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
             let service = kernel::hide(u64::from(operation == control::FLUSH_SERVICE));
             flush(first, count, What::Of { service, number: subject })
         }
-        control::INSERT => insert(ctx, count),
+        control::INSERT => insert(count, CONNECTIONS_MAX, |index| bring_one(ctx, index)),
+        control::INSERT6 => insert(count, CONNECTIONS6_MAX, |index| bring_one6(ctx, index)),
         _ => return None,
     };
     let offset = offset_of!(ControlRequest, answer);
@@ -65,34 +71,64 @@ fn flush(first: u32, count: u32, what: What) -> u64 {
     sweep.ended
 }
 
-/// Creates the connections that follow the request.
+/// Creates the connections that follow the request, `most` at the most.
 #[inline(always)]
-fn insert(ctx: *mut xdp_md, count: u32) -> u64 {
+fn insert(count: u32, most: usize, bring_one: impl Fn(u32) -> u64) -> u64 {
     let mut answer = 0;
-    for index in 0..opaque(CONNECTIONS_MAX as u64) {
+    for index in 0..opaque(most as u64) {
         if index >= u64::from(count) {
             break;
         }
-        answer += 1 << (16 * (bring_one(ctx, index as u32) & 3));
+        answer += 1 << (16 * (bring_one(index as u32) & 3));
     }
     answer
 }
 
-/// Creates the connection in record number `index`. Returns the number of a [`Brought`].
+/// Creates the connection in the IPv4 record number `index`. Returns the number of a [`Brought`].
 ///
 /// Verifier: a global function, which it looks at once, and not once for every connection.
 #[unsafe(no_mangle)]
 extern "C" fn bring_one(ctx: *mut xdp_md, index: u32) -> u64 {
-    let brought = record(ctx, index).zip(maps::clock()).map(|(record, clock)| bring::bring(&Maps, clock, &record));
-    brought.unwrap_or(Brought::Refused) as u64
-}
-
-#[inline(always)]
-fn record(ctx: *mut xdp_md, index: u32) -> Option<ConnectionRecord> {
-    let packet = XdpPacket::new(ctx);
     // Verifier: masked, for the offset into a packet must be seen to be small.
     let index = opaque(u64::from(index)) as usize & (CONNECTIONS_MAX - 1);
     let offset = size_of::<ControlRequest>() + index * size_of::<ConnectionRecord>();
-    let [client, service, ports, dest, protocol_state, remaining] = packet.read(offset)?;
-    Some(ConnectionRecord { client, service, ports, dest, protocol_state, remaining })
+    let ends = [offset_of!(ConnectionRecord, client), offset_of!(ConnectionRecord, service)];
+    let details = offset + offset_of!(ConnectionRecord, details);
+    bring_from::<Ip4>(ctx, ends.map(|end| offset + end), details)
+}
+
+/// [`bring_one`] of an IPv6 record.
+#[unsafe(no_mangle)]
+extern "C" fn bring_one6(ctx: *mut xdp_md, index: u32) -> u64 {
+    let index = opaque(u64::from(index)) as usize & (CONNECTIONS6_MAX - 1);
+    let offset = size_of::<ControlRequest>() + index * size_of::<ConnectionRecord6>();
+    let ends = [offset_of!(ConnectionRecord6, client), offset_of!(ConnectionRecord6, service)];
+    let details = offset + offset_of!(ConnectionRecord6, details);
+    bring_from::<Ip6>(ctx, ends.map(|end| offset + end), details)
+}
+
+/// Creates the connection whose addresses and details stand at these places of the frame.
+#[inline(always)]
+fn bring_from<A: Address>(ctx: *mut xdp_md, ends: [usize; 2], details: usize) -> u64
+where
+    Maps: Buckets<A::Entry>,
+{
+    let packet = XdpPacket::new(ctx);
+    let brought = || {
+        let [client, service] = ends;
+        let ends = (address::<A>(&packet, client)?, address::<A>(&packet, service)?);
+        let [ports, dest, protocol_state, remaining] = packet.read(details)?;
+        let details = ConnectionDetails { ports, dest, protocol_state, remaining };
+        Some(bring::bring(&Maps, maps::clock()?, ends, &details))
+    };
+    brought().unwrap_or(Brought::Refused) as u64
+}
+
+#[inline(always)]
+fn address<A: Address>(packet: &XdpPacket, offset: usize) -> Option<A> {
+    if A::FAMILY == Ip6::FAMILY {
+        Some(A::from_words(packet.read(offset)?))
+    } else {
+        Some(A::from_words([packet.read(offset)?, 0, 0, 0]))
+    }
 }

@@ -10,5 +10,7 @@ mod native;
 mod running;
 #[path = "cli/secret.rs"]
 mod secret;
+#[path = "cli/six.rs"]
+mod six;
 #[path = "cli/stage.rs"]
 mod stage;

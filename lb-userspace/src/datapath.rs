@@ -2,6 +2,7 @@
 
 pub mod attach;
 pub mod forwarding;
+pub mod ipv6;
 pub mod lifecycle;
 pub mod load;
 #[expect(unsafe_code, reason = "memory shared with the kernel")]

@@ -4,7 +4,7 @@ use std::{io, path::Path, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError, programs::links::LinkError};
 
-use crate::netlink::Mode;
+use crate::{control::model::ServiceKey, netlink::Mode};
 
 /// Why a command cannot be carried out. Nothing has been changed then, unless the variant says so.
 #[derive(Debug, thiserror::Error)]
@@ -70,6 +70,15 @@ pub enum Error {
         feature: &'static str,
         /// Where to get it.
         remedy: &'static str,
+    },
+
+    /// A service that there are no packets for.
+    #[error("service {service}: no IPv6 here, {why}")]
+    NoIpv6 {
+        /// The service.
+        service: ServiceKey,
+        /// Why, and what to do about it.
+        why: &'static str,
     },
 
     /// An interface that does not exist in this network namespace.

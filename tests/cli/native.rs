@@ -166,7 +166,6 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
             1,
         ),
         refusal("service add -t 10.9.9.9:0", "service tcp 10.9.9.9:0: port 0 is for persistent services only", 1),
-        refusal("service add -t [fd00::1]:80", "[fd00::1]:80: IPv6 is not supported yet", 1),
         refusal(
             "service add -t 10.9.9.300:80",
             &format!("invalid value '10.9.9.300:80' {address}: `10.9.9.300` is no IP address"),
@@ -450,7 +449,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
         ("-A -t 10.9.9.9:81 -p 60", "persistence (-p) is not supported by xdpvs yet"),
         ("-A -f 7", "firewall marks (-f) are not supported by xdpvs yet"),
         ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
-        ("-A -t [fd00::1]:80", "IPv6 is not supported by xdpvs yet"),
         ("-A -u 10.9.9.9:81 -o", "one-packet scheduling (-o) is not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
         (
@@ -462,7 +460,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
             "-a -t 10.9.9.9:80 -r 10.2.0.13 -i --tun-type gre",
             "tunnels other than ipip (--tun-type) are not supported by xdpvs yet",
         ),
-        ("-a -t 10.9.9.9:80 -r [fd00::2]:80 -i", "IPv6 is not supported by xdpvs yet"),
         ("-Ln --rate", "rates (--rate) are not supported by xdpvs yet"),
         ("-Z", "zeroing of counters (-Z) is not supported by xdpvs yet"),
         ("--start-daemon master", "connection synchronisation (--start-daemon) is not supported by xdpvs yet"),

@@ -15,6 +15,7 @@ use lb_userspace::{
     },
     datapath::{
         attach::{self, Attachment},
+        ipv6,
         place::Place,
     },
 };
@@ -105,6 +106,9 @@ fn change(place: &Place, plan: impl FnOnce(&mut Change<'_>) -> Result<(), Refusa
 impl ServiceCommand {
     /// Changes the configuration.
     pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
+        if let Self::Add { service, .. } = &self {
+            ipv6::check(service.key())?;
+        }
         change(place, |change| match self {
             Self::Add { service, scheduler, flags } => change.add_service(service.key(), flags.of(scheduler)?),
             Self::Edit { service, scheduler, flags } => change.edit_service(service.key(), flags.of(scheduler)?),

@@ -2,12 +2,14 @@
 
 use lb_common::{
     abi::{AgeingRecord, InstanceRecord, active_and_total, slot},
+    addr::{Address as _, Ip4, Ip6},
     jiffies::Jiffies,
 };
 use lb_userspace::{
-    control::session::Session,
+    control::{session::Session, state::dest_family},
     datapath::{
         attach::{self, Attachment, Wish},
+        ipv6,
         lifecycle::{self, Request},
         open,
         pace::Pace,
@@ -97,8 +99,14 @@ struct Status<'a> {
     running: bool,
     version: &'static str,
     attachments: Vec<Attachment>,
+    /// IPv4 connections that there is room for.
     max_flows: u32,
+    /// IPv4 connections.
     flows: u32,
+    max_flows6: u32,
+    flows6: u32,
+    /// Whether an interface of the director takes IPv6 packets.
+    ipv6: bool,
     services: usize,
     destinations: usize,
     ageing: Ageing,
@@ -155,15 +163,25 @@ pub(crate) fn status(place: &Place, form: Form) -> Result<(), Failure> {
     let instance = maps.instance();
     let ageing = open::ageing(place)?.record;
     let now = Control::open(place)?.clock()?;
-    let loads = maps.dest_loads.iter().take(instance.dests_used as usize);
+    // A destination is remembered for as long as it has connections.
+    let flows = |family: u32| {
+        let dests = state.dests.iter().filter(|(_, record)| dest_family(record) == family);
+        let loads = dests.filter_map(|(number, _)| maps.dest_loads.get(*number as usize));
+        loads.map(|load| active_and_total(load.connections.load()).1).sum()
+    };
+    let attachments = attach::attachments(place)?;
+    let interfaces = attachments.iter().map(|attachment| attachment.interface.as_str());
     let used = |state: u32| state == slot::USED;
     let status = Status {
         instance: place.name(),
         running: true,
         version: env!("CARGO_PKG_VERSION"),
-        attachments: attach::attachments(place)?,
         max_flows: instance.max_flows,
-        flows: loads.map(|load| active_and_total(load.connections.load()).1).sum(),
+        flows: flows(Ip4::FAMILY),
+        max_flows6: instance.max_flows6,
+        flows6: flows(Ip6::FAMILY),
+        ipv6: ipv6::is_taken(interfaces),
+        attachments,
         services: state.services.values().filter(|record| used(record.state)).count(),
         destinations: state.dests.values().filter(|record| used(record.state)).count(),
         ageing: Ageing::new(&ageing, &instance, now),
@@ -172,13 +190,16 @@ pub(crate) fn status(place: &Place, form: Form) -> Result<(), Failure> {
 }
 
 fn text(status: &Status<'_>) -> String {
-    let Status { instance, version, max_flows, flows, services, destinations, ageing, .. } = status;
+    let Status { instance, version, max_flows, flows, max_flows6, flows6, services, destinations, ageing, .. } = status;
     let row = |name: &str, value: String| vec![name.to_owned(), value];
     let mut rows = vec![row("instance", format!("{instance}, running (xdpvs {version})"))];
     for Attachment { interface, mode } in &status.attachments {
         rows.push(row("interface", format!("{interface} ({})", mode_word(*mode))));
     }
-    rows.push(row("connections", format!("{flows} of {max_flows}")));
+    if !status.ipv6 {
+        rows.push(row("IPv6", format!("not here: {}", ipv6::why_not())));
+    }
+    rows.push(row("connections", format!("IPv4: {flows} of {max_flows}, IPv6: {flows6} of {max_flows6}")));
     rows.push(row("services", services.to_string()));
     rows.push(row("destinations", destinations.to_string()));
     let Ageing { sweep_ms, sweeps, last_sweep_ms, last_sweep_ago_ms, ended, .. } = ageing;

@@ -199,7 +199,8 @@ fn method(word: &str) -> Result<Method, String> {
 
 fn socket(word: &str) -> Result<SocketAddr, String> {
     let Host { address, port } = host(word)?;
-    let port = port.ok_or("a service has a port, write ADDRESS:PORT")?;
+    let written = if address.is_ipv4() { "ADDRESS:PORT" } else { "[ADDRESS]:PORT" };
+    let port = port.ok_or_else(|| format!("a service has a port, write {written}"))?;
     Ok(SocketAddr::new(address, port))
 }
 
@@ -209,7 +210,8 @@ fn host(word: &str) -> Result<Host, String> {
         Some((address, port)) if !address.contains(':') || address.ends_with(']') => (address, Some(port)),
         _ => (word, None),
     };
-    let bare = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(address);
+    let in_brackets = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']'));
+    let bare = in_brackets.filter(|bare| bare.contains(':')).unwrap_or(address);
     let address = bare.parse().map_err(|_| format!("`{bare}` is no IP address"))?;
     let port = port.map(|port| port.parse().map_err(|_| format!("`{port}` is no port, use 1 to 65535"))).transpose()?;
     Ok(Host { address, port })
@@ -226,6 +228,11 @@ mod tests {
         assert_eq!(read("10.0.0.1:80"), Ok(("10.0.0.1".into(), Some(80))));
         assert_eq!(read("[fd00::1]:80"), Ok(("fd00::1".into(), Some(80))));
         assert_eq!(read("fd00::1"), Ok(("fd00::1".into(), None)));
+        assert_eq!(read("[fd00::1]"), Ok(("fd00::1".into(), None)));
+        assert_eq!(read("[fd00::1]:"), Err("`` is no port, use 1 to 65535".into()));
+        assert_eq!(read("fd00::1%eth0"), Err("`fd00::1%eth0` is no IP address".into()));
+        assert_eq!(read("[10.0.0.1]:80"), Err("`[10.0.0.1]` is no IP address".into()));
+        assert_eq!(socket("fd00::1"), Err("a service has a port, write [ADDRESS]:PORT".into()));
         assert_eq!(read("10.0.0"), Err("`10.0.0` is no IP address".into()));
         assert_eq!(read("10.0.0.1:"), Err("`` is no port, use 1 to 65535".into()));
         assert_eq!(read("10.0.0.1:70000"), Err("`70000` is no port, use 1 to 65535".into()));

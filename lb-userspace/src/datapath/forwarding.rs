@@ -30,18 +30,12 @@ const FOUR: Setting =
 const SIX: Setting =
     Setting { file: "/proc/sys/net/ipv6/conf/lo/forwarding", note: "forwarding6-was-off-in", forgets: true };
 
-/// The IPv6 settings of each interface.
-const INTERFACES: &str = "/proc/sys/net/ipv6/conf";
+/// The IPv6 settings, a directory for each interface.
+pub(super) const SETTINGS6: &str = "/proc/sys/net/ipv6/conf";
 
 /// Whether this kernel has IPv6, in this process's network namespace.
-pub fn has_ipv6() -> bool {
+pub(super) fn has_ipv6() -> bool {
     Path::new(SIX.file).exists()
-}
-
-/// Whether the interface called `name` takes IPv6 packets, as far as its settings say.
-pub fn takes_ipv6(name: &str) -> bool {
-    let path = Path::new(INTERFACES).join(name).join("disable_ipv6");
-    fs::read_to_string(path).is_ok_and(|value| value.trim() == "0")
 }
 
 /// The settings that this kernel has.
@@ -140,7 +134,7 @@ struct Learned(Vec<PathBuf>);
 
 impl Learned {
     fn keep() -> Self {
-        let interfaces = fs::read_dir(INTERFACES).into_iter().flatten().flatten();
+        let interfaces = fs::read_dir(SETTINGS6).into_iter().flatten().flatten();
         let interfaces = interfaces.map(|entry| entry.path()).filter(|path| !path.ends_with("all"));
         let raised = interfaces.filter(|path| !path.ends_with("default")).filter_map(|interface| {
             // An interface may go meanwhile.

@@ -1,9 +1,6 @@
 //! Carrying out what an ipvsadm command line says.
 
-use std::{
-    io::{self, BufRead as _, stdin, stdout},
-    net::SocketAddr,
-};
+use std::io::{self, BufRead as _, stdin, stdout};
 
 use lb_common::{abi::active_and_total, proto::Scheduler};
 use lb_userspace::{
@@ -14,7 +11,7 @@ use lb_userspace::{
         settings::Timeouts,
         traffic::Traffic,
     },
-    datapath::place::Place,
+    datapath::{ipv6, place::Place},
 };
 
 use super::{
@@ -67,11 +64,9 @@ fn lacking(request: &Request) -> Option<String> {
         Command::List if kinds.has(Kind::Rate) && !kinds.has(Kind::Stats) => "rates (--rate) are",
         Command::Add if matches!(request.service, Some(Identity::Mark(_))) => "firewall marks (-f) are",
         Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
-        Command::Add if matches!(request.service, Some(Identity::Address(_, SocketAddr::V6(_)))) => "IPv6 is",
         _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
         _ if service && kinds.has(Kind::Ops) => "one-packet scheduling (-o) is",
-        _ if dest && request.server.is_some_and(|server| server.is_ipv6()) => "IPv6 is",
         _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
         _ if dest && request.thresholds != [0; 2] => "connection thresholds (-x, -y) are",
         _ => return None,
@@ -99,7 +94,7 @@ fn refusal(command: Command, refusal: &Refusal) -> Stop {
         Refusal::NoService(_) => "No such service".to_owned(),
         Refusal::DestExists(..) => "Destination already exists".to_owned(),
         Refusal::NoDest(..) => "No such destination".to_owned(),
-        Refusal::NotUnicast(_) => {
+        Refusal::NotUnicast(_) | Refusal::NotServed(_) => {
             "Invalid operation.  Possibly wrong module version, address not unicast, ...".to_owned()
         }
         other => other.to_string(),
@@ -113,6 +108,9 @@ impl From<Commit> for Stop {
 }
 
 fn change(place: &Place, request: &Request) -> Result<(), Stop> {
+    if let Some(key) = key(request).filter(|_| request.command == Command::Add) {
+        ipv6::check(key)?;
+    }
     let lock = place.lock()?;
     Session::open(place)?.change_under(&lock, |change| plan(change, request))
 }

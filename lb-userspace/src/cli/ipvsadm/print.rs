@@ -3,7 +3,7 @@
 use std::{
     cmp::Ordering,
     io::{self, Write},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use lb_common::proto::Method;
@@ -229,20 +229,24 @@ pub(super) fn address(address: SocketAddr, datagram: bool, names: Option<&dyn Na
 
 /// Puts services, and the destinations of each, in the order of ipvsadm.
 pub(super) fn sort(services: &mut Vec<Service>) {
-    let rank = |protocol: Transport| protocol.protocol() as u8;
-    merge_sort(services, &|a, b| {
-        let order = rank(a.key.protocol).cmp(&rank(b.key.protocol));
-        order.then_with(|| by_address(&a.key.address, &b.key.address))
-    });
+    let rank = |service: &Service| (service.key.address.is_ipv6(), service.key.protocol.protocol() as u8);
+    merge_sort(services, &|a, b| rank(a).cmp(&rank(b)).then_with(|| by_address(&a.key.address, &b.key.address)));
     for service in services {
         merge_sort(&mut service.dests, &|a: &Dest, b: &Dest| by_address(&a.address, &b.address));
     }
 }
 
-/// IPv4 addresses by the sign of their difference in 32 bits, so that addresses far apart come in an order that is none.
+/// Addresses by the sign of their difference in 32 bits, or of that of the first words in which they differ, so that
+/// addresses far apart come in an order that is none.
 fn by_address(a: &SocketAddr, b: &SocketAddr) -> Ordering {
+    let by_word = |a: u32, b: u32| a.wrapping_sub(b).cast_signed().cmp(&0);
     let order = match (a.ip(), b.ip()) {
-        (IpAddr::V4(a), IpAddr::V4(b)) => a.to_bits().wrapping_sub(b.to_bits()).cast_signed().cmp(&0),
+        (IpAddr::V4(a), IpAddr::V4(b)) => by_word(a.to_bits(), b.to_bits()),
+        (IpAddr::V6(a), IpAddr::V6(b)) => {
+            let word = |address: Ipv6Addr, index: u32| (address.to_bits() >> (96 - 32 * index)) as u32;
+            let orders = (0..4).map(|index| by_word(word(a, index), word(b, index)));
+            orders.fold(Ordering::Equal, Ordering::then)
+        }
         (a, b) => a.cmp(&b),
     };
     order.then(a.port().cmp(&b.port()))
@@ -371,5 +375,13 @@ mod tests {
         let mut addresses = vec![at(192, 1), at(10, 2), at(100, 1), at(10, 1)];
         merge_sort(&mut addresses, &by_address);
         assert_eq!(addresses, [at(192, 1), at(10, 1), at(10, 2), at(100, 1)]);
+        let six = |text: &str| text.parse::<SocketAddr>().expect("an address and port");
+        assert_eq!(by_address(&six("[fd00::1]:80"), &six("[fd00::2]:1")), Ordering::Less);
+        assert_eq!(by_address(&six("[fd00::1]:80"), &six("[fd00::1]:79")), Ordering::Greater);
+        assert_eq!(by_address(&six("[fd00::ffff:1]:80"), &six("[fd00:0:0:1::]:80")), Ordering::Less);
+        // The difference of their first words does not fit in 31 bits.
+        assert_eq!(by_address(&six("[fd00::1]:80"), &six("[2001::1]:80")), Ordering::Less);
+        assert_eq!(by_address(&six("[fd00::1]:80"), &six("[7d00::1]:80")), Ordering::Less);
+        assert_eq!(by_address(&six("[7cff::1]:80"), &six("[fd00::1]:80")), Ordering::Greater);
     }
 }

@@ -1,7 +1,7 @@
-//! How fast the ageing timer goes over the flow table.
+//! How fast the ageing timer goes over the flow tables, which are one to it: the buckets of both.
 //!
-//! The timer looks at a slice of the table in each tick. A slice has a greatest size, so that no tick takes long, whatever
-//! the size of the table; and ticks have a least distance, so that they do not take the processor from packets.
+//! The timer looks at a slice of them in each tick. A slice has a greatest size, so that no tick takes long, whatever
+//! their size; and ticks have a least distance, so that they do not take the processor from packets.
 
 /// Least time between two ticks, in milliseconds.
 const INTERVAL_MS: u32 = 10;
@@ -67,7 +67,8 @@ mod tests {
     use crate::datapath::sizes::Capacity;
 
     fn buckets(flows: u32) -> u32 {
-        Capacity { flows, ..Capacity::default() }.flow_buckets()
+        let capacity = Capacity { flows, flows6: Capacity::flows6_for(flows), ..Capacity::default() };
+        capacity.flow_buckets() + capacity.flow_buckets6()
     }
 
     #[test]
@@ -76,7 +77,7 @@ mod tests {
             [1, 2, 7, 8192, 8193].into_iter().chain([Capacity::FLOWS_MIN, 1 << 20, Capacity::FLOWS_MAX].map(buckets));
         for buckets in tables {
             let shortest = Pace::shortest_ms(buckets);
-            for sweep_ms in [10, 25, 100, 999, 1000, 3410, 3420, 60_000] {
+            for sweep_ms in [10, 25, 100, 999, 1000, 4260, 4270, 60_000] {
                 let pace = Pace::new(buckets, sweep_ms);
                 assert_eq!(pace.is_some(), sweep_ms >= shortest, "{buckets} buckets in {sweep_ms} ms");
                 let Some(pace) = pace else { continue };
@@ -89,7 +90,9 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_table_is_swept_in_three_and_a_half_seconds() {
-        assert_eq!(Pace::shortest_ms(buckets(Capacity::FLOWS_MAX)), 3420);
+    fn the_largest_tables_are_swept_in_seven_seconds() {
+        assert_eq!(Pace::shortest_ms(buckets(Capacity::FLOWS_MAX)), 4270);
+        let largest = Capacity { flows: Capacity::FLOWS_MAX, flows6: Capacity::FLOWS_MAX, ..Capacity::default() };
+        assert_eq!(Pace::shortest_ms(largest.flow_buckets() + largest.flow_buckets6()), 6830);
     }
 }

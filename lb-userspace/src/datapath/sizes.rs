@@ -82,7 +82,7 @@ impl Capacity {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::flow::Bucket4;
+    use lb_common::flow::{Bucket4, Bucket6};
 
     use super::*;
 
@@ -93,11 +93,21 @@ mod tests {
         assert!(bytes <= 512 << 20, "{bytes}");
     }
 
+    /// As the manual has it.
+    #[test]
+    fn the_usual_tables_take_53_and_27_mib() {
+        let capacity = Capacity::default();
+        let mib = |buckets: u32, size: usize| (u64::from(buckets) * size as u64 + (1 << 19)) >> 20;
+        assert_eq!(mib(capacity.flow_buckets(), size_of::<Bucket4>()), 53);
+        assert_eq!(mib(capacity.flow_buckets6(), size_of::<Bucket6>()), 27);
+    }
+
     #[test]
     fn buckets_suit_the_tables() {
         for flows in [Capacity::FLOWS_MIN, 1 << 20, Capacity::FLOWS_MAX] {
-            let capacity = Capacity { flows, ..Capacity::default() };
-            assert!(capacity.flow_buckets().is_multiple_of(2));
+            let capacity = Capacity { flows, flows6: Capacity::flows6_for(flows), ..Capacity::default() };
+            assert!((Capacity::FLOWS_MIN..=Capacity::FLOWS_MAX).contains(&capacity.flows6));
+            assert!(capacity.flow_buckets().is_multiple_of(2) && capacity.flow_buckets6().is_multiple_of(2));
             assert!(capacity.endpoint_buckets().is_power_of_two());
         }
     }

@@ -424,13 +424,11 @@ pub struct PathMtu(pub u64);
 impl PathMtu {
     /// How long what was said holds, in seconds: the kernel's default, `net.ipv4.route.mtu_expires`.
     pub const HOLDS_S: u32 = 600;
-    /// The least that is believed: the kernel's default, `net.ipv4.route.min_pmtu`.
-    pub const MIN: u16 = 552;
 
     /// What says that packets to `addr` may have `mtu` bytes, but no less than is believed, until `until`.
     #[inline(always)]
-    pub fn new(mtu: u16, addr: impl Address, until: Jiffies) -> Self {
-        let mtu = if mtu > Self::MIN { mtu } else { Self::MIN };
+    pub fn new<A: Address>(mtu: u16, addr: A, until: Jiffies) -> Self {
+        let mtu = if mtu > A::PATH_MTU_MIN { mtu } else { A::PATH_MTU_MIN };
         Self(mtu as u64 | (Self::mark(addr) as u64) << 16 | (until.0 as u64) << 32)
     }
 
@@ -1201,7 +1199,9 @@ mod tests {
         assert_eq!(path.limit(1200, server, before), 1200);
         assert_eq!(path.limit(1500, other, before), 1500);
         assert_eq!(path.limit(1500, server, until), 1500);
-        assert_eq!(PathMtu::new(0, server, until).limit(1500, server, before), u32::from(PathMtu::MIN));
+        assert_eq!(PathMtu::new(0, server, until).limit(1500, server, before), 552);
+        let server = Ip6::new([0xfd; 16]);
+        assert_eq!(PathMtu::new(1279, server, until).limit(1500, server, before), 1280);
         assert_eq!(PathMtu(0).limit(1500, server, before), 1500);
     }
 

@@ -47,6 +47,8 @@ impl core::fmt::Debug for Port {
 pub trait Address: Copy + Eq + core::hash::Hash + Default + core::fmt::Debug + 'static {
     /// The kernel's number of the family: 2 (IPv4) or 10 (IPv6).
     const FAMILY: u32;
+    /// The least that is believed of what an ICMP error says of the size of packets, in bytes.
+    const PATH_MTU_MIN: u16;
     /// Connections between such addresses.
     type Entry: Entry<Addr = Self>;
     /// Such an address with a port and a protocol.
@@ -97,6 +99,8 @@ impl Ip4 {
 
 impl Address for Ip4 {
     const FAMILY: u32 = 2;
+    /// The kernel's default, `net.ipv4.route.min_pmtu`.
+    const PATH_MTU_MIN: u16 = 552;
     type Entry = Entry4;
     type Endpoint = EndpointKey4;
 
@@ -167,6 +171,8 @@ impl Ip6 {
 
 impl Address for Ip6 {
     const FAMILY: u32 = 10;
+    /// What every link carries (RFC 8201 section 4).
+    const PATH_MTU_MIN: u16 = 1280;
     type Entry = Entry6;
     type Endpoint = EndpointKey6;
 

@@ -106,6 +106,10 @@ pub trait Messages: Wrap {
     /// Whether messages of this type are errors that are relayed.
     fn is_error(kind: u8) -> bool;
 
+    /// The size of packets, in bytes, that an error about a packet that is too big says, with this word at the end of its header,
+    /// as loaded.
+    fn size_said(rest: u32) -> u16;
+
     /// Writes the IP header of an error with `len` bytes behind that header. `None` when the frame is too short.
     fn write_error_header(
         packet: &mut impl Packet,
@@ -165,6 +169,12 @@ impl Messages for Ip4Packet {
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
         matches!(kind, 3 | 4 | 11)
+    }
+
+    /// RFC 1191: the other half of the word says something else, or nothing.
+    #[inline(always)]
+    fn size_said(rest: u32) -> u16 {
+        u32::from_be(rest) as u16
     }
 
     #[inline(always)]
@@ -257,6 +267,12 @@ impl Messages for Ip6Packet {
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
         matches!(kind, 1..=3)
+    }
+
+    /// No packet has more than 65,535 bytes here.
+    #[inline(always)]
+    fn size_said(rest: u32) -> u16 {
+        u32::from_be(rest).min(u16::MAX.into()) as u16
     }
 
     #[inline(always)]
@@ -447,7 +463,7 @@ where
     let config = tables.config().ok_or(Reason::Impossible)?;
     if [kind, code] == I::kind(About::TooBig) {
         let now = &Now::of(config, env);
-        let mtu = learn::<I>(tables, env, found.dest, u32::from_be(rest) as u16, now)?;
+        let mtu = learn::<I>(tables, env, found.dest, I::size_said(rest), now)?;
         if quoted.may_be_fragmented {
             return Err(Reason::TunnelError.into());
         }

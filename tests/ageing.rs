@@ -176,7 +176,7 @@ fn the_kernel_ends_connections_by_its_own_clock() {
             kernel.arrive(Wire::Outside, &frame.udp(b"hello"));
             kernel.arrive(Wire::Outside, &frame.tcp("S", b""));
         }
-        audit::check(kernel.flows(), kernel.shared().dest_loads).expect("exact counters")
+        kernel.audit().expect("exact counters")
     };
     let found = site.enter(open).expect("the pins open");
     assert_eq!(found.values().fold((0, 0), |sum, load| (sum.0 + load.0, sum.1 + load.1)), (10, 20));

@@ -14,8 +14,9 @@ use xdpvs_tests::{
     cases::{self, Case},
     cast,
     executor::{Counts, Driver, Executor, Host, Kernel, SMALL_TABLE, Verdict, Wire},
+    family::Family,
     frames::Frame,
-    world::{at, dest, scheduled, service},
+    world::{dest, scheduled},
 };
 
 /// Runs every case, and fails with all differences at once.
@@ -38,8 +39,6 @@ const ELSEWHERE: &[Reason] = &[
     Reason::HeadroomExhausted,
     // Routes with an encapsulation of their own, which not every kernel has.
     Reason::RouteUnsupported,
-    // Of IPv6.
-    Reason::ExtensionHeader,
     // It takes several CPUs.
     Reason::ConfigurationChanged,
     Reason::FlowContended,
@@ -60,22 +59,24 @@ fn the_table_has_every_reason() {
 /// A driver that cannot carry a request to the host, and one that leaves no room before a frame.
 #[test]
 fn drivers_that_lack_something() {
-    let key = service(Transport::Udp, 80);
     let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-    let request = Frame::new(macs, (cast::CLIENT, 40_000), (cast::VIP, 80)).udp(b"hello");
+    let request = Frame::new(macs, (cast::CLIENT, 40_000), (cast::VIP, 80));
     let server = cast::special::UNRESOLVED;
-    for (driver, index, method, reason) in [
-        (Driver { metadata: false, ..Driver::default() }, server, Method::Route, Reason::MetadataUnsupported),
-        (Driver { headroom: 19, ..Driver::default() }, 0, Method::Tunnel, Reason::HeadroomExhausted),
-    ] {
+    let driver = Driver { metadata: false, ..Driver::default() };
+    let without_metadata = (driver, server, Method::Route, Reason::MetadataUnsupported);
+    for (family, (driver, index, method, reason)) in Family::ALL.into_iter().flat_map(|family| {
+        let driver = Driver { headroom: family.header() - 1, ..Driver::default() };
+        [(family, without_metadata), (family, (driver, 0, Method::Tunnel, Reason::HeadroomExhausted))]
+    }) {
+        let key = family.service(Transport::Udp, 80);
         let mut host = Host::new(SMALL_TABLE);
         host.driver = driver;
         host.change(&|change| {
             change.add_service(key, scheduled(Scheduler::Rr)).expect("new");
-            change.add_dest(key, at(index, 80), dest(method, 1)).expect("new");
+            change.add_dest(key, family.at(index, 80), dest(method, 1)).expect("new");
         });
         let before = host.counts();
-        let outcome = host.arrive(Wire::Outside, &request);
+        let outcome = host.arrive(Wire::Outside, &Frame { family, ..request }.udp(b"hello"));
         let counts = host.counts().since(&before);
         assert_eq!((outcome.verdict, counts.reasons), (Verdict::Drop, Counts::of(reason).reasons));
     }
@@ -95,10 +96,10 @@ fn every_case_holds_in_the_kernel() {
 #[test]
 fn routes_that_the_kernel_does_not_tell_of() {
     const NOWHERE: Ipv4Addr = Ipv4Addr::new(172, 16, 0, 1);
-    let work = |kernel: &mut Kernel<'_>| {
-        let key = service(Transport::Udp, 80);
+    let work = |kernel: &mut Kernel<'_>, family: Family| {
+        let key = family.service(Transport::Udp, 80);
         let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-        let request = Frame::new(macs, (cast::CLIENT, 40_000), (cast::VIP, 80));
+        let request = Frame { family, ..Frame::new(macs, (cast::CLIENT, 40_000), (cast::VIP, 80)) };
         kernel.reset();
         kernel.change(&|change| change.add_service(key, scheduled(Scheduler::Rr)).expect("new"));
         let send = |kernel: &mut Kernel<'_>, frame: &[u8]| {
@@ -107,26 +108,31 @@ fn routes_that_the_kernel_does_not_tell_of() {
             (outcome.verdict, kernel.counts().since(&before).reasons)
         };
         // No route at all looks like a route to the host itself. An unreachable route is told apart.
-        kernel.change(&|change| {
-            change.add_dest(key, SocketAddr::from((NOWHERE, 80)), dest(Method::Route, 1)).expect("new");
-        });
+        let nowhere = SocketAddr::new(family.address(NOWHERE), 80);
+        kernel.change(&|change| change.add_dest(key, nowhere, dest(Method::Route, 1)).expect("new"));
         assert_eq!(send(kernel, &request.udp(b"x")), (Verdict::Pass, Counts::of(Reason::LocalDelivery).reasons));
-        kernel.namespace().ip("route add unreachable default metric 4294967295").expect("a route");
+        let everything = if family == Family::Four { "0.0.0.0/0" } else { "::/0" };
+        kernel.namespace().ip(&format!("route add unreachable {everything} metric 4294967295")).expect("a route");
         kernel.pass(2);
         assert_eq!(send(kernel, &request.udp(b"x")).1, Counts::of(Reason::NoRoute).reasons);
-        kernel.namespace().ip("route del unreachable default metric 4294967295").expect("a route");
-        // An MTU of a route counts only when it is locked, or when forwarding is told to use it.
+        kernel.namespace().ip(&format!("route del unreachable {everything} metric 4294967295")).expect("a route");
+        // An MTU of a route counts only when it is locked, or, of IPv4, when forwarding is told to use it.
         kernel.change(&|change| {
-            change.delete_dest(key, SocketAddr::from((NOWHERE, 80))).expect("there");
-            change.add_dest(key, at(0, 80), dest(Method::Route, 1)).expect("new");
+            change.delete_dest(key, nowhere).expect("there");
+            change.add_dest(key, family.at(0, 80), dest(Method::Route, 1)).expect("new");
         });
         let long = Frame { from: (cast::CLIENT, 40_001), ..request }.udp(&[0; 1400]);
-        let server = cast::server(0);
+        let server = family.address(cast::server(0));
         kernel.namespace().ip(&format!("route add {server} dev inside mtu 1400")).expect("a route");
         assert_eq!(send(kernel, &long), (Verdict::Redirect(None), Counts::none().reasons));
-        kernel.namespace().sysctl("net.ipv4.ip_forward_use_pmtu", "1").expect("a setting");
+        if family == Family::Four {
+            kernel.namespace().sysctl("net.ipv4.ip_forward_use_pmtu", "1").expect("a setting");
+        } else {
+            kernel.namespace().ip(&format!("route replace {server} dev inside mtu lock 1400")).expect("a route");
+        }
         kernel.pass(2);
         assert_eq!(send(kernel, &long), (Verdict::Transmit, Counts::of(Reason::TooBig).reasons));
     };
-    Kernel::with("routes", SMALL_TABLE, work).expect("a director in the kernel");
+    Kernel::with("routes", SMALL_TABLE, |kernel| Family::ALL.into_iter().for_each(|family| work(kernel, family)))
+        .expect("a director in the kernel");
 }

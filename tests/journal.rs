@@ -231,7 +231,7 @@ fn check(scenario: &Scenario, stores: u64, world: &World, [old, new]: [&Behaviou
     assert!(journal::snapshot(&shared).is_some(), "{about}: readers are kept waiting");
     let found = Behaviour::of(world);
     assert!(found == *old || found == *new, "{about}: neither old nor new:\n{found:?}\nold {old:?}\nnew {new:?}");
-    audit::check(&world.tables.flows4, &world.tables.dest_loads).expect("exact counters");
+    audit::check(&world.tables.flows4, &world.tables.flows6, &world.tables.dest_loads).expect("exact counters");
     // The next change finds nothing in its way.
     world.change(|change| {
         let key = service(Transport::Tcp, 9999);
@@ -309,7 +309,8 @@ fn packets_never_see_a_mixture() {
                     scenario.name
                 );
             }
-            audit::check(&killed.tables.flows4, &killed.tables.dest_loads).expect("exact counters");
+            audit::check(&killed.tables.flows4, &killed.tables.flows6, &killed.tables.dest_loads)
+                .expect("exact counters");
             if finished {
                 break;
             }

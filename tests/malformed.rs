@@ -5,7 +5,6 @@ use lb_common::{proto::Method, reason::Reason};
 use lb_userspace::control::model::Transport;
 use proptest::{prelude::*, strategy::ValueTree as _};
 use xdpvs_tests::{
-    audit,
     cases::{self, Case},
     cast,
     executor::{Counts, Executor, Host, Kernel, Outcome, SMALL_TABLE, Verdict, Wire},
@@ -268,7 +267,7 @@ fn tell_lies(executor: &mut impl Executor) {
             }
         }
     }
-    audit::check(executor.flows(), executor.shared().dest_loads).expect("exact counters");
+    executor.audit().expect("exact counters");
 }
 
 #[test]
@@ -339,7 +338,7 @@ fn random_damage_does_no_harm() {
                 let counts = host.counts().since(&before);
                 prop_assert_eq!(check(&frame, &outcome, &counts), Ok(()));
             }
-            prop_assert!(audit::check(host.flows(), host.shared().dest_loads).is_ok());
+            prop_assert!(host.audit().is_ok());
             Ok(())
         })
         .expect("no harm");
@@ -365,7 +364,7 @@ fn the_kernel_and_the_host_agree_about_random_damage() {
             assert_eq!(counts_here, counts_there, "{frame:02x?}");
             assert!(there.verdict.is_met_by(here.verdict), "{there:?} {here:?} {frame:02x?}");
         }
-        audit::check(kernel.flows(), kernel.shared().dest_loads).expect("exact counters");
+        kernel.audit().expect("exact counters");
     };
     Kernel::with("damage", SMALL_TABLE, work).expect("a director in the kernel");
 }

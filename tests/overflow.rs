@@ -248,7 +248,7 @@ fn only_connections_that_are_not_established_make_room() {
             let mut run = Run { world, method, seen: HashMap::new(), tally: &mut tally.borrow_mut() };
             actions.iter().try_for_each(|action| run.act(action))?;
             let tables = &run.world.tables;
-            prop_assert!(audit::check(&tables.flows4, &tables.dest_loads).is_ok(), "inexact counters");
+            prop_assert!(audit::check(&tables.flows4, &tables.flows6, &tables.dest_loads).is_ok(), "inexact counters");
             Ok(())
         },
     );

@@ -73,14 +73,18 @@ where
     compare(recount(flows)?, loads)
 }
 
-/// [`check`] for the tables of both families.
+/// Compares the tables of both families with what the counters say of them together. To be called while no packet passes.
 ///
 /// # Errors
 ///
 /// Those of [`check`].
-pub fn check_both(flows: (&[Bucket4], &[Bucket6]), loads: &[DestLoad]) -> Result<Connections, String> {
-    // A destination has one family.
-    compare(recount(flows.0)?.into_iter().chain(recount(flows.1)?).collect(), loads)
+pub fn check_both(flows4: &[Bucket4], flows6: &[Bucket6], loads: &[DestLoad]) -> Result<Connections, String> {
+    let mut found = recount(flows4)?;
+    for (dest, (active, total)) in recount(flows6)? {
+        let sum = found.entry(dest).or_default();
+        *sum = (sum.0 + active, sum.1 + total);
+    }
+    compare(found, loads)
 }
 
 fn compare(found: Connections, loads: &[DestLoad]) -> Result<Connections, String> {

@@ -14,7 +14,6 @@ use lb_common::proto::{Method, Scheduler};
 use lb_userspace::control::model::{ServiceKey, Transport};
 use serde::Deserialize;
 use xdpvs_tests::{
-    audit,
     cast::{self, special},
     executor::{Executor, Host, Kernel, Verdict, Wire},
     frames::{ETHERNET, Frame, with_id},
@@ -256,7 +255,7 @@ impl<E: Executor> Replay<'_, E> {
         if difference.is_empty() && anonymous(&outcome.frame) != anonymous(frame) {
             let _ = writeln!(difference, "     left {:02x?}\n expected {frame:02x?}", outcome.frame);
         }
-        audit::check(self.executor.flows(), self.executor.shared().dest_loads).map_err(|error| error.to_string())?;
+        self.executor.audit().map_err(|error| error.to_string())?;
         if difference.is_empty() { Ok(()) } else { Err(difference) }
     }
 }

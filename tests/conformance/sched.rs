@@ -9,7 +9,7 @@ use lb_userspace::control::{
 };
 use serde::Deserialize;
 use xdpvs_tests::{
-    audit, cast,
+    cast,
     executor::{Executor, Host, Kernel, Verdict, Wire},
     frames::Frame,
     world::{at, dest, scheduled, service},
@@ -156,7 +156,7 @@ impl<'e, E: Executor> Replay<'e, E> {
             let about = format!("server {index} of weight {weight} of {}", record.sched);
             assert_eq!(found, (i64::from(*active), i64::from(*inactive)), "{about}");
         }
-        audit::check(self.executor.flows(), self.executor.shared().dest_loads).expect("exact counters");
+        self.executor.audit().expect("exact counters");
     }
 }
 

@@ -16,7 +16,7 @@ use lb_userspace::control::{
     state::{State as Configured, dest_address},
 };
 use xdpvs_tests::{
-    audit, cast,
+    cast,
     executor::{Executor, Host, Kernel, Wire},
     frames::Frame,
     world::{World, dest, ip4, scheduled},
@@ -323,7 +323,7 @@ fn replay(executor: &mut impl Executor, section: &Section<'_>) -> Result<u32> {
         let found = (replay.connections(), replay.servers(&line.servers));
         let expected = (line.connections, line.servers);
         ensure!(found == expected, "{}, after `{}`: {found:?}, expected {expected:?}", section.heading, line.what);
-        audit::check(replay.executor.flows(), replay.executor.shared().dest_loads)?;
+        replay.executor.audit()?;
     }
     Ok(rest.len() as u32)
 }

@@ -11,13 +11,13 @@ use lb_common::{
 pub use lb_ebpf::audit::Connections;
 use lb_userspace::datapath::open::Maps;
 
-/// Compares the two. To be called while no packet passes.
+/// Compares the flow tables with the counters. To be called while no packet passes.
 ///
 /// # Errors
 ///
 /// When they differ, an entry is neither free nor a connection, or two are the same connection.
-pub fn check(flows: &[Bucket4], loads: &[DestLoad]) -> Result<Connections> {
-    lb_ebpf::audit::check(flows, loads).map_err(|difference| anyhow!(difference))
+pub fn check(flows4: &[Bucket4], flows6: &[Bucket6], loads: &[DestLoad]) -> Result<Connections> {
+    lb_ebpf::audit::check_both(flows4, flows6, loads).map_err(|difference| anyhow!(difference))
 }
 
 /// How often a running instance is counted before a difference counts.
@@ -30,8 +30,7 @@ const ATTEMPTS: usize = 20;
 ///
 /// When the two differ.
 pub fn check_instance(maps: &Maps) -> Result<Connections> {
-    let flows: (&[Bucket4], &[Bucket6]) = (&maps.flows4, &maps.flows6);
-    let count = || lb_ebpf::audit::check_both(flows, &maps.dest_loads).map_err(|difference| anyhow!(difference));
+    let count = || check(&maps.flows4, &maps.flows6, &maps.dest_loads);
     for _ in 1..ATTEMPTS {
         if let Ok(connections) = count() {
             return Ok(connections);

@@ -4,7 +4,10 @@
 //! One table for all executors. Frames that shall leave are built like those that arrive, from scratch; nothing here
 //! calls the code under test. A counter that a case does not name must not move.
 
-use std::fmt::Write as _;
+use std::{
+    fmt::{Display, Write as _},
+    net::Ipv4Addr,
+};
 
 use lb_common::{
     abi::Config,
@@ -17,10 +20,11 @@ use lb_userspace::control::{
 };
 
 use crate::{
-    audit, cast,
+    cast,
     executor::{Counts, DestCounts, Executor, Verdict, Wire},
+    family::Family,
     frames::{ETHERNET, Frame, with_id},
-    world::{at, dest, scheduled, service},
+    world::{dest, scheduled},
 };
 
 mod errors;
@@ -31,14 +35,20 @@ mod way;
 
 /// Every case.
 pub fn all() -> Vec<Case> {
-    [forwarding::cases(), way::cases(), life::cases(), errors::cases(), foreign::cases()]
+    Family::ALL.into_iter().flat_map(of).collect()
+}
+
+/// Every case of a family.
+fn of(family: Family) -> Vec<Case> {
+    [forwarding::cases, way::cases, life::cases, errors::cases, foreign::cases]
         .into_iter()
-        .flatten()
+        .flat_map(|cases| cases(family))
         .collect()
 }
 
 /// A case.
 pub struct Case {
+    family: Family,
     name: String,
     steps: Vec<Step>,
 }
@@ -87,8 +97,8 @@ impl Step {
 
 impl Case {
     /// A case in which nothing is configured yet.
-    fn new(name: impl Into<String>) -> Self {
-        Self { name: name.into(), steps: Vec::new() }
+    fn new(family: Family, name: impl Display) -> Self {
+        Self { family, name: format!("{family:?}, {name}"), steps: Vec::new() }
     }
 
     /// The case's name.
@@ -121,12 +131,12 @@ impl Case {
     /// Adds a service at a port of [`cast::VIP`] by rr, and its destinations: number of the real server, port, method and
     /// weight.
     fn service(self, protocol: Transport, port: u16, dests: &[(u8, u16, Method, u32)]) -> Self {
-        let dests = dests.to_vec();
+        let (family, dests) = (self.family, dests.to_vec());
         self.change(move |change| {
-            let key = service(protocol, port);
+            let key = family.service(protocol, port);
             change.add_service(key, scheduled(Scheduler::Rr)).expect("new");
             for &(index, port, method, weight) in &dests {
-                change.add_dest(key, at(index, port), dest(method, weight)).expect("new");
+                change.add_dest(key, family.at(index, port), dest(method, weight)).expect("new");
             }
         })
     }
@@ -237,7 +247,11 @@ impl DestCounts {
 
 /// Length of the IP packet in a frame.
 fn ip_len(frame: &[u8]) -> i64 {
-    i64::from(u16::from_be_bytes([frame[ETHERNET + 2], frame[ETHERNET + 3]]))
+    let word = |offset| i64::from(u16::from_be_bytes([frame[ETHERNET + offset], frame[ETHERNET + offset + 1]]));
+    match Family::of(frame) {
+        Some(Family::Six) => Family::Six.header() as i64 + word(4),
+        _ => word(2),
+    }
 }
 
 /// Runs a case. What differs from what it expects is described in the error.
@@ -256,8 +270,7 @@ pub fn run(case: &Case, executor: &mut impl Executor) -> Result<(), String> {
         } else {
             step.prepare(executor);
         }
-        audit::check(executor.flows(), executor.shared().dest_loads)
-            .map_err(|error| format!("{}, {}: {error}", case.name, executor.name()))?;
+        executor.audit().map_err(|error| format!("{}, {}: {error}", case.name, executor.name()))?;
     }
     Ok(())
 }
@@ -326,19 +339,31 @@ const fn from_server(index: u8) -> ([u8; 6], [u8; 6]) {
     (cast::server_mac(index), cast::DIRECTOR_INSIDE_MAC)
 }
 
-/// What the client sends to the service.
-const REQUEST: Frame = Frame::new(FROM_CLIENT, (cast::CLIENT, CLIENT_PORT), (cast::VIP, PORT));
+impl Family {
+    /// A frame of this family between these ends, as by [`Frame::new`].
+    const fn frame(self, macs: ([u8; 6], [u8; 6]), from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Frame {
+        Frame { family: self, ..Frame::new(macs, from, to) }
+    }
 
-/// What real server number 0 answers a client that it knows the address of.
-const REPLY: Frame = Frame::new(from_server(0), (cast::server(0), PORT), (cast::CLIENT, CLIENT_PORT));
+    /// What the client sends to the service.
+    const fn request(self) -> Frame {
+        self.frame(FROM_CLIENT, (cast::CLIENT, CLIENT_PORT), (cast::VIP, PORT))
+    }
 
-/// What the client is to get of [`REPLY`].
-const TRANSLATED_REPLY: Frame =
-    Frame { macs: TO_CLIENT, from: (cast::VIP, PORT), to: (cast::CLIENT, CLIENT_PORT), ttl: 63, ..REPLY };
+    /// What real server number 0 answers a client that it knows the address of.
+    const fn reply(self) -> Frame {
+        self.frame(from_server(0), (cast::server(0), PORT), (cast::CLIENT, CLIENT_PORT))
+    }
 
-/// The service of most cases.
-fn key(protocol: Transport) -> ServiceKey {
-    service(protocol, PORT)
+    /// What the client is to get of [`Self::reply`].
+    const fn translated_reply(self) -> Frame {
+        Frame { ttl: 63, ..self.frame(TO_CLIENT, (cast::VIP, PORT), (cast::CLIENT, CLIENT_PORT)) }
+    }
+
+    /// The service of most cases.
+    const fn key(self, protocol: Transport) -> ServiceKey {
+        self.service(protocol, PORT)
+    }
 }
 
 /// What `build` makes of a request when it is to leave for port `port` of real server number `index`.
@@ -353,13 +378,13 @@ fn forwarded(method: Method, index: u8, port: u16, request: Frame, build: impl F
                 from: (cast::DIRECTOR_INSIDE, 0),
                 to: (cast::server(index), 0),
                 // One that may be fragmented has the identification of the packet within.
-                id: if request.dont_fragment { 0 } else { request.id },
+                id: if request.dont_fragment || request.family == Family::Six { 0 } else { request.id },
                 // Congestion is not copied out: RFC 6040, section 4.1, calls it the compatibility mode of 3168.
                 ecn: if request.ecn == 3 { 2 } else { request.ecn },
                 options: &[],
                 ..routed
             };
-            outer.packet(IPIP, &inner[ETHERNET..])
+            outer.packet(request.family.in_ip(), &inner[ETHERNET..])
         }
     }
 }
@@ -370,8 +395,8 @@ const INSIDE: Verdict = Verdict::redirect(Wire::Inside);
 const OUTSIDE: Verdict = Verdict::redirect(Wire::Outside);
 
 /// A case with one service, at [`PORT`], of real server number 0.
-fn one(name: impl Into<String>, protocol: Transport, method: Method) -> Case {
-    Case::new(name).service(protocol, PORT, &[(0, PORT, method, 1)])
+fn one(family: Family, name: impl Display, protocol: Transport, method: Method) -> Case {
+    Case::new(family, name).service(protocol, PORT, &[(0, PORT, method, 1)])
 }
 
 /// What `build` makes of a request reaches real server number 0.
@@ -386,17 +411,59 @@ fn replies(case: Case, frame: Vec<u8>, out: Vec<u8>) -> Case {
     case.arrives(Wire::Inside, frame, OUTSIDE, out, counts)
 }
 
-const IPIP: u8 = 4;
-const ICMP: u8 = 1;
+/// What an ICMP error says.
+#[derive(Clone, Copy)]
+enum Says {
+    /// There is no way to the host.
+    HostUnreachable,
+    /// Nobody serves the port.
+    PortUnreachable,
+    /// The TTL ran out in transit.
+    TtlExpired,
+    /// It ran out before all fragments were there.
+    FragmentsMissing,
+    /// The packet is larger than this many bytes.
+    TooBig(u16),
+}
 
-/// The error that the director sends the client about a frame, the `rest` of whose header is this.
-fn error_for_client(kind: u8, code: u8, rest: [u8; 4], about: &[u8]) -> Vec<u8> {
-    let quote = ip_len(about).min(576 - 28) as usize;
-    director_error().icmp(kind, code, rest, &about[ETHERNET..ETHERNET + quote])
+impl Says {
+    /// Type, code and the rest of the header (RFC 792, RFC 4443).
+    fn header(self, family: Family) -> (u8, u8, [u8; 4]) {
+        let (kind, code) = match (self, family) {
+            (Self::HostUnreachable, Family::Four) => (3, 1),
+            (Self::PortUnreachable, Family::Four) => (3, 3),
+            (Self::TooBig(_), Family::Four) => (3, 4),
+            (Self::TtlExpired, Family::Four) => (11, 0),
+            (Self::FragmentsMissing, Family::Four) => (11, 1),
+            (Self::HostUnreachable, Family::Six) => (1, 3),
+            (Self::PortUnreachable, Family::Six) => (1, 4),
+            (Self::TooBig(_), Family::Six) => (2, 0),
+            (Self::TtlExpired, Family::Six) => (3, 0),
+            (Self::FragmentsMissing, Family::Six) => (3, 1),
+        };
+        let rest = if let Self::TooBig(mtu) = self { u32::from(mtu) } else { 0 };
+        (kind, code, rest.to_be_bytes())
+    }
+}
+
+impl Frame {
+    /// An ICMP error about `about`, an IP packet or its start.
+    fn error(&self, says: Says, about: &[u8]) -> Vec<u8> {
+        let (kind, code, rest) = says.header(self.family);
+        self.icmp(kind, code, rest, about)
+    }
+}
+
+/// The error that the director sends the client about a frame.
+fn error_for_client(family: Family, says: Says, about: &[u8]) -> Vec<u8> {
+    let quote = ip_len(about).min((family.error_max() - family.header() - 8) as i64) as usize;
+    director_error(family).error(says, &about[ETHERNET..ETHERNET + quote])
 }
 
 /// The header of the errors that the director sends the client.
-fn director_error() -> Frame {
-    let frame = Frame::new(TO_CLIENT, (cast::VIP, 0), (cast::CLIENT, 0));
-    Frame { id: 0, dont_fragment: false, dscp: 0xc0 >> 2, ..frame }
+fn director_error(family: Family) -> Frame {
+    let frame = family.frame(TO_CLIENT, (cast::VIP, 0), (cast::CLIENT, 0));
+    // Internetwork control, as the host's own errors of IPv4.
+    let dscp = if family == Family::Four { 0xc0 >> 2 } else { 0 };
+    Frame { id: 0, dont_fragment: false, dscp, ..frame }
 }

@@ -1,4 +1,5 @@
-//! Who is who in the tests: one fixed cast of addresses, the one of the records taken from ip_vs.
+//! Who is who in the tests: one fixed cast of addresses, the one of the records taken from ip_vs. Each of them stands for an
+//! address of IPv6 too: see [`crate::family`].
 //!
 //! ```text
 //! client 10.0.0.2, and 10.1.0.0/16 behind it -- director 10.0.0.1 / 10.2.0.1 -- real servers 10.2.0.11, .12, ...
@@ -41,6 +42,8 @@ pub const INSIDE: u32 = 3;
 
 /// What is special about some of the real servers; all others are neighbours of the director by its inside interface.
 pub mod special {
+    use crate::family::Family;
+
     /// Behind a link with an MTU of [`NARROW_MTU`].
     pub const NARROW: u8 = 6;
     /// MTU of the way to [`NARROW`].
@@ -53,10 +56,16 @@ pub mod special {
     pub const LOCAL: u8 = 9;
     /// A neighbour by the outside interface: the director has one arm towards it.
     pub const ONE_ARMED: u8 = 10;
-    /// Behind a link with an MTU of [`TINY_MTU`].
+    /// Behind a link with an MTU of [`tiny_mtu`].
     pub const TINY: u8 = 11;
+
     /// MTU of the way to [`TINY`]: one byte less than the least that a tunnel can go through.
-    pub const TINY_MTU: u32 = 87;
+    pub const fn tiny_mtu(family: Family) -> u32 {
+        match family {
+            Family::Four => 87,
+            Family::Six => 1319,
+        }
+    }
 }
 
 /// A client whose router's link-layer address is unknown.

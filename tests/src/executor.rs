@@ -4,18 +4,26 @@
 
 use std::{collections::BTreeMap, net::Ipv4Addr};
 
+use anyhow::Result;
 use lb_common::{
     abi::{Config, Record as _, active_and_total, slot},
-    addr::Ip4,
     event::Event,
-    flow::Bucket4,
+    flow::{Bucket4, Bucket6},
     jiffies::Jiffies,
     reason::Reason,
     timeout,
 };
-use lb_userspace::control::{change::Change, shared::Shared, state::State};
+use lb_userspace::control::{
+    change::Change,
+    shared::Shared,
+    state::{State, dest_address},
+};
 
-use crate::cast;
+use crate::{
+    audit::{self, Connections},
+    cast,
+    family::{self, Family},
+};
 
 mod host;
 mod kernel;
@@ -55,7 +63,7 @@ pub enum Verdict {
     Drop,
     /// To the host's own stack.
     Pass,
-    /// To the host's own stack, to be sent out of an interface to a neighbour that is not known yet.
+    /// To the host's own stack, to be sent out of an interface to a neighbour that is not known yet; see [`family::member`].
     HandOver(Wire, Ipv4Addr),
     /// Out of the interface it came in by.
     Transmit,
@@ -122,7 +130,7 @@ pub struct Counts {
     pub evicted: i64,
     /// Packets forwarded without a connection.
     pub stateless: i64,
-    /// Destinations, by address.
+    /// Destinations, by address; see [`family::member`].
     pub dests: BTreeMap<Ipv4Addr, DestCounts>,
 }
 
@@ -159,8 +167,20 @@ pub trait Executor {
     /// Its configuration.
     fn shared(&self) -> Shared<'_>;
 
-    /// Its flow table.
+    /// Its IPv4 flow table.
     fn flows(&self) -> &[Bucket4];
+
+    /// Its IPv6 flow table.
+    fn flows6(&self) -> &[Bucket6];
+
+    /// Compares its flow tables with its counters.
+    ///
+    /// # Errors
+    ///
+    /// When they differ.
+    fn audit(&self) -> Result<Connections> {
+        audit::check(self.flows(), self.flows6(), self.shared().dest_loads)
+    }
 
     /// The data plane's clock.
     fn now(&self) -> Jiffies;
@@ -177,7 +197,8 @@ pub trait Executor {
     /// Waits until the limit of ICMP errors will not be renewed for a while.
     fn wait_for_a_young_second(&self);
 
-    /// Whether the host forwards what no local socket has sent: `net.ipv4.conf.lo.forwarding`.
+    /// Whether the host forwards what no local socket has sent: `net.ipv4.conf.lo.forwarding` and
+    /// `net.ipv6.conf.lo.forwarding`.
     fn set_forwarding(&mut self, on: bool);
 
     /// How often the reason or event with this number has been counted.
@@ -237,7 +258,7 @@ pub trait Executor {
             if record.state == slot::FREE {
                 continue;
             }
-            let address = Ipv4Addr::from(Ip4::from_raw(record.addr[0]).octets());
+            let address = family::member(dest_address(&record).ip());
             let load = shared.dest_loads.get(number as usize).map_or(0, |load| load.connections.load());
             let (active, total) = active_and_total(load);
             let traffic = self.traffic(number).map(u64::cast_signed);
@@ -261,10 +282,10 @@ const MTU: u32 = 1500;
 const SERVERS: u8 = 12;
 
 /// MTU of the way to real server number `index`.
-const fn mtu(index: u8) -> u32 {
+const fn mtu(family: Family, index: u8) -> u32 {
     match index {
         cast::special::NARROW => cast::special::NARROW_MTU,
-        cast::special::TINY => cast::special::TINY_MTU,
+        cast::special::TINY => cast::special::tiny_mtu(family),
         _ => MTU,
     }
 }

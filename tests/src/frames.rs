@@ -3,48 +3,51 @@
 use std::net::Ipv4Addr;
 
 use etherparse::{
-    EtherType, Ethernet2Header, IpFragOffset, IpHeaders, IpNumber, Ipv4Header, Ipv4Options, PacketBuilder,
-    PacketBuilderStep,
+    EtherType, Ethernet2Header, IpFragOffset, IpHeaders, IpNumber, Ipv4Header, Ipv4Options, Ipv6FragmentHeader,
+    Ipv6Header, PacketBuilder, PacketBuilderStep,
 };
+
+use crate::family::{Family, six};
 
 /// TCP header flags by their usual letters: S, A, F, R, P.
 pub type Flags = &'static str;
 
 /// Bytes of an Ethernet header.
 pub const ETHERNET: usize = 14;
-/// Bytes of an IPv4 header without options.
-pub const IPV4: usize = 20;
 
-/// A frame to be built: who to whom, over IPv4.
+/// A frame to be built: who to whom, over which family.
 #[derive(Clone, Copy, Debug)]
 pub struct Frame {
     /// Source and destination link-layer address.
     pub macs: ([u8; 6], [u8; 6]),
+    /// What the addresses below stand for an address of.
+    pub family: Family,
     /// Source address and port.
     pub from: (Ipv4Addr, u16),
     /// Destination address and port.
     pub to: (Ipv4Addr, u16),
-    /// Time to live.
+    /// Time to live, or hop limit.
     pub ttl: u8,
-    /// Whether fragmentation is forbidden.
+    /// Whether fragmentation is forbidden, which it always is of IPv6.
     pub dont_fragment: bool,
-    /// Identification.
+    /// Identification, or the upper bits of the flow label.
     pub id: u16,
-    /// Type of service, by its DSCP.
+    /// Type of service, or traffic class, by its DSCP.
     pub dscp: u8,
-    /// Type of service, by its ECN.
+    /// Type of service, or traffic class, by its ECN.
     pub ecn: u8,
-    /// IP options, a multiple of four bytes.
+    /// IP options, a multiple of four bytes; none of IPv6.
     pub options: &'static [u8],
 }
 
 impl Frame {
-    /// A frame between these ends, with TTL 64 and DF set.
+    /// An IPv4 frame between these ends, with TTL 64 and DF set.
     pub const fn new(macs: ([u8; 6], [u8; 6]), from: (Ipv4Addr, u16), to: (Ipv4Addr, u16)) -> Self {
-        Self { macs, from, to, ttl: 64, dont_fragment: true, id: 0x1234, dscp: 0, ecn: 0, options: &[] }
+        let family = Family::Four;
+        Self { macs, family, from, to, ttl: 64, dont_fragment: true, id: 0x1234, dscp: 0, ecn: 0, options: &[] }
     }
 
-    fn header(&self) -> Ipv4Header {
+    fn header4(&self) -> Ipv4Header {
         let mut header = Ipv4Header::new(0, self.ttl, IpNumber(0), self.from.0.octets(), self.to.0.octets())
             .expect("no payload is not too much");
         header.dont_fragment = self.dont_fragment;
@@ -55,8 +58,23 @@ impl Frame {
         header
     }
 
+    fn header6(&self) -> Ipv6Header {
+        assert!(self.options.is_empty(), "IPv6 has extension headers instead");
+        Ipv6Header {
+            traffic_class: self.dscp << 2 | self.ecn,
+            flow_label: (u32::from(self.id) << 4).try_into().expect("twenty bits"),
+            hop_limit: self.ttl,
+            source: six(self.from.0).octets(),
+            destination: six(self.to.0).octets(),
+            ..Ipv6Header::default()
+        }
+    }
+
     fn ip(&self) -> PacketBuilderStep<IpHeaders> {
-        PacketBuilder::ethernet2(self.macs.0, self.macs.1).ip(IpHeaders::Ipv4(self.header(), Default::default()))
+        PacketBuilder::ethernet2(self.macs.0, self.macs.1).ip(match self.family {
+            Family::Four => IpHeaders::Ipv4(self.header4(), Default::default()),
+            Family::Six => IpHeaders::Ipv6(self.header6(), Default::default()),
+        })
     }
 
     /// A TCP segment.
@@ -87,7 +105,7 @@ impl Frame {
     /// A UDP datagram without a checksum.
     pub fn udp_unsummed(&self, payload: &[u8]) -> Vec<u8> {
         let mut frame = self.udp(payload);
-        let checksum = ETHERNET + IPV4 + self.options.len() + 6;
+        let checksum = ETHERNET + self.family.header() + self.options.len() + 6;
         frame[checksum..checksum + 2].fill(0);
         frame
     }
@@ -95,33 +113,41 @@ impl Frame {
     /// An ICMP message; the ports of the frame do not count.
     pub fn icmp(&self, kind: u8, code: u8, rest: [u8; 4], payload: &[u8]) -> Vec<u8> {
         let mut frame = Vec::new();
-        self.ip().icmpv4_raw(kind, code, rest).write(&mut frame, payload).expect("a vector takes every byte");
+        match self.family {
+            Family::Four => self.ip().icmpv4_raw(kind, code, rest).write(&mut frame, payload),
+            Family::Six => self.ip().icmpv6_raw(kind, code, rest).write(&mut frame, payload),
+        }
+        .expect("a vector takes every byte");
         frame
     }
 
     /// A packet of any protocol; the ports of the frame do not count.
     pub fn packet(&self, protocol: u8, payload: &[u8]) -> Vec<u8> {
-        let mut header = self.header();
-        header.protocol = IpNumber(protocol);
-        self.finish(header, payload)
+        match self.family {
+            Family::Four => self.packet4(Ipv4Header { protocol: IpNumber(protocol), ..self.header4() }, payload),
+            Family::Six => {
+                let mut header = Ipv6Header { next_header: IpNumber(protocol), ..self.header6() };
+                header.set_payload_length(payload.len()).expect("fits");
+                [&ethernet(self.macs, EtherType::IPV6), &header.to_bytes()[..], payload].concat()
+            }
+        }
     }
 
     /// A fragment of a packet, at an offset in units of eight bytes; the ports of the frame do not count.
     pub fn fragment(&self, protocol: u8, offset: u16, more: bool, payload: &[u8]) -> Vec<u8> {
-        let mut header = self.header();
-        header.protocol = IpNumber(protocol);
-        header.fragment_offset = IpFragOffset::try_new(offset).expect("thirteen bits");
-        header.more_fragments = more;
-        self.finish(header, payload)
+        let offset = IpFragOffset::try_new(offset).expect("thirteen bits");
+        if self.family == Family::Six {
+            let header = Ipv6FragmentHeader::new(IpNumber(protocol), offset, more, 0x1234_5678);
+            return self.packet(IpNumber::IPV6_FRAGMENTATION_HEADER.0, &[&header.to_bytes(), payload].concat());
+        }
+        let header = Ipv4Header { protocol: IpNumber(protocol), fragment_offset: offset, ..self.header4() };
+        self.packet4(Ipv4Header { more_fragments: more, ..header }, payload)
     }
 
-    fn finish(&self, mut header: Ipv4Header, payload: &[u8]) -> Vec<u8> {
+    fn packet4(&self, mut header: Ipv4Header, payload: &[u8]) -> Vec<u8> {
         header.set_payload_len(payload.len()).expect("fits");
         header.header_checksum = header.calc_header_checksum();
-        let mut frame = ethernet(self.macs, EtherType::IPV4).to_vec();
-        frame.extend_from_slice(&header.to_bytes());
-        frame.extend_from_slice(payload);
-        frame
+        [&ethernet(self.macs, EtherType::IPV4), &header.to_bytes()[..], payload].concat()
     }
 }
 
@@ -135,15 +161,21 @@ pub fn packet_of(frame: &[u8]) -> &[u8] {
     &frame[ETHERNET..]
 }
 
-/// The frame, followed by what pads it to the least that Ethernet sends.
+/// The frame, followed by what pads it to the least that Ethernet sends, or by a few bytes that some switch has left behind
+/// it.
 pub fn padded(mut frame: Vec<u8>) -> Vec<u8> {
+    let len = if frame.len() < 60 { 60 } else { frame.len() + 6 };
     // Not zeros: padding must not count in any checksum.
-    frame.resize(frame.len().max(60), 0xa5);
+    frame.resize(len, 0xa5);
     frame
 }
 
-/// An IPv4 frame with another identification, and the header checksum for it. Its own checksum must hold.
+/// An IPv4 frame with another identification, and the header checksum for it. Its own checksum must hold. Other frames stay
+/// as they are: IPv6 has none.
 pub fn with_id(frame: &[u8], id: [u8; 2]) -> Vec<u8> {
+    if Family::of(frame) != Some(Family::Four) {
+        return frame.to_vec();
+    }
     let (mut header, _) = Ipv4Header::from_slice(packet_of(frame)).expect("an IPv4 header");
     assert_eq!(header.header_checksum, header.calc_header_checksum(), "the IP header checksum is wrong: {frame:02x?}");
     header.identification = u16::from_be_bytes(id);

@@ -5,6 +5,7 @@ pub mod bulk;
 pub mod cases;
 pub mod cast;
 pub mod executor;
+pub mod family;
 pub mod frames;
 pub mod lab;
 pub mod network;

@@ -11,7 +11,7 @@ use lb_common::{
     timeout,
 };
 use lb_ebpf::{
-    ageing::{Sweep, What},
+    ageing::{self, Sweep, What},
     env::Scan as _,
     forward::{Exit, Leave},
     host::{HostEnv, HostPacket, HostRoute, HostSizes, HostTables},
@@ -28,7 +28,7 @@ use lb_userspace::{
     error::Error,
 };
 
-use crate::cast;
+use crate::{cast, family::Family};
 
 /// Ticks per second of the worlds of tests.
 pub const HZ: u32 = 250;
@@ -67,7 +67,7 @@ impl World {
             slots: 1 << 16,
             endpoint_buckets: 256,
             flow_buckets,
-            flow_buckets6: 2,
+            flow_buckets6: flow_buckets,
         };
         let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
@@ -94,21 +94,26 @@ impl World {
     }
 
     /// Sets what the routing table says about an address.
-    pub fn route(&self, address: Ipv4Addr, route: HostRoute) {
+    pub fn route(&self, address: impl Into<IpAddr>, route: HostRoute) {
         self.env.routes.borrow_mut().insert(address.into(), route);
     }
 
     /// Makes clients reachable, all by one router.
     pub fn route_client(&self, address: Ipv4Addr) {
+        self.route_client_of(Family::Four, address);
+    }
+
+    /// Makes clients reachable by what `address` stands for in a family, all by one router.
+    pub fn route_client_of(&self, family: Family, address: Ipv4Addr) {
         self.route(
-            address,
+            family.address(address),
             HostRoute::Via {
                 ifindex: cast::OUTSIDE,
                 mtu: 1500,
                 to: cast::CLIENT_MAC,
                 from: cast::DIRECTOR_OUTSIDE_MAC,
-                source: cast::DIRECTOR_OUTSIDE.into(),
-                gateway: cast::CLIENT_GATEWAY.into(),
+                source: family.address(cast::DIRECTOR_OUTSIDE),
+                gateway: family.address(cast::CLIENT_GATEWAY),
             },
         );
     }
@@ -158,7 +163,7 @@ impl World {
     pub fn age(&self) -> u64 {
         let clock = Now::of(&self.tables.config[0], &self.env).clock;
         let mut sweep = Sweep { tables: &self.tables, first: 0, what: What::Over(clock), ended: 0 };
-        for index in 0..self.tables.flows4.len() as u32 {
+        for index in 0..ageing::buckets(&self.tables) {
             sweep.visit(index);
         }
         sweep.ended
@@ -220,7 +225,7 @@ pub fn ip4(address: Ipv4Addr) -> Ip4 {
 
 /// A service at a port of the [`cast::VIP`].
 pub fn service(protocol: Transport, port: u16) -> ServiceKey {
-    ServiceKey { protocol, address: SocketAddr::new(IpAddr::V4(cast::VIP), port) }
+    Family::Four.service(protocol, port)
 }
 
 /// How a service is set that has this scheduler.
@@ -235,5 +240,5 @@ pub const fn dest(method: Method, weight: u32) -> DestSpec {
 
 /// Port `port` of real server number `index`.
 pub fn at(index: u8, port: u16) -> SocketAddr {
-    SocketAddr::new(IpAddr::V4(cast::server(index)), port)
+    Family::Four.at(index, port)
 }

@@ -2,9 +2,14 @@
 
 use std::net::Ipv4Addr;
 
-use lb_common::{abi::Limiter, addr::Ip4, flow::Bucket4, jiffies::Jiffies, reason::Reason};
+use lb_common::{
+    abi::Limiter,
+    flow::{Bucket4, Bucket6},
+    jiffies::Jiffies,
+    reason::Reason,
+};
 use lb_ebpf::{
-    ageing::{Sweep, What},
+    ageing::{self, Sweep, What},
     env::Scan as _,
     forward::Leave,
     host::{HEADROOM, HostPacket, HostRoute},
@@ -14,11 +19,13 @@ use lb_ebpf::{
 use lb_userspace::control::{
     change::Change,
     shared::{Counters as _, Shared},
+    state::ip,
 };
 
 use crate::{
     cast::{self, special},
     executor::{Executor, MTU, Outcome, SERVERS, Verdict, Wire, mtu},
+    family::{self, Family},
     world::{HostCounters, World},
 };
 
@@ -67,23 +74,27 @@ impl Host {
     }
 
     fn lay_routes(&self) {
+        Family::ALL.into_iter().for_each(|family| self.lay_routes_of(family));
+    }
+
+    fn lay_routes_of(&self, family: Family) {
         for number in 0..SERVERS {
-            let server = cast::server(number);
+            let server = family.address(cast::server(number));
             let inside = HostRoute::Via {
                 ifindex: cast::INSIDE,
-                mtu: mtu(number),
+                mtu: mtu(family, number),
                 to: cast::server_mac(number),
                 from: cast::DIRECTOR_INSIDE_MAC,
-                source: cast::DIRECTOR_INSIDE.into(),
-                gateway: server.into(),
+                source: family.address(cast::DIRECTOR_INSIDE),
+                gateway: server,
             };
             self.world.route(
                 server,
                 match number {
                     special::UNRESOLVED => HostRoute::Unresolved {
                         ifindex: cast::INSIDE,
-                        source: cast::DIRECTOR_INSIDE.into(),
-                        gateway: server.into(),
+                        source: family.address(cast::DIRECTOR_INSIDE),
+                        gateway: server,
                     },
                     special::UNREACHABLE => HostRoute::Nowhere(Reason::NoRoute),
                     special::LOCAL => HostRoute::Local,
@@ -92,27 +103,27 @@ impl Host {
                         mtu: MTU,
                         to: cast::server_mac(number),
                         from: cast::DIRECTOR_OUTSIDE_MAC,
-                        source: cast::DIRECTOR_OUTSIDE.into(),
-                        gateway: server.into(),
+                        source: family.address(cast::DIRECTOR_OUTSIDE),
+                        gateway: server,
                     },
                     _ => inside,
                 },
             );
         }
-        self.world.route(Ipv4Addr::LOCALHOST, HostRoute::Local);
+        self.world.route(family.address(Ipv4Addr::LOCALHOST), HostRoute::Local);
         for last in 0..=255 {
-            self.world.route_client(Ipv4Addr::new(10, 1, 0, last));
+            self.world.route_client_of(family, Ipv4Addr::new(10, 1, 0, last));
         }
-        self.world.route_client(cast::CLIENT_GATEWAY);
+        self.world.route_client_of(family, cast::CLIENT_GATEWAY);
         self.world.route(
-            cast::FAR_CLIENT,
+            family.address(cast::FAR_CLIENT),
             HostRoute::Unresolved {
                 ifindex: cast::OUTSIDE,
-                source: cast::DIRECTOR_OUTSIDE.into(),
-                gateway: cast::FAR_GATEWAY.into(),
+                source: family.address(cast::DIRECTOR_OUTSIDE),
+                gateway: family.address(cast::FAR_GATEWAY),
             },
         );
-        self.world.route(cast::LOST_CLIENT, HostRoute::Nowhere(Reason::NoRoute));
+        self.world.route(family.address(cast::LOST_CLIENT), HostRoute::Nowhere(Reason::NoRoute));
     }
 }
 
@@ -129,6 +140,10 @@ impl Executor for Host {
         &self.world.tables.flows4
     }
 
+    fn flows6(&self) -> &[Bucket6] {
+        &self.world.tables.flows6
+    }
+
     fn now(&self) -> Jiffies {
         Now::of(&self.world.tables.config[0], &self.world.env).clock.now
     }
@@ -141,7 +156,7 @@ impl Executor for Host {
         let tables = &self.world.tables;
         let what = What::dest(lb_common::abi::control::ANY);
         let mut sweep = Sweep { tables, first: 0, what, ended: 0 };
-        for bucket in 0..tables.flows4.len() as u32 {
+        for bucket in 0..ageing::buckets(tables) {
             sweep.visit(bucket);
         }
     }
@@ -177,8 +192,8 @@ impl Executor for Host {
         packet.metadata = self.driver.metadata;
         let exit = pipeline::process::<Ip4Packet, _, _, _>(&mut packet, &self.world.tables, &self.world.env);
         let verdict = match (exit.leave(), packet.handed_over) {
-            (Leave::Host, Some((ifindex, _, [gateway, ..]))) => {
-                Verdict::HandOver(wire(ifindex), Ip4::from_raw(gateway).octets().into())
+            (Leave::Host, Some((ifindex, family, gateway))) => {
+                Verdict::HandOver(wire(ifindex), family::member(ip(family, gateway)))
             }
             (Leave::Host, None) => Verdict::Pass,
             (Leave::Drop, _) => Verdict::Drop,

@@ -4,7 +4,6 @@
 //! the fact, but not the interface, which the host's executor checks.
 
 use std::{
-    net::Ipv4Addr,
     thread,
     time::{Duration, Instant},
 };
@@ -15,11 +14,16 @@ use aya::{
     programs::{TestRun as _, TestRunOptions, Xdp},
 };
 use aya_obj::programs::XdpAttachType;
-use lb_common::{abi::DestCpuRecord, addr::Ip4, flow::Bucket4, jiffies::Jiffies};
+use lb_common::{
+    abi::DestCpuRecord,
+    flow::{Bucket4, Bucket6},
+    jiffies::Jiffies,
+};
 use lb_userspace::{
     control::{
         change::Change,
         shared::{Counters, Shared},
+        state::ip,
     },
     datapath::{
         load,
@@ -38,6 +42,7 @@ use crate::{
     bulk::Bulk,
     cast::{self, special},
     executor::{DESTS, Executor, Outcome, SERVERS, SERVICES, Verdict, Wire, mtu},
+    family::{self, Family},
     lab::{self, End, NetNs, cable},
 };
 
@@ -46,7 +51,7 @@ pub struct Kernel<'a> {
     namespace: &'a NetNs,
     /// When time began, for changes.
     begun: Instant,
-    /// Whether `net.ipv4.conf.lo.forwarding` is on.
+    /// Whether the host forwards.
     forwarding: bool,
     place: Place,
     maps: Maps,
@@ -104,8 +109,7 @@ impl Site {
         let pins = Pins(place.clone());
         let lock = place.lock()?;
         // Ten entries make a bucket, of which six are in use when the table is as full as it is made for.
-        let capacity =
-            Capacity { flows: flow_buckets * 6, flows6: Capacity::FLOWS_MIN, services: SERVICES, dests: DESTS };
+        let capacity = Capacity { flows: flow_buckets * 6, flows6: flow_buckets * 6, services: SERVICES, dests: DESTS };
         load::create(&place, &lock, &capacity)?;
         Ok(Self { namespace, pins, flow_buckets })
     }
@@ -209,31 +213,45 @@ impl<'a> Kernel<'a> {
 
 /// Both ends of every cable are in the one namespace: nobody listens, but routes and neighbours are real.
 fn build(namespace: &NetNs) -> Result<()> {
-    namespace.sysctl("net.ipv4.conf.lo.forwarding", "1")?;
-    let end = |name, mac, address| End { namespace, name, mac, address };
-    cable(end("outside", cast::DIRECTOR_OUTSIDE_MAC, Some("10.0.0.1/24")), end("clients", [2, 0, 0, 0, 1, 0], None))?;
-    cable(end("inside", cast::DIRECTOR_INSIDE_MAC, Some("10.2.0.1/24")), end("servers", [2, 0, 0, 0, 1, 1], None))?;
-    let neighbour = |address: Ipv4Addr, mac, wire| {
+    let end = |name, mac| End { namespace, name, mac, address: None };
+    cable(end("outside", cast::DIRECTOR_OUTSIDE_MAC), end("clients", [2, 0, 0, 0, 1, 0]))?;
+    cable(end("inside", cast::DIRECTOR_INSIDE_MAC), end("servers", [2, 0, 0, 0, 1, 1]))?;
+    Family::ALL.into_iter().try_for_each(|family| build_family(namespace, family))
+}
+
+fn build_family(namespace: &NetNs, family: Family) -> Result<()> {
+    let address = |address| family.address(address);
+    let (number, length, flags) = match family {
+        Family::Four => (4, 24, ""),
+        // Nobody else has the addresses, and until that were found out none could be sent from.
+        Family::Six => (6, 32, "nodad"),
+    };
+    namespace.sysctl(&format!("net.ipv{number}.conf.lo.forwarding"), "1")?;
+    for (own, wire) in [(cast::DIRECTOR_OUTSIDE, "outside"), (cast::DIRECTOR_INSIDE, "inside")] {
+        namespace.ip(&format!("address add {}/{length} dev {wire} {flags}", address(own)))?;
+    }
+    let neighbour = |address, mac, wire| {
         namespace.ip(&format!("neigh add {address} lladdr {} dev {wire} nud permanent", lab::mac(mac)))
     };
-    neighbour(cast::CLIENT_GATEWAY, cast::CLIENT_MAC, "outside")?;
-    namespace.ip(&format!("route add 10.1.0.0/16 via {}", cast::CLIENT_GATEWAY))?;
-    namespace.ip(&format!("route add {} via {}", cast::FAR_CLIENT, cast::FAR_GATEWAY))?;
-    namespace.ip(&format!("route add unreachable {}", cast::LOST_CLIENT))?;
+    neighbour(address(cast::CLIENT_GATEWAY), cast::CLIENT_MAC, "outside")?;
+    let clients = family.network(cast::CLIENT, 2);
+    namespace.ip(&format!("route add {clients} via {}", address(cast::CLIENT_GATEWAY)))?;
+    namespace.ip(&format!("route add {} via {}", address(cast::FAR_CLIENT), address(cast::FAR_GATEWAY)))?;
+    namespace.ip(&format!("route add unreachable {}", address(cast::LOST_CLIENT)))?;
     for index in 0..SERVERS {
-        let server = cast::server(index);
+        let server = address(cast::server(index));
         let mac = cast::server_mac(index);
         match index {
             special::UNRESOLVED => {}
             special::UNREACHABLE => drop(namespace.ip(&format!("route add unreachable {server}"))?),
-            special::LOCAL => drop(namespace.ip(&format!("address add {server}/32 dev lo"))?),
+            special::LOCAL => drop(namespace.ip(&format!("address add {server} dev lo {flags}"))?),
             special::ONE_ARMED => {
                 namespace.ip(&format!("route add {server} dev outside"))?;
                 neighbour(server, mac, "outside")?;
             }
             special::NARROW | special::TINY => {
                 // Locked, or forwarding would go by the interface's MTU.
-                namespace.ip(&format!("route add {server} dev inside mtu lock {}", mtu(index)))?;
+                namespace.ip(&format!("route add {server} dev inside mtu lock {}", mtu(family, index)))?;
                 neighbour(server, mac, "inside")?;
             }
             _ => drop(neighbour(server, mac, "inside")?),
@@ -245,7 +263,6 @@ fn build(namespace: &NetNs) -> Result<()> {
 /// What the XDP program leaves in front of a frame that it hands over: see `lb_ebpf::kernel::Errand`.
 const ERRAND: usize = 28;
 const ERRAND_MAGIC: u32 = 0x7864_7076;
-const AF_INET: u32 = 2;
 
 impl Executor for Kernel<'_> {
     fn name(&self) -> &'static str {
@@ -258,6 +275,10 @@ impl Executor for Kernel<'_> {
 
     fn flows(&self) -> &[Bucket4] {
         &self.maps.flows4
+    }
+
+    fn flows6(&self) -> &[Bucket6] {
+        &self.maps.flows6
     }
 
     fn now(&self) -> Jiffies {
@@ -297,7 +318,10 @@ impl Executor for Kernel<'_> {
         }
         self.forwarding = on;
         let value = if on { "1" } else { "0" };
-        self.namespace.sysctl("net.ipv4.conf.lo.forwarding", value).expect("a setting of every kernel");
+        for number in [4, 6] {
+            let name = format!("net.ipv{number}.conf.lo.forwarding");
+            self.namespace.sysctl(&name, value).expect("a setting of every kernel");
+        }
     }
 
     fn counter(&self, number: u8) -> u64 {
@@ -334,9 +358,9 @@ impl Executor for Kernel<'_> {
             1 => Verdict::Drop,
             2 if metadata.is_empty() => Verdict::Pass,
             2 => {
-                assert_eq!((metadata.len(), word(&metadata, 0), word(&metadata, 2)), (ERRAND, ERRAND_MAGIC, AF_INET));
-                let gateway = Ip4::from_raw(word(&metadata, 3)).octets();
-                Verdict::HandOver(self.wire(word(&metadata, 1)), gateway.into())
+                assert_eq!((metadata.len(), word(&metadata, 0)), (ERRAND, ERRAND_MAGIC));
+                let gateway = ip(word(&metadata, 2), std::array::from_fn(|index| word(&metadata, 3 + index)));
+                Verdict::HandOver(self.wire(word(&metadata, 1)), family::member(gateway))
             }
             3 => Verdict::Transmit,
             4 => Verdict::Redirect(None),

@@ -18,12 +18,14 @@ use proptest::{
 use xdpvs_tests::{
     cast,
     executor::{Counts, Executor, Host, Kernel, Verdict, Wire},
+    family::Family,
     frames::{ETHERNET, Frame, with_id},
-    world::{at, dest, scheduled, service},
+    world::{dest, scheduled},
 };
 
-/// Buckets of the flow tables: room for every connection, for the two hash by different secrets.
-const TABLE: u32 = 64;
+/// Buckets of the flow tables: so many that connections hardly ever take the place of others that are over, for the two hash by
+/// different secrets.
+const TABLE: u32 = 1024;
 
 const PORTS: [u16; 3] = [80, 81, 82];
 const FLAGS: [&str; 8] = ["S", "S", "A", "PA", "FA", "R", "SA", ""];
@@ -49,6 +51,10 @@ enum Action {
     Schedule { port: usize, udp: bool, scheduler: usize },
 }
 
+fn family() -> impl Strategy<Value = Family> {
+    prop::sample::select(&Family::ALL[..])
+}
+
 fn action() -> impl Strategy<Value = Action> {
     let ttl = prop_oneof![1 => 0u8..3, 8 => Just(64u8)];
     let len = prop_oneof![8 => 0usize..40, 1 => Just(1400usize), 1 => Just(1460)];
@@ -61,7 +67,7 @@ fn action() -> impl Strategy<Value = Action> {
         6 => (about.clone(), server.clone(), any::<bool>()).prop_map(|((client, port, udp, flags, ttl), server, own)| {
             Action::Reply { server, own, client, port, udp, flags, ttl }
         }),
-        2 => (about, prop::option::of(server.clone()), 3u8..13).prop_map(|((client, port, udp, ..), server, kind)| {
+        2 => (about, prop::option::of(server.clone()), 1u8..13).prop_map(|((client, port, udp, ..), server, kind)| {
             Action::Error { server, client, port, udp, kind }
         }),
         2 => (0..SPANS.len()).prop_map(Action::Pass),
@@ -95,41 +101,44 @@ fn segment(frame: Frame, udp: bool, flags: usize, len: usize) -> Vec<u8> {
 
 /// What begins every sequence: services of every method.
 fn services(change: &mut Change<'_>) {
-    for (port, method) in PORTS.into_iter().zip(Method::ALL) {
-        for protocol in [Transport::Tcp, Transport::Udp] {
-            let key = service(protocol, port);
+    let protocols = [Transport::Tcp, Transport::Udp];
+    for (family, protocol) in Family::ALL.into_iter().flat_map(|family| protocols.map(|protocol| (family, protocol))) {
+        for (port, method) in PORTS.into_iter().zip(Method::ALL) {
+            let key = family.service(protocol, port);
             change.add_service(key, scheduled(Scheduler::Wlc)).expect("new");
             for index in [0, 1] {
-                change.add_dest(key, at(server(index), port), dest(*method, 1 + u32::from(index))).expect("new");
+                let address = family.at(server(index), port);
+                change.add_dest(key, address, dest(*method, 1 + u32::from(index))).expect("new");
             }
         }
     }
 }
 
 /// Does an action. Returns what became of the frame, if there is one, without what differs by nature.
-fn act(executor: &mut impl Executor, action: &Action) -> Option<(Verdict, Vec<u8>, Counts)> {
+fn act(executor: &mut impl Executor, family: Family, action: &Action) -> Option<(Verdict, Vec<u8>, Counts)> {
+    let new = |macs, from, to| Frame { family, ..Frame::new(macs, from, to) };
     let (wire, frame) = match *action {
         Action::Request { client: number, port, udp, flags, ttl, dont_fragment, len } => {
             let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-            let frame = Frame::new(macs, client(number), (cast::VIP, PORTS[port]));
+            let frame = new(macs, client(number), (cast::VIP, PORTS[port]));
             (Wire::Outside, segment(Frame { ttl, dont_fragment, ..frame }, udp, flags, len))
         }
         Action::Reply { server: number, own, client: to, port, udp, flags, ttl } => {
             let from = if own { cast::server(server(number)) } else { cast::VIP };
             let macs = (cast::server_mac(server(number)), cast::DIRECTOR_INSIDE_MAC);
-            let frame = Frame::new(macs, (from, PORTS[port]), client(to));
+            let frame = new(macs, (from, PORTS[port]), client(to));
             (Wire::Inside, segment(Frame { ttl, ..frame }, udp, flags, 5))
         }
         Action::Error { server: Some(number), client: from, port, udp, kind } => {
             let macs = (cast::server_mac(server(number)), cast::DIRECTOR_INSIDE_MAC);
-            let about = Frame::new(macs, client(from), (cast::server(server(number)), PORTS[port]));
-            let error = Frame::new(macs, (cast::server(server(number)), 0), (client(from).0, 0));
+            let about = new(macs, client(from), (cast::server(server(number)), PORTS[port]));
+            let error = new(macs, (cast::server(server(number)), 0), (client(from).0, 0));
             (Wire::Inside, error.icmp(kind, 1, [0; 4], &segment(about, udp, 2, 8)[ETHERNET..]))
         }
         Action::Error { server: None, client: to, port, udp, kind } => {
             let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-            let about = Frame::new(macs, (cast::VIP, PORTS[port]), client(to));
-            let error = Frame::new(macs, (Ipv4Addr::new(10, 1, 0, 99), 0), (cast::VIP, 0));
+            let about = new(macs, (cast::VIP, PORTS[port]), client(to));
+            let error = new(macs, (Ipv4Addr::new(10, 1, 0, 99), 0), (cast::VIP, 0));
             (Wire::Outside, error.icmp(kind, 1, [0; 4], &segment(about, udp, 2, 8)[ETHERNET..]))
         }
         Action::Pass(span) => {
@@ -137,9 +146,9 @@ fn act(executor: &mut impl Executor, action: &Action) -> Option<(Verdict, Vec<u8
             return None;
         }
         Action::Set { port, udp, server: number, method, weight } => {
-            let (key, address) = (service(transport(udp), PORTS[port]), at(server(number), PORTS[port]));
+            let (key, address) = (family.service(transport(udp), PORTS[port]), family.at(server(number), PORTS[port]));
             let spec = dest(Method::ALL[method], weight);
-            let exists = has(executor, udp, port, number);
+            let exists = has(executor, family, udp, port, number);
             executor.change(&|change| {
                 let result =
                     if exists { change.edit_dest(key, address, spec) } else { change.add_dest(key, address, spec) };
@@ -148,14 +157,15 @@ fn act(executor: &mut impl Executor, action: &Action) -> Option<(Verdict, Vec<u8
             return None;
         }
         Action::Remove { port, udp, server: number } => {
-            if has(executor, udp, port, number) {
-                let (key, address) = (service(transport(udp), PORTS[port]), at(server(number), PORTS[port]));
+            if has(executor, family, udp, port, number) {
+                let (key, address) =
+                    (family.service(transport(udp), PORTS[port]), family.at(server(number), PORTS[port]));
                 executor.change(&|change| change.delete_dest(key, address).expect("there"));
             }
             return None;
         }
         Action::Schedule { port, udp, scheduler } => {
-            let key = service(transport(udp), PORTS[port]);
+            let key = family.service(transport(udp), PORTS[port]);
             executor.change(&|change| change.edit_service(key, scheduled(Scheduler::ALL[scheduler])).expect("there"));
             return None;
         }
@@ -179,22 +189,22 @@ fn act(executor: &mut impl Executor, action: &Action) -> Option<(Verdict, Vec<u8
     Some((verdict, left, counts))
 }
 
-fn has(executor: &impl Executor, udp: bool, port: usize, number: u8) -> bool {
+fn has(executor: &impl Executor, family: Family, udp: bool, port: usize, number: u8) -> bool {
     let state = State::load(&executor.shared());
-    let slot = state.by_key.get(&service(transport(udp), PORTS[port])).copied().expect("a service");
-    let address = at(server(number), PORTS[port]);
+    let slot = state.by_key.get(&family.service(transport(udp), PORTS[port])).copied().expect("a service");
+    let address = family.at(server(number), PORTS[port]);
     state.list(slot).iter().any(|number| dest_address(&state.dests[number]) == address)
 }
 
 /// Lets both directors go through a sequence.
-fn compare(host: &mut Host, kernel: &mut Kernel<'_>, actions: &[Action]) -> Result<(), TestCaseError> {
+fn compare(host: &mut Host, kernel: &mut Kernel<'_>, actions: &[(Family, Action)]) -> Result<(), TestCaseError> {
     host.reset();
     kernel.reset();
     host.change(&services);
     kernel.change(&services);
-    for (number, action) in actions.iter().enumerate() {
-        let (there, here) = (act(host, action), act(kernel, action));
-        prop_assert_eq!(here, there, "action {}: {:?}, in the kernel and on the host", number, action);
+    for (number, (family, action)) in actions.iter().enumerate() {
+        let (there, here) = (act(host, *family, action), act(kernel, *family, action));
+        prop_assert_eq!(here, there, "action {}: {:?} {:?}, in the kernel and on the host", number, family, action);
     }
     for audit in [host.audit(), kernel.audit()] {
         prop_assert!(audit.is_ok(), "inexact counters");
@@ -207,7 +217,7 @@ fn the_kernel_and_the_host_agree_about_any_traffic() {
     let work = |kernel: &mut Kernel<'_>| {
         let both = RefCell::new((Host::new(TABLE), kernel));
         let mut runner = TestRunner::new(Config { failure_persistence: None, ..Config::with_cases(200) });
-        let result = runner.run(&prop::collection::vec(action(), 1..60), |actions| {
+        let result = runner.run(&prop::collection::vec((family(), action()), 1..60), |actions| {
             let (host, kernel) = &mut *both.borrow_mut();
             // The kernel's clock does not wait for a test that is held up for a second; a real difference stays.
             let mut attempt = || compare(host, kernel, &actions);

@@ -1013,9 +1013,8 @@ pub const CONNECTIONS_MAX: usize = 128;
 /// Most connections of one [`control::INSERT6`].
 pub const CONNECTIONS6_MAX: usize = 64;
 
-const _: () = assert!(
-    CONNECTIONS6_MAX * size_of::<ConnectionRecord6>() <= CONNECTIONS_MAX * size_of::<ConnectionRecord>()
-);
+const _: () =
+    assert!(CONNECTIONS6_MAX * size_of::<ConnectionRecord6>() <= CONNECTIONS_MAX * size_of::<ConnectionRecord>());
 
 /// What has become of a [`ConnectionRecord`] or [`ConnectionRecord6`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -89,6 +89,9 @@ fn usable_at(tables: &impl Tables, index: u32) -> Option<u32> {
 /// rr and wrr: the next usable entry of a ring, after the one chosen last.
 #[inline(always)]
 fn ring(tables: &impl Tables, env: &impl Env, number: u32, view: &View, start: u32, len: u32) -> Option<u32> {
+    if len == 0 {
+        return None;
+    }
     let position = &tables.cursor(number)?.position;
     for _ in 0..CURSOR_ATTEMPTS {
         let old = position.load();

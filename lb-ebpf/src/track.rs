@@ -96,7 +96,7 @@ pub fn step<E: Entry>(
         // An entry that is written on every packet would bounce between caches: see `Word::expired`. As an unsigned
         // number: a connection that is over, or whose timeout has been lowered, is far from this.
         let drift = expires.0.wrapping_sub(word.expires().0);
-        if moved == word && drift <= clock.hz {
+        if moved == word && drift <= clock.hz && tcp_flags & tcp::flag::SYN == 0 {
             return Ok(word);
         }
         if word.expired(clock.now, clock.hz) || from == From::Client && may_be_taken_over(config, word, tcp_flags) {
@@ -131,15 +131,15 @@ fn count(tables: &impl Tables, dest: u32, before: Word, after: Word) {
     }
 }
 
-/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8).
+/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8). One with RST may,
+/// too, as in ip_vs, although it then opens none.
 #[inline(always)]
 fn may_be_taken_over(config: &Config, word: Word, tcp_flags: u8) -> bool {
     const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
     const CLOSE: u8 = tcp::State::Close as u8;
     const FIN_WAIT: u8 = tcp::State::FinWait as u8;
     let mode = config.conn_reuse_mode.load();
-    if word.protocol() != Protocol::Tcp || tcp_flags & (tcp::flag::SYN | tcp::flag::RST) != tcp::flag::SYN || mode == 0
-    {
+    if word.protocol() != Protocol::Tcp || tcp_flags & tcp::flag::SYN == 0 || mode == 0 {
         return false;
     }
     match word.state() {

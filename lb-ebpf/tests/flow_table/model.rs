@@ -155,8 +155,7 @@ impl<E: Entry> Model<E> {
 
     /// Whether a SYN begins another connection: `docs/ipvs.md`, section 4.8.
     fn is_reused(connection: &Connection, tcp_flags: u8) -> bool {
-        tcp_flags & (SYN | tcp::flag::RST) == SYN
-            && [tcp::State::TimeWait as u8, tcp::State::Close as u8].contains(&connection.state)
+        tcp_flags & SYN != 0 && [tcp::State::TimeWait as u8, tcp::State::Close as u8].contains(&connection.state)
     }
 
     /// Both buckets of this place are full of connections that are not over, or may be not.

@@ -1,6 +1,6 @@
 //! The pipeline's traits on what the kernel gives an XDP program.
 
-use core::{ffi::c_void, ptr};
+use core::{cell::Cell, ffi::c_void, mem::offset_of, ptr};
 
 use aya_ebpf::{
     bindings::{
@@ -343,31 +343,32 @@ pub fn jiffies() -> Jiffies {
 /// <https://github.com/torvalds/linux/blob/v6.12/net/ipv4/route.c#L2679>).
 #[inline(never)]
 fn fib_lookup<A: Address>(ctx: *mut xdp_md, destination: &A, source: &A, hop: &NextHop) -> Result<(), Reason> {
-    // SAFETY: a plain C struct, for which zeros are a value.
-    let mut query: FibLookup = unsafe { core::mem::zeroed() };
-    query.family = A::FAMILY as u8;
-    query.ifindex = LOOPBACK;
+    const _: () = assert!(size_of::<FibLookup>() == size_of::<[u64; 8]>() && offset_of!(FibLookup, ifindex) == 8);
+    const _: () =
+        assert!(offset_of!(FibLookup, __bindgen_anon_3) == 16 && offset_of!(FibLookup, __bindgen_anon_4) == 32);
+    let halves = |words: [u32; 4]| [[words[0], words[1]], [words[2], words[3]]].map(pair);
     // An IPv4 address is the first word.
-    query.__bindgen_anon_3.ipv6_src = source.words();
-    query.__bindgen_anon_4.ipv6_dst = destination.words();
+    let ([from, from_rest], [to, to_rest]) = (halves(source.words()), halves(destination.words()));
+    // Verifier: word by word, so that all is aligned, and opaque, or the compiler would call a function to write zeros. That one
+    // would have a stack frame, and Linux before 6.9 counts at least 32 bytes for each.
+    let mut query = [u64::from(A::FAMILY), u64::from(LOOPBACK), from, from_rest, to, to_rest, opaque(0), opaque(0)];
+    // SAFETY: a plain C struct of this size, for which any bytes are a value, and which is aligned to less.
+    let query = unsafe { &mut *query.as_mut_ptr().cast::<FibLookup>() };
     // SAFETY: a helper call with the program's own context and a struct of the size given.
     let result =
-        unsafe { bpf_fib_lookup(ctx.cast(), &raw mut query, size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC) };
+        unsafe { bpf_fib_lookup(ctx.cast(), ptr::from_mut(query), size_of::<FibLookup>() as i32, BPF_FIB_LOOKUP_SRC) };
     const SUCCESS: i64 = BPF_FIB_LKUP_RET_SUCCESS as i64;
     const NO_NEIGH: i64 = BPF_FIB_LKUP_RET_NO_NEIGH as i64;
     const NOT_FWDED: i64 = BPF_FIB_LKUP_RET_NOT_FWDED as i64;
     const FWD_DISABLED: i64 = BPF_FIB_LKUP_RET_FWD_DISABLED as i64;
     const BLACKHOLE: i64 = BPF_FIB_LKUP_RET_BLACKHOLE as i64;
     const PROHIBIT: i64 = BPF_FIB_LKUP_RET_PROHIBIT as i64;
-    // SAFETY: every variant of the unions is plain data.
-    let (mtu, source, gateway) = unsafe {
-        (query.__bindgen_anon_1.mtu_result, query.__bindgen_anon_3.ipv6_src, query.__bindgen_anon_4.ipv6_dst)
-    };
     match result {
         SUCCESS => {
             hop.kind.set(hop::VIA);
-            hop.mtu.set(u32::from(mtu));
-            for (mac, word) in hop.macs.iter().zip(macs(&query)) {
+            // SAFETY: every variant of the union is plain data.
+            hop.mtu.set(u32::from(unsafe { query.__bindgen_anon_1.mtu_result }));
+            for (mac, word) in hop.macs.iter().zip(macs(query)) {
                 mac.set(word);
             }
         }
@@ -385,14 +386,29 @@ fn fib_lookup<A: Address>(ctx: *mut xdp_md, destination: &A, source: &A, hop: &N
         _ => return Err(Reason::RouteUnsupported),
     }
     hop.ifindex.set(query.ifindex);
-    let words = |words: [u32; 4], family| if family == Ip4::FAMILY { [words[0], 0, 0, 0] } else { words };
-    for (kept, word) in hop.source.iter().zip(words(source, A::FAMILY)) {
-        kept.set(word);
-    }
     let family = u32::from(query.family);
     hop.gateway_family.set(family);
-    hop.gateway.set(words(gateway, family));
+    // SAFETY: every variant of the unions is plain data.
+    let (source, gateway) = unsafe { (&query.__bindgen_anon_3.ipv6_src, &query.__bindgen_anon_4.ipv6_dst) };
+    keep(&hop.source, source, A::FAMILY);
+    keep(hop.gateway.as_array_of_cells(), gateway, family);
     Ok(())
+}
+
+/// Two words of memory as one, the first at the lower address.
+#[inline(always)]
+const fn pair(words: [u32; 2]) -> u64 {
+    words[0] as u64 | (words[1] as u64) << 32
+}
+
+/// Keeps an address of this family, of which the kernel has written all the words, or the first.
+///
+/// Verifier: from memory to memory, for the stack is short.
+#[inline(always)]
+fn keep(kept: &[Cell<u32>; 4], words: &[u32; 4], family: u32) {
+    for (index, (kept, word)) in kept.iter().zip(words).enumerate() {
+        kept.set(if index > 0 && family == Ip4::FAMILY { 0 } else { *word });
+    }
 }
 
 /// The two addresses at the start of an Ethernet header: the neighbour's, then the interface's.

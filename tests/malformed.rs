@@ -8,14 +8,13 @@ use xdpvs_tests::{
     cases::{self, Case},
     cast,
     executor::{Counts, Executor, Host, Kernel, Outcome, SMALL_TABLE, Verdict, Wire},
+    family::Family,
     frames::{ETHERNET, Frame},
-    world::{at, dest, scheduled, service},
+    world::{dest, scheduled},
 };
 
-const IPV4: usize = 20;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
-const ICMP: u8 = 1;
 
 fn be16(bytes: &[u8], offset: usize) -> usize {
     bytes.get(offset..offset + 2).map_or(0, |word| usize::from(u16::from_be_bytes([word[0], word[1]])))
@@ -24,38 +23,48 @@ fn be16(bytes: &[u8], offset: usize) -> usize {
 /// The one's complement sum of a header.
 fn header_sum(header: &[u8]) -> u32 {
     let sum = header.chunks(2).map(|word| u32::from(u16::from_be_bytes([word[0], word[1]]))).sum::<u32>();
+    let sum = (sum & 0xffff) + (sum >> 16);
     (sum & 0xffff) + (sum >> 16)
 }
 
 /// Puts the right checksum into the IP header of a frame, as far as there is one.
 fn mend(frame: &mut [u8]) {
+    const IPV4: usize = Family::Four.header();
+    if Family::of(frame) != Some(Family::Four) {
+        return;
+    }
     let Some(first) = frame.get(ETHERNET) else { return };
     let end = ETHERNET + 4 * usize::from(first & 0xf);
     let Some(header) = frame.get_mut(ETHERNET..end).filter(|header| header.len() >= IPV4) else { return };
     header[10..12].fill(0);
-    let mut sum = header_sum(header);
-    sum = (sum & 0xffff) + (sum >> 16);
-    header[10..12].copy_from_slice(&(!(sum as u16)).to_be_bytes());
+    let sum = header_sum(header) as u16;
+    header[10..12].copy_from_slice(&(!sum).to_be_bytes());
 }
 
 /// Whether a director may forward a frame at all: written from the RFCs, not from the code under test.
 fn is_sound(frame: &[u8]) -> bool {
-    if frame.len() < ETHERNET + IPV4 || be16(frame, 12) != 0x0800 || frame[0] & 1 != 0 {
+    let Some(family) = Family::of(frame) else { return false };
+    if frame.len() < ETHERNET + family.header() || frame[0] & 1 != 0 {
         return false;
     }
     let ip = &frame[ETHERNET..];
-    let (header, total) = (4 * usize::from(ip[0] & 0xf), be16(ip, 2));
-    if ip[0] >> 4 != 4 || header < IPV4 || header > total || total > ip.len() || be16(ip, 6) & 0x3fff != 0 {
+    let (version, header, total, protocol) = match family {
+        Family::Four => (4, 4 * usize::from(ip[0] & 0xf), be16(ip, 2), ip[9]),
+        Family::Six => (6, family.header(), family.header() + be16(ip, 4), ip[6]),
+    };
+    if ip[0] >> 4 != version || header < family.header() || header > total || total > ip.len() {
         return false;
     }
-    let sum = header_sum(&ip[..header]);
-    let least = match ip[9] {
+    if family == Family::Four && (be16(ip, 6) & 0x3fff != 0 || header_sum(&ip[..header]) != 0xffff) {
+        return false;
+    }
+    let least = match protocol {
         TCP => 20,
         UDP => 8,
-        ICMP => 8 + IPV4 + 8,
+        other if other == family.icmp() => 8 + family.header() + 8,
         _ => return false,
     };
-    (sum & 0xffff) + (sum >> 16) == 0xffff && total - header >= least
+    total - header >= least
 }
 
 /// Whether what became of a frame may become of it.
@@ -81,8 +90,7 @@ fn check(frame: &[u8], outcome: &Outcome, counts: &Counts) -> Result<(), String>
 
 fn has_right_checksum(frame: &[u8]) -> bool {
     let header = 4 * usize::from(frame[ETHERNET] & 0xf);
-    let sum = header_sum(&frame[ETHERNET..ETHERNET + header]);
-    (sum & 0xffff) + (sum >> 16) == 0xffff
+    Family::of(frame) == Some(Family::Six) || header_sum(&frame[ETHERNET..ETHERNET + header]) == 0xffff
 }
 
 /// Lets a frame arrive, and checks what becomes of it.
@@ -98,17 +106,18 @@ fn arrive(executor: &mut impl Executor, wire: Wire, frame: &[u8]) -> (Outcome, C
 
 /// The reason for which a frame stops that ends after `len` bytes of the whole `frame`; `None` when only padding is gone.
 fn reason_for_cut(frame: &[u8], len: usize) -> Option<Reason> {
-    if len < ETHERNET || be16(frame, 12) != 0x0800 {
-        return Some(Reason::NotIp);
-    }
+    let Some(family) = Family::of(frame).filter(|_| len >= ETHERNET) else { return Some(Reason::NotIp) };
     if frame[0] & 1 != 0 {
         return Some(Reason::NotUnicast);
     }
-    let header = 4 * usize::from(frame[ETHERNET] & 0xf);
-    if len < ETHERNET + header.max(IPV4) {
+    let (header, total) = match family {
+        Family::Four => (4 * usize::from(frame[ETHERNET] & 0xf), be16(frame, ETHERNET + 2)),
+        Family::Six => (family.header(), family.header() + be16(frame, ETHERNET + 4)),
+    };
+    if len < ETHERNET + header.max(family.header()) {
         return Some(Reason::IpTruncated);
     }
-    (len < ETHERNET + be16(frame, ETHERNET + 2)).then_some(Reason::IpTotalLength)
+    (len < ETHERNET + total).then_some(Reason::IpTotalLength)
 }
 
 /// Every frame of every case, cut at every offset, right before the whole frame arrives.
@@ -152,18 +161,20 @@ const FROM_CLIENT: ([u8; 6], [u8; 6]) = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSID
 const REQUEST: Frame = Frame::new(FROM_CLIENT, (cast::CLIENT, 40_000), (cast::VIP, 80));
 const ELSEWHERE: Frame = Frame::new(FROM_CLIENT, (cast::CLIENT, 40_000), (cast::DIRECTOR_OUTSIDE, 80));
 
-/// A director with a service by every method, and a connection to each.
+/// A director with a service by every method over both families, and a connection to each.
 fn busy(executor: &mut impl Executor) {
     executor.reset();
-    for (port, method) in (80..).zip(Method::ALL) {
+    for (family, (port, method)) in
+        Family::ALL.into_iter().flat_map(|family| (80..).zip(Method::ALL).map(move |service| (family, service)))
+    {
         for protocol in [Transport::Tcp, Transport::Udp] {
-            let key = service(protocol, port);
+            let key = family.service(protocol, port);
             executor.change(&|change| {
                 change.add_service(key, scheduled(lb_common::proto::Scheduler::Rr)).expect("new");
-                change.add_dest(key, at(0, port), dest(*method, 1)).expect("new");
+                change.add_dest(key, family.at(0, port), dest(*method, 1)).expect("new");
             });
         }
-        let request = Frame { to: (cast::VIP, port), ..REQUEST };
+        let request = Frame { family, to: (cast::VIP, port), ..REQUEST };
         for frame in [request.tcp("S", b""), request.udp(b"x")] {
             let (outcome, _) = arrive(executor, Wire::Outside, &frame);
             assert!(matches!(outcome.verdict, Verdict::Redirect(_)));
@@ -190,7 +201,7 @@ fn set16(frame: &mut [u8], offset: usize, value: u16) {
     frame[offset..offset + 2].copy_from_slice(&value.to_be_bytes());
 }
 
-fn lies() -> Vec<Lie> {
+fn lies4() -> Vec<Lie> {
     let mut lies = Vec::new();
     for (service, frame) in [
         (true, REQUEST.tcp("A", b"sixteen bytes ..")),
@@ -245,14 +256,54 @@ fn lies() -> Vec<Lie> {
     }
     // ICMP: too short for a header, and an error that quotes less than a header.
     for len in 0..28 {
-        lies.push(lie(&REQUEST.packet(ICMP, &[3; 28][..len]), |_| (), Reason::Icmp));
+        lies.push(lie(&REQUEST.packet(Family::Four.icmp(), &[3; 28][..len]), |_| (), Reason::Icmp));
+    }
+    lies
+}
+
+fn lies6() -> Vec<Lie> {
+    let family = Family::Six;
+    let mut lies = Vec::new();
+    for (service, request) in [(true, REQUEST), (false, ELSEWHERE)] {
+        let request = Frame { family, ..request };
+        for frame in [request.tcp("A", b"sixteen bytes .."), request.udp(b"sixteen bytes ..")] {
+            let (first, payload) = (ETHERNET, ETHERNET + 4);
+            let len = (frame.len() - ETHERNET - family.header()) as u16;
+            let truncated = if service { Reason::TransportTruncated } else { Reason::NotService };
+            let least = if frame[ETHERNET + 6] == TCP { 20 } else { 8 };
+            for version in (0..16).filter(|version| *version != 6) {
+                lies.push(lie(&frame, |frame| frame[first] = version << 4, Reason::IpVersion));
+            }
+            for said in [len + 1, len + 2, 1500, 0x7fff, 0x8000, 0xffff] {
+                lies.push(lie(&frame, |frame| set16(frame, payload, said), Reason::IpTotalLength));
+            }
+            // None at all is what a jumbogram says, whose length is in an option.
+            for said in 0..least {
+                lies.push(lie(&frame, |frame| set16(frame, payload, said), truncated));
+            }
+            if service {
+                // What is behind the end that the header says is a trailer. It is forwarded with the packet.
+                for said in least..len {
+                    lies.push(lie(&frame, |frame| set16(frame, payload, said), None));
+                }
+                // Lengths of the transport header are the server's business, as for ip_vs.
+                for value in [0, 4, 8, 15] {
+                    let offset = ETHERNET + family.header() + if least == 20 { 12 } else { 4 };
+                    lies.push(lie(&frame, |frame| frame[offset] = value << 4, None));
+                }
+            }
+        }
+    }
+    // ICMP: too short for a header, and an error that quotes less than a header.
+    for len in 0..48 {
+        lies.push(lie(&Frame { family, ..REQUEST }.packet(family.icmp(), &[1; 48][..len]), |_| (), Reason::Icmp));
     }
     lies
 }
 
 fn tell_lies(executor: &mut impl Executor) {
     busy(executor);
-    for Lie { frame, reason } in lies() {
+    for Lie { frame, reason } in lies4().into_iter().chain(lies6()) {
         let (outcome, mut counts) = arrive(executor, Wire::Outside, &frame);
         counts.dests.clear();
         match reason {

@@ -2,8 +2,8 @@
 //! addresses and ports.
 
 use lb_common::{
-    addr::{Ip4, Port},
-    flow::{Entry as _, Entry4, Key as _, Key4, PAIRS, Place},
+    addr::{Ip4, Ip6, Port},
+    flow::{Entry, Entry4, Entry6, Key as _, PAIRS, Place},
     hash::Seed,
     proto::Protocol,
 };
@@ -15,6 +15,7 @@ const CONNECTIONS: u32 = 65_536;
 const SEEDS: u64 = 16;
 
 const SERVICE: (Ip4, Port) = (Ip4::new([203, 0, 113, 1]), Port::new(443));
+const SERVICE6: (Ip6, Port) = (Ip6::new((0x2001_0db8_00cb_0071u128 << 64 | 1).to_be_bytes()), Port::new(443));
 
 /// Seed number `number`: words that look random (splitmix64).
 fn seed(number: u64) -> Seed {
@@ -27,9 +28,9 @@ fn seed(number: u64) -> Seed {
 }
 
 /// A kind of clients: its name, and address and port of its connection number `number`.
-type Clients = (&'static str, fn(u32) -> (u32, u16));
+type Clients<A> = (&'static str, fn(u32) -> (A, u16));
 
-const CLIENTS: &[Clients] = &[
+const CLIENTS: &[Clients<u32>] = &[
     ("one client, 60,000 ports", |number| (0x0a00_0001, 1_024 + (number % 60_000) as u16)),
     ("one client, even ports", |number| (0x0a00_0001, (2 * (number % 32_768)) as u16)),
     ("sequential addresses", |number| (0x0a00_0000 + number, 40_000)),
@@ -38,6 +39,40 @@ const CLIENTS: &[Clients] = &[
     ("addresses that differ in their middle bits only", |number| (0x0a00_0001 ^ number << 8, 443)),
     ("16 ports each of 4,096 addresses", |number| (0xc0a8_0000 + (number >> 4), 32_768 + (number & 15) as u16)),
     ("addresses and ports that rise together", |number| (0x0a00_0000 + number, number as u16)),
+];
+
+/// An IPv6 address of these two halves: the network and the host in it.
+const fn halves(network: u64, host: u64) -> u128 {
+    (network as u128) << 64 | host as u128
+}
+
+/// The network of the clients that share one.
+const NETWORK: u64 = 0x2001_0db8_0001_0002;
+
+const CLIENTS6: &[Clients<u128>] = &[
+    ("one IPv6 client, 60,000 ports", |number| (halves(NETWORK, 1), 1_024 + (number % 60_000) as u16)),
+    ("one IPv6 client, even ports", |number| (halves(NETWORK, 1), (2 * (number % 32_768)) as u16)),
+    ("sequential hosts of one network", |number| (halves(NETWORK, number.into()), 40_000)),
+    ("hosts with sequential link-layer addresses", |number| {
+        // RFC 4291 appendix A.
+        let (high, low) = (u64::from(number >> 24), u64::from(number & 0xff_ffff));
+        (halves(NETWORK, 0x0200_5eff_fe00_0000 | high << 40 | low), 40_000)
+    }),
+    ("one host each of sequential networks", |number| (halves(NETWORK + u64::from(number), 1), 40_000)),
+    ("one host each of every 256th network", |number| (halves(NETWORK + (u64::from(number) << 8), 1), 40_000)),
+    ("one host each of networks that differ in their high bits only", |number| {
+        (halves(u64::from(number) << 40 | NETWORK & 0xff_ffff_ffff, 1), 40_000)
+    }),
+    ("hosts and networks that rise together", |number| (halves(NETWORK + u64::from(number), number.into()), 40_000)),
+    ("hosts like their networks", |number| {
+        let half = NETWORK ^ u64::from(number) << 16;
+        (halves(half, half), 40_000)
+    }),
+    ("IPv4 addresses in IPv6 ones", |number| (halves(0x0064_ff9b_0000_0000, 0x0a00_0000 + u64::from(number)), 40_000)),
+    ("16 ports each of 4,096 networks", |number| {
+        (halves(NETWORK + u64::from(number >> 4), 1), 32_768 + (number & 15) as u16)
+    }),
+    ("networks and ports that rise together", |number| (halves(NETWORK + u64::from(number), 1), number as u16)),
 ];
 
 /// Pearson's chi-squared statistic of `counts`: by how many standard deviations it is above its mean.
@@ -69,18 +104,14 @@ fn most(items: u32, cells: usize) -> u32 {
     count
 }
 
-#[test]
-fn connections_load_buckets_and_pairs_evenly() {
-    for (name, client) in CLIENTS {
-        let mut keys: Vec<_> = (0..CONNECTIONS).map(client).collect();
-        keys.sort_unstable();
-        keys.dedup();
-        let keys: Vec<_> = keys
-            .into_iter()
-            .map(|(address, port)| {
-                Key4::new(Protocol::Tcp, (Ip4::new(address.to_be_bytes()), Port::new(port)), SERVICE)
-            })
-            .collect();
+/// Looks at the places of the connections of every kind of clients.
+fn look<E: Entry, A: Copy + Ord>(clients: &[Clients<A>], address: fn(A) -> E::Addr, service: (E::Addr, Port)) {
+    for (name, client) in clients {
+        let mut clients: Vec<_> = (0..CONNECTIONS).map(client).collect();
+        clients.sort_unstable();
+        clients.dedup();
+        let key = |(client, port)| E::Key::new(Protocol::Tcp, (address(client), Port::new(port)), service);
+        let keys: Vec<E::Key> = clients.into_iter().map(key).collect();
         for number in 0..SEEDS {
             let seed = seed(number);
             let mut first = vec![0u32; BUCKETS as usize];
@@ -89,7 +120,7 @@ fn connections_load_buckets_and_pairs_evenly() {
             // Of both buckets, 64 groups each: connections that have one in common do not have the other.
             let mut both = vec![0u32; 64 * 64];
             for key in &keys {
-                let place = Place::of(Entry4::hash(key, &seed));
+                let place = Place::of(E::hash(key, &seed));
                 let buckets = (place.first(BUCKETS), place.second(BUCKETS));
                 first[buckets.0 as usize] += 1;
                 second[buckets.1 as usize] += 1;
@@ -107,6 +138,16 @@ fn connections_load_buckets_and_pairs_evenly() {
             }
         }
     }
+}
+
+#[test]
+fn connections_load_buckets_and_pairs_evenly() {
+    look::<Entry4, _>(CLIENTS, |address: u32| Ip4::new(address.to_be_bytes()), SERVICE);
+}
+
+#[test]
+fn connections_over_ipv6_load_buckets_and_pairs_evenly() {
+    look::<Entry6, _>(CLIENTS6, |address: u128| Ip6::new(address.to_be_bytes()), SERVICE6);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use lb_userspace::control::model::Transport;
 use serde_json::Value;
 use xdpvs_tests::{
     cast,
+    family::Family,
     network::{Network, SERVERS, Shape},
     peers::{self, Server},
     program::Director,
@@ -27,17 +28,17 @@ const PORT: u16 = 8080;
 /// The port of masqueraded real servers.
 const MAPPED: u16 = 9090;
 
-fn vip() -> SocketAddr {
-    (cast::VIP, PORT).into()
+const fn vip(family: Family) -> SocketAddr {
+    SocketAddr::new(family.address(cast::VIP), PORT)
 }
 
 /// The option that names a service.
-fn service(transport: Transport) -> String {
+fn service(family: Family, transport: Transport) -> String {
     let option = match transport {
         Transport::Tcp => "-t",
         Transport::Udp => "-u",
     };
-    format!("{option} {}", vip())
+    format!("{option} {}", vip(family))
 }
 
 const fn server_port(method: Method) -> u16 {
@@ -47,8 +48,8 @@ const fn server_port(method: Method) -> u16 {
     }
 }
 
-fn destination(method: Method, index: u8) -> String {
-    format!("{}:{}", cast::server(index), server_port(method))
+fn destination(family: Family, method: Method, index: u8) -> String {
+    family.at(index, server_port(method)).to_string()
 }
 
 const fn option(method: Method) -> &'static str {
@@ -60,27 +61,33 @@ const fn option(method: Method) -> &'static str {
 }
 
 /// Configures a service with all real servers; server 0 is first in turn, for ip_vs puts the newest first.
-fn configure(director: &Director<'_>, transport: Transport, method: Method, scheduler: &str) -> Result<()> {
-    let service = service(transport);
+fn configure(
+    director: &Director<'_>,
+    (family, transport): (Family, Transport),
+    method: Method,
+    scheduler: &str,
+) -> Result<()> {
+    let service = service(family, transport);
     director.say(&format!("service add {service} -s {scheduler}"))?;
     for index in (0..SERVERS).rev() {
-        director.say(&format!("dest add {service} -r {} {}", destination(method, index), option(method)))?;
+        director.say(&format!("dest add {service} -r {} {}", destination(family, method, index), option(method)))?;
     }
     Ok(())
 }
 
 fn start_servers(network: &Network, method: Method) -> Result<Vec<Server>> {
-    let start = |(index, namespace)| {
+    let start = |(index, namespace), family: Family| {
         let address = if method == Method::Masq { cast::server(index) } else { cast::VIP };
-        Server::start(namespace, (address, server_port(method)).into(), index)
+        Server::start(namespace, SocketAddr::new(family.address(address), server_port(method)), index)
     };
-    (0..).zip(&network.servers).map(start).collect()
+    let servers = (0..).zip(&network.servers);
+    servers.flat_map(|server| Family::ALL.map(|family| start(server, family))).collect()
 }
 
-fn ask(transport: Transport, sent: &[u8], wanted: usize) -> Result<u8> {
+fn ask(family: Family, transport: Transport, sent: &[u8], wanted: usize) -> Result<u8> {
     match transport {
-        Transport::Tcp => peers::ask_tcp(vip(), sent, wanted),
-        Transport::Udp => peers::ask_udp(vip(), sent, wanted),
+        Transport::Tcp => peers::ask_tcp(vip(family), sent, wanted),
+        Transport::Udp => peers::ask_udp(vip(family), sent, wanted),
     }
 }
 
@@ -91,13 +98,14 @@ fn of_destinations<'v>(list: &'v Value, field: &'v str) -> impl Iterator<Item = 
 }
 
 /// Sizes of what is sent: nothing, one byte, and as much as there may be.
-fn sizes(transport: Transport, method: Method) -> Vec<usize> {
+fn sizes(family: Family, transport: Transport, method: Method) -> Vec<usize> {
+    let header = family.header();
     match (transport, method) {
         (Transport::Tcp, _) => vec![0, 1, 1000, 100_000, 3 << 20],
-        // The largest datagrams that fit into one packet, of 1,500 bytes or 20 fewer in a tunnel. A request has 8 bytes
+        // The largest datagrams that fit into one packet, of 1,500 bytes or a header less in a tunnel. A request has 8 bytes
         // before what is sent, an answer 9.
-        (Transport::Udp, Method::Tunnel) => vec![0, 1, 1000, 1500 - 20 - 20 - 8 - 9],
-        (Transport::Udp, _) => vec![0, 1, 1000, 1500 - 20 - 8 - 9],
+        (Transport::Udp, Method::Tunnel) => vec![0, 1, 1000, 1500 - 2 * header - 8 - 9],
+        (Transport::Udp, _) => vec![0, 1, 1000, 1500 - header - 8 - 9],
     }
 }
 
@@ -105,14 +113,17 @@ fn every_byte_arrives(shape: Shape, method: Method) -> Result<()> {
     bytes_arrive(shape, method, sizes)
 }
 
-/// Clients send as much as `sizes` says, over TCP and UDP.
-fn bytes_arrive(shape: Shape, method: Method, sizes: impl Fn(Transport, Method) -> Vec<usize>) -> Result<()> {
+/// Clients send as much as `sizes` says, over TCP and UDP, IPv4 and IPv6.
+fn bytes_arrive(shape: Shape, method: Method, sizes: impl Fn(Family, Transport, Method) -> Vec<usize>) -> Result<()> {
     let network = Network::new(shape, method)?;
     let _servers = start_servers(&network, method)?;
-    for transport in [Transport::Tcp, Transport::Udp] {
+    let transports = [Transport::Tcp, Transport::Udp];
+    for (family, transport) in
+        Family::ALL.into_iter().flat_map(|family| transports.map(|transport| (family, transport)))
+    {
         let director = network.start()?;
-        configure(&director, transport, method, "rr")?;
-        let sizes = sizes(transport, method);
+        configure(&director, (family, transport), method, "rr")?;
+        let sizes = sizes(family, transport, method);
         let served = network.client.enter(|| -> Result<Vec<u8>> {
             // Each size as often as there are servers, so that each server gets each size.
             let sizes = sizes.iter().flat_map(|size| [size; SERVERS as usize]);
@@ -120,9 +131,9 @@ fn bytes_arrive(shape: Shape, method: Method, sizes: impl Fn(Transport, Method) 
                 .map(|&size| {
                     let size_of_that = || {
                         let reasons = director.say("stats").unwrap_or_else(|error| format!("{error:#}"));
-                        format!("{transport} of {size} bytes by {method}, {shape:?}\n{reasons}")
+                        format!("{transport} of {size} bytes by {method}, {shape:?}, {family:?}\n{reasons}")
                     };
-                    ask(transport, &peers::pattern(size), size).with_context(size_of_that)
+                    ask(family, transport, &peers::pattern(size), size).with_context(size_of_that)
                 })
                 .collect()
         })??;
@@ -157,10 +168,10 @@ every_byte_arrives! {
     every_byte_arrives_by_tunnel_two_armed: TwoArmed Tunnel;
 }
 
-/// Every method and transport in brief: what is asked of machines on which everything is slow.
+/// Every method, transport and family in brief: what is asked of machines on which everything is slow.
 #[test]
 fn smoke() -> Result<()> {
-    let brief = |_, _| vec![1, 1000];
+    let brief = |_, _, _| vec![1, 1000];
     [Method::Masq, Method::Route, Method::Tunnel]
         .into_iter()
         .try_for_each(|method| bytes_arrive(Shape::OneArmed, method, brief))
@@ -172,12 +183,14 @@ fn the_first_packet_arrives() -> Result<()> {
     for method in [Method::Masq, Method::Route, Method::Tunnel] {
         let network = Network::new(Shape::TwoArmed, method)?;
         let _servers = start_servers(&network, method)?;
-        let director = network.start()?;
-        configure(&director, Transport::Udp, method, "rr")?;
-        network.director.ip("neigh flush all")?;
-        network.client.enter(|| peers::ask_udp(vip(), b"first", 10))??;
-        let unknown = director.ask("stats")?["reasons"]["neighbour-unknown"].as_u64();
-        ensure!(unknown.is_some_and(|unknown| unknown > 0), "{method}: the neighbour was known: {unknown:?}");
+        for family in Family::ALL {
+            let director = network.start()?;
+            configure(&director, (family, Transport::Udp), method, "rr")?;
+            network.director.ip("neigh flush all")?;
+            network.client.enter(|| peers::ask_udp(vip(family), b"first", 10))??;
+            let unknown = director.ask("stats")?["reasons"]["neighbour-unknown"].as_u64();
+            ensure!(unknown.is_some_and(|unknown| unknown > 0), "{family:?}, {method}: the neighbour was known");
+        }
     }
     Ok(())
 }
@@ -187,8 +200,10 @@ fn the_first_packet_arrives() -> Result<()> {
 fn the_host_answers_echo_requests_to_the_service() -> Result<()> {
     let network = Network::new(Shape::OneArmed, Method::Masq)?;
     let director = network.start()?;
-    configure(&director, Transport::Tcp, Method::Masq, "rr")?;
-    network.client.exec(&format!("ping -c 2 -W 5 {}", cast::VIP))?;
+    for family in Family::ALL {
+        configure(&director, (family, Transport::Tcp), Method::Masq, "rr")?;
+        network.client.exec(&format!("ping -c 2 -W 5 {}", family.address(cast::VIP)))?;
+    }
     Ok(())
 }
 
@@ -225,7 +240,7 @@ impl Load {
     fn ask_until_the_end(&self) {
         let bytes = peers::pattern(20_000);
         while !self.end.load(Ordering::Relaxed) {
-            match peers::ask_tcp(vip(), &bytes, bytes.len()) {
+            match peers::ask_tcp(vip(Family::Four), &bytes, bytes.len()) {
                 Ok(number) => self.served.lock().expect("no panic while counting")[usize::from(number)] += 1,
                 Err(error) => self.failures.lock().expect("no panic while counting").push(format!("{error:#}")),
             }
@@ -255,9 +270,9 @@ fn weights_change_under_load() -> Result<()> {
     let network = Network::new(Shape::OneArmed, method)?;
     let _servers = start_servers(&network, method)?;
     let director = network.start()?;
-    configure(&director, Transport::Tcp, method, "wrr")?;
+    configure(&director, (Family::Four, Transport::Tcp), method, "wrr")?;
     let weigh = |index, weight: u32| {
-        let (service, destination) = (service(Transport::Tcp), destination(method, index));
+        let (service, destination) = (service(Family::Four, Transport::Tcp), destination(Family::Four, method, index));
         director.say(&format!("dest edit {service} -r {destination} -m -w {weight}"))
     };
     Load::during(&network, |load| {
@@ -290,24 +305,26 @@ fn a_destination_is_removed_under_load() -> Result<()> {
     let network = Network::new(Shape::OneArmed, method)?;
     let _servers = start_servers(&network, method)?;
     let director = network.start()?;
-    configure(&director, Transport::Tcp, method, "rr")?;
-    let service = service(Transport::Tcp);
-    let weigh = |weight| director.say(&format!("dest edit {service} -r {} -g -w {weight}", destination(method, 0)));
+    configure(&director, (Family::Four, Transport::Tcp), method, "rr")?;
+    let service = service(Family::Four, Transport::Tcp);
+    let weigh = |weight| {
+        director.say(&format!("dest edit {service} -r {} -g -w {weight}", destination(Family::Four, method, 0)))
+    };
     // A connection to server 0, which then gets no others, so that none is caught by its removal.
-    let mut stream = network.client.enter(|| std::net::TcpStream::connect(vip()))??;
+    let mut stream = network.client.enter(|| std::net::TcpStream::connect(vip(Family::Four)))??;
     weigh(0)?;
     let wanted = 5u64;
     stream.write_all(&wanted.to_be_bytes())?;
     let (_, requests) = Load::during(&network, |load| {
         load.wait(10)?;
-        director.say(&format!("dest del {service} -r {}", destination(method, 0)))?;
+        director.say(&format!("dest del {service} -r {}", destination(Family::Four, method, 0)))?;
         stream.write_all(b"nobody gets this yet")?;
         stream.shutdown(std::net::Shutdown::Write)?;
         load.wait(60)?;
         let dropped = director.ask("stats")?["reasons"]["destination-removed"].as_u64();
         ensure!(dropped.is_some_and(|dropped| dropped > 0), "its packets were not dropped: {dropped:?}");
         ensure!(load.served()[0] == 0, "the removed server got {} requests", load.served()[0]);
-        director.say(&format!("dest add {service} -r {} -g -w 1", destination(method, 0)))?;
+        director.say(&format!("dest add {service} -r {} -g -w 1", destination(Family::Four, method, 0)))?;
         load.wait(30)?;
         ensure!(load.served()[0] > 0, "the server came back and got no requests");
         Ok(())
@@ -328,12 +345,12 @@ fn commands_are_killed_under_load() -> Result<()> {
     let network = Network::new(Shape::TwoArmed, method)?;
     let _servers = start_servers(&network, method)?;
     let director = network.start()?;
-    configure(&director, Transport::Tcp, method, "wlc")?;
-    let service = service(Transport::Tcp);
+    configure(&director, (Family::Four, Transport::Tcp), method, "wlc")?;
+    let service = service(Family::Four, Transport::Tcp);
     let mut last = 1;
     Load::during(&network, |load| {
         const ROUNDS: u32 = 60;
-        let destination = destination(method, 0);
+        let destination = destination(Family::Four, method, 0);
         let change = |weight| format!("dest edit {service} -r {destination} -m -w {weight}");
         let begun = Instant::now();
         director.say(&change(last))?;
@@ -367,8 +384,8 @@ fn programs_are_replaced_under_load() -> Result<()> {
     let network = Network::new(Shape::TwoArmed, method)?;
     let _servers = start_servers(&network, method)?;
     let director = network.start()?;
-    configure(&director, Transport::Tcp, method, "rr")?;
-    configure(&director, Transport::Udp, method, "rr")?;
+    configure(&director, (Family::Four, Transport::Tcp), method, "rr")?;
+    configure(&director, (Family::Four, Transport::Udp), method, "rr")?;
     let up = [&["up"], network.interfaces()].concat();
     let program = || -> Result<u64> {
         let links = network.director.ip("-details -json link show eth0")?;
@@ -377,7 +394,7 @@ fn programs_are_replaced_under_load() -> Result<()> {
     };
     let before = program()?;
     // One datagram at a time, on one connection: if any is lost, no answer comes to it.
-    let socket = network.client.enter(|| peers::udp_socket(vip()))??;
+    let socket = network.client.enter(|| peers::udp_socket(vip(Family::Four)))??;
     let server = peers::ask_by(&socket, b"before", 1)?;
     let end = AtomicBool::new(false);
     let exchange = || -> Result<u32> {
@@ -414,17 +431,24 @@ fn connections_age_without_a_process() -> Result<()> {
     let network = Network::new(Shape::OneArmed, method)?;
     let _servers = start_servers(&network, method)?;
     let director = network.start()?;
-    configure(&director, Transport::Udp, method, "rr")?;
+    for family in Family::ALL {
+        configure(&director, (family, Transport::Udp), method, "rr")?;
+    }
     director.say("timeout set 0 0 6")?;
-    network.client.enter(|| (0..12).try_for_each(|_| peers::ask_udp(vip(), b"hello", 5).map(drop)))??;
-    let inactive = |list: &Value| of_destinations(list, "inactive").sum::<u64>();
-    ensure!(inactive(&director.ask("list")?) == 12, "{}", director.ask("list")?);
+    let ask = |family| peers::ask_udp(vip(family), b"hello", 5).map(drop);
+    network.client.enter(|| (0..12).try_for_each(|_| Family::ALL.into_iter().try_for_each(ask)))??;
+    let inactive = |list: &Value| {
+        let services = list["services"].as_array().into_iter().flatten();
+        let destinations = services.flat_map(|service| service["destinations"].as_array().into_iter().flatten());
+        destinations.map(|destination| destination["inactive"].as_u64().unwrap_or(u64::MAX)).sum::<u64>()
+    };
+    ensure!(inactive(&director.ask("list")?) == 24, "{}", director.ask("list")?);
     let begun = Instant::now();
     while inactive(&director.ask("list")?) > 0 {
         ensure!(begun.elapsed() < Duration::from_secs(30), "connections did not end: {}", director.ask("conn list")?);
         thread::sleep(Duration::from_millis(200));
     }
     let status = director.ask("status")?;
-    ensure!(status["ageing"]["ended"].as_u64() == Some(12), "{status}");
+    ensure!(status["ageing"]["ended"].as_u64() == Some(24), "{status}");
     Ok(())
 }

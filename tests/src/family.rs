@@ -79,6 +79,14 @@ impl Family {
         Self::ALL.into_iter().find(|family| family.ether_type().0.to_be_bytes() == ether_type)
     }
 
+    /// What the kernel's settings call it.
+    pub const fn sysctl(self) -> &'static str {
+        match self {
+            Self::Four => "ipv4",
+            Self::Six => "ipv6",
+        }
+    }
+
     /// The type of frames that carry its packets.
     pub const fn ether_type(self) -> EtherType {
         match self {

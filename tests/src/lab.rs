@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    net::Ipv4Addr,
     path::PathBuf,
     process::Command,
     sync::{
@@ -19,7 +20,7 @@ use aya::{
 use lb_userspace::datapath::place::{Place, remove_tree};
 use nix::sched::{CloneFlags, setns};
 
-use crate::bulk;
+use crate::{bulk, family::Family};
 
 /// Where `ip netns` keeps its namespaces.
 const NAMESPACES: &str = "/run/netns";
@@ -88,6 +89,24 @@ impl NetNs {
         let mut arguments = vec!["-n", &self.name];
         arguments.extend(words.split_whitespace());
         run("ip", &arguments)
+    }
+
+    /// Gives an interface the addresses that `address` stands for in each family, of the networks of its first `octets`; the
+    /// addresses alone, if these are four.
+    ///
+    /// # Errors
+    ///
+    /// When the kernel refuses.
+    pub fn give(&self, interface: &str, address: Ipv4Addr, octets: usize) -> Result<()> {
+        Family::ALL.into_iter().try_for_each(|family| {
+            let (length, flags) = match family {
+                Family::Four => (8 * octets, ""),
+                // Nobody else has the address, and until that were found out it could not be sent from.
+                Family::Six => (if octets < 4 { 8 * (octets + 1) } else { 128 }, "nodad"),
+            };
+            let address = family.address(address);
+            self.ip(&format!("address add {address}/{length} dev {interface} {flags}")).map(drop)
+        })
     }
 
     /// A command that runs in the namespace. Only its network is the namespace's; it sees the file systems of this

@@ -10,13 +10,18 @@
 //!                                   +------------------ 10.2.0.254 --------------------+
 //! ```
 //!
+//! Each of these addresses stands for one of IPv6 too, see [`crate::family`].
+//!
 //! The way from the router to the switch is for the replies of DR and tunnel servers, which do not pass the director.
+
+use std::net::Ipv4Addr;
 
 use anyhow::Result;
 use lb_common::proto::Method;
 
 use crate::{
     cast,
+    family::Family,
     lab::{self, End, NetNs, Passing},
     program::{self, Director},
 };
@@ -63,8 +68,17 @@ const fn mac(number: u8) -> [u8; 6] {
     [2, 0, 0, 0, 0xff, number]
 }
 
-fn end<'n>(namespace: &'n NetNs, name: &'n str, mac: [u8; 6], address: &'n str) -> End<'n> {
-    End { namespace, name, mac, address: Some(address) }
+/// The router's addresses: towards the client, the director, and the real servers.
+const ROUTER: [Ipv4Addr; 3] = [Ipv4Addr::new(10, 1, 0, 254), cast::CLIENT_GATEWAY, Ipv4Addr::new(10, 2, 0, 254)];
+
+const fn end<'n>(namespace: &'n NetNs, name: &'n str, mac: [u8; 6]) -> End<'n> {
+    End { namespace, name, mac, address: None }
+}
+
+/// Sends what is for no network of a host's own to `gateway`.
+fn route(host: &NetNs, gateway: Ipv4Addr) -> Result<()> {
+    let route = |family: Family| host.ip(&format!("route add default via {}", family.address(gateway))).map(drop);
+    Family::ALL.into_iter().try_for_each(route)
 }
 
 /// Lays a cable from an interface to the switch. Returns the name of its port there.
@@ -98,11 +112,11 @@ impl Network {
         network.switch.ip("link add hub type bridge")?;
         network.switch.ip("link set hub up")?;
         network.connect_director()?;
-        network.director.ip(&format!("address add {}/32 dev lo", cast::VIP))?;
+        network.director.give("lo", cast::VIP, 4)?;
         for (index, server) in (0..).zip(&network.servers) {
-            let address = format!("{}/24", cast::server(index));
-            plug(&network.switch, end(server, "eth0", cast::server_mac(index), &address))?;
-            network.set_up_server(server, method)?;
+            plug(&network.switch, end(server, "eth0", cast::server_mac(index)))?;
+            server.give("eth0", cast::server(index), 3)?;
+            Family::ALL.into_iter().try_for_each(|family| network.set_up_server(server, family, method))?;
         }
         Ok(network)
     }
@@ -124,43 +138,52 @@ impl Network {
     fn connect_director(&mut self) -> Result<()> {
         let (client, director, switch) = (&self.client, &self.director, &self.switch);
         let Some(router) = &self.router else {
-            plug(switch, end(client, "eth0", cast::CLIENT_MAC, "10.0.0.2/24"))?;
-            let port = plug(switch, end(director, "eth0", cast::DIRECTOR_OUTSIDE_MAC, "10.0.0.1/24"))?;
+            plug(switch, end(client, "eth0", cast::CLIENT_MAC))?;
+            client.give("eth0", cast::CLIENT_GATEWAY, 3)?;
+            let port = plug(switch, end(director, "eth0", cast::DIRECTOR_OUTSIDE_MAC))?;
             self.passing.attach(switch, &port)?;
-            director.ip("address add 10.2.0.1/24 dev eth0")?;
-            client.ip("route add default via 10.0.0.1")?;
-            return Ok(());
+            director.give("eth0", cast::DIRECTOR_OUTSIDE, 3)?;
+            director.give("eth0", cast::DIRECTOR_INSIDE, 3)?;
+            return route(client, cast::DIRECTOR_OUTSIDE);
         };
-        router.sysctl("net.ipv4.ip_forward", "1")?;
-        lab::cable(end(client, "eth0", mac(0), "10.1.0.1/24"), end(router, "eth0", mac(1), "10.1.0.254/24"))?;
-        lab::cable(
-            end(router, "eth1", cast::CLIENT_MAC, "10.0.0.2/24"),
-            end(director, "eth0", cast::DIRECTOR_OUTSIDE_MAC, "10.0.0.1/24"),
-        )?;
+        for family in Family::ALL {
+            router.sysctl(&format!("net.{}.conf.all.forwarding", family.sysctl()), "1")?;
+        }
+        lab::cable(end(client, "eth0", mac(0)), end(router, "eth0", mac(1)))?;
+        lab::cable(end(router, "eth1", cast::CLIENT_MAC), end(director, "eth0", cast::DIRECTOR_OUTSIDE_MAC))?;
         self.passing.attach(router, "eth1")?;
-        let port = plug(switch, end(director, "eth1", cast::DIRECTOR_INSIDE_MAC, "10.2.0.1/24"))?;
+        let port = plug(switch, end(director, "eth1", cast::DIRECTOR_INSIDE_MAC))?;
         self.passing.attach(switch, &port)?;
-        plug(switch, end(router, "eth2", mac(2), "10.2.0.254/24"))?;
-        client.ip("route add default via 10.1.0.254")?;
-        director.ip("route add default via 10.0.0.2")?;
-        router.ip(&format!("route add {} via 10.0.0.1", cast::VIP))?;
+        plug(switch, end(router, "eth2", mac(2)))?;
+        for (interface, address) in ["eth0", "eth1", "eth2"].into_iter().zip(ROUTER) {
+            router.give(interface, address, 3)?;
+        }
+        client.give("eth0", cast::CLIENT, 3)?;
+        director.give("eth0", cast::DIRECTOR_OUTSIDE, 3)?;
+        director.give("eth1", cast::DIRECTOR_INSIDE, 3)?;
+        route(client, ROUTER[0])?;
+        route(director, ROUTER[1])?;
+        for family in Family::ALL {
+            let [vip, director] = [cast::VIP, cast::DIRECTOR_OUTSIDE].map(|address| family.address(address));
+            router.ip(&format!("route add {vip} via {director}"))?;
+        }
         Ok(())
     }
 
-    fn set_up_server(&self, server: &NetNs, method: Method) -> Result<()> {
+    fn set_up_server(&self, server: &NetNs, family: Family, method: Method) -> Result<()> {
+        let route = |address| server.ip(&format!("route add default via {}", family.address(address)));
         let role = match method {
             Method::Masq => {
-                server.ip("route add default via 10.2.0.1")?;
-                return Ok(());
+                return route(cast::DIRECTOR_INSIDE).map(drop);
             }
             Method::Route => "dr",
             Method::Tunnel => "tun",
         };
         match self.shape {
-            Shape::OneArmed => server.ip("route add 10.0.0.0/24 dev eth0")?,
-            Shape::TwoArmed => server.ip("route add default via 10.2.0.254")?,
+            Shape::OneArmed => server.ip(&format!("route add {} dev eth0", family.network(cast::CLIENT_GATEWAY, 3)))?,
+            Shape::TwoArmed => route(ROUTER[2])?,
         };
-        let vip = cast::VIP.to_string();
+        let vip = family.address(cast::VIP).to_string();
         let words = ["realserver", "up", "eth0", "--vip", &vip, "--method", role];
         program::output(&mut program::command(server, &program::path()?, &words))?;
         Ok(())
@@ -169,11 +192,11 @@ impl Network {
 
 impl Drop for Network {
     fn drop(&mut self) {
-        let vip = cast::VIP.to_string();
-        for server in &self.servers {
+        let vips = Family::ALL.map(|family| family.address(cast::VIP).to_string());
+        for (server, vip) in self.servers.iter().flat_map(|server| vips.iter().map(move |vip| (server, vip))) {
             // A masqueraded server has nothing to take down. What cannot be taken down is gone with the namespace.
             if let Ok(path) = program::path() {
-                let _ = program::command(server, &path, &["realserver", "down", "eth0", "--vip", &vip]).output();
+                let _ = program::command(server, &path, &["realserver", "down", "eth0", "--vip", vip]).output();
             }
         }
     }

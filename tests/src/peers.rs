@@ -7,7 +7,7 @@
 use std::{
     hash::{DefaultHasher, Hasher as _},
     io::{ErrorKind, Read as _, Write as _},
-    net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -162,7 +162,8 @@ pub fn ask_udp(service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
 ///
 /// When there is none to be had.
 pub fn udp_socket(service: SocketAddr) -> Result<UdpSocket> {
-    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let any: IpAddr = if service.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
     socket.connect(service)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)

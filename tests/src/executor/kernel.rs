@@ -216,20 +216,15 @@ fn build(namespace: &NetNs) -> Result<()> {
     let end = |name, mac| End { namespace, name, mac, address: None };
     cable(end("outside", cast::DIRECTOR_OUTSIDE_MAC), end("clients", [2, 0, 0, 0, 1, 0]))?;
     cable(end("inside", cast::DIRECTOR_INSIDE_MAC), end("servers", [2, 0, 0, 0, 1, 1]))?;
+    namespace.give("outside", cast::DIRECTOR_OUTSIDE, 3)?;
+    namespace.give("inside", cast::DIRECTOR_INSIDE, 3)?;
+    namespace.give("lo", cast::server(special::LOCAL), 4)?;
     Family::ALL.into_iter().try_for_each(|family| build_family(namespace, family))
 }
 
 fn build_family(namespace: &NetNs, family: Family) -> Result<()> {
     let address = |address| family.address(address);
-    let (number, length, flags) = match family {
-        Family::Four => (4, 24, ""),
-        // Nobody else has the addresses, and until that were found out none could be sent from.
-        Family::Six => (6, 32, "nodad"),
-    };
-    namespace.sysctl(&format!("net.ipv{number}.conf.lo.forwarding"), "1")?;
-    for (own, wire) in [(cast::DIRECTOR_OUTSIDE, "outside"), (cast::DIRECTOR_INSIDE, "inside")] {
-        namespace.ip(&format!("address add {}/{length} dev {wire} {flags}", address(own)))?;
-    }
+    namespace.sysctl(&format!("net.{}.conf.lo.forwarding", family.sysctl()), "1")?;
     let neighbour = |address, mac, wire| {
         namespace.ip(&format!("neigh add {address} lladdr {} dev {wire} nud permanent", lab::mac(mac)))
     };
@@ -242,9 +237,8 @@ fn build_family(namespace: &NetNs, family: Family) -> Result<()> {
         let server = address(cast::server(index));
         let mac = cast::server_mac(index);
         match index {
-            special::UNRESOLVED => {}
+            special::UNRESOLVED | special::LOCAL => {}
             special::UNREACHABLE => drop(namespace.ip(&format!("route add unreachable {server}"))?),
-            special::LOCAL => drop(namespace.ip(&format!("address add {server} dev lo {flags}"))?),
             special::ONE_ARMED => {
                 namespace.ip(&format!("route add {server} dev outside"))?;
                 neighbour(server, mac, "outside")?;
@@ -318,8 +312,8 @@ impl Executor for Kernel<'_> {
         }
         self.forwarding = on;
         let value = if on { "1" } else { "0" };
-        for number in [4, 6] {
-            let name = format!("net.ipv{number}.conf.lo.forwarding");
+        for family in Family::ALL {
+            let name = format!("net.{}.conf.lo.forwarding", family.sysctl());
             self.namespace.sysctl(&name, value).expect("a setting of every kernel");
         }
     }

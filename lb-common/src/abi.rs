@@ -21,6 +21,7 @@ use crate::{
     addr::{Address, Ip4, Ip6, Port},
     hash::{Seed, scale},
     jiffies::Jiffies,
+    overload::Thresholds,
     proto::Protocol,
     sync::{Shared32, Shared64, opaque},
 };
@@ -299,6 +300,12 @@ impl Dest {
         self.state.load() == slot::USED
     }
 
+    /// How many connections it is to have.
+    #[inline(always)]
+    pub fn thresholds(&self) -> Thresholds {
+        Thresholds { upper: self.upper.load(), lower: self.lower.load() }
+    }
+
     /// The address.
     #[inline(always)]
     pub fn addr<A: Address>(&self) -> A {
@@ -412,7 +419,35 @@ pub struct DestLoad {
     pub connections: Shared64,
     /// What was last said of the way to the destination: see [`PathMtu`].
     pub path_mtu: Shared64,
-    reserved: [u64; 6],
+    /// 1 when its thresholds made the destination overloaded; see [`DestLoad::is_overloaded`].
+    pub overloaded: Shared32,
+    reserved: [u32; 11],
+}
+
+impl DestLoad {
+    /// Whether a destination with these thresholds takes no new connections.
+    ///
+    /// What is noted is believed between the thresholds only, so that nothing comes of it when two CPUs have noted what they
+    /// saw in the wrong order.
+    #[inline(always)]
+    pub fn is_overloaded(&self, thresholds: Thresholds) -> bool {
+        thresholds.overloaded(active_and_total(self.connections.load()).1, self.overloaded.load() != 0)
+    }
+
+    /// Notes whether a destination with these thresholds is overloaded, whose connections were `before` and have become
+    /// `after`.
+    #[inline(always)]
+    pub fn note(&self, thresholds: Thresholds, before: u64, after: u64) {
+        if thresholds.upper == 0 {
+            return;
+        }
+        let noted = self.overloaded.load() != 0;
+        let was = thresholds.overloaded(active_and_total(before).1, noted);
+        let is = thresholds.overloaded(active_and_total(after).1, was);
+        if is != noted {
+            self.overloaded.store(is.into());
+        }
+    }
 }
 
 /// The largest packet that gets to a destination, as an ICMP error about the tunnel to it has said: in bytes in bits 0-15,

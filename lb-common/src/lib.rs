@@ -23,6 +23,7 @@ pub mod hash;
 #[cfg(all(feature = "interleave", not(target_arch = "bpf")))]
 pub mod interleave;
 pub mod jiffies;
+pub mod overload;
 pub mod proto;
 pub mod reason;
 pub mod sched;

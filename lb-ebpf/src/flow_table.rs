@@ -229,10 +229,7 @@ pub fn release<E: Entry>(tables: &impl Tables, entry: &E, word: Word, dest: u32)
 /// Takes an ended connection off its destination's counters.
 #[inline(always)]
 fn settle(tables: &impl Tables, word: Word, dest: u32) {
-    let share = share(word);
-    if let Some(load) = tables.dest_load(dest) {
-        load.connections.fetch_add(share.wrapping_neg());
-    }
+    tables.add_connections(dest, share(word).wrapping_neg());
 }
 
 /// What a connection adds to its destination's counters.
@@ -306,9 +303,7 @@ fn publish<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, claim: Cl
         give_up(entry, busy);
         return Inserted::Contended;
     }
-    if let Some(load) = tables.dest_load(insert.dest) {
-        load.connections.fetch_add(share(live));
-    }
+    tables.add_connections(insert.dest, share(live));
     Inserted::New
 }
 

@@ -35,6 +35,7 @@ pub mod icmp;
 #[expect(unsafe_code, reason = "packet memory and helper calls of the kernel")]
 pub mod kernel;
 pub mod nat;
+pub mod overload;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;

@@ -1,7 +1,7 @@
 //! Choosing the destination of a new connection: ip_vs's schedulers (`docs/ipvs.md`, section 3).
 
 use lb_common::{
-    abi::{View, active_and_total, cursor},
+    abi::{Dest, View, active_and_total, cursor, slot},
     addr::Address as _,
     flow::Key,
     hash::mix,
@@ -13,6 +13,7 @@ use lb_common::{
 
 use crate::{
     env::{Env, Scan},
+    overload,
     tables::Tables,
 };
 
@@ -64,55 +65,95 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -
     let view = tables.view(number).ok_or(Reason::Impossible)?;
     let version = view.version.load();
     let scheduler = Scheduler::try_from(view.scheduler.load() as u8).map_err(|_| Reason::Impossible)?;
-    let dest = match scheduler {
-        Scheduler::Rr => ring(tables, env, number, view, view.list.load(), view.list_len.load()),
-        Scheduler::Wrr => ring(tables, env, number, view, view.ring.load(), view.ring_len.load()),
-        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(parties.service())),
-        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, parties),
+    let choice = match scheduler {
+        Scheduler::Rr | Scheduler::Wrr => ring(tables, env, view, number),
+        Scheduler::Dh => Choice::of(bucket(tables, view, sched::dh_bucket(parties.service()), Limits::Heeded)),
+        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, client(view, parties), Limits::Heeded),
         Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
-            least_loaded(tables, env, view, Measure::of(scheduler).hidden(tables))
+            least_loaded(tables, env, view)
         }
     };
     if view.version.load() != version {
         return Err(Reason::ConfigurationChanged);
     }
-    dest.ok_or(Reason::NoDestination)
+    choice.dest().ok_or(Reason::NoDestination)
+}
+
+/// The number of the destination that was chosen, plus one; 0 for none.
+///
+/// Verifier: a word, for an unset half of an `Option` is uninitialised memory to it.
+///
+/// The ways of choosing are functions of their own, so that only the stack of one counts.
+#[derive(Clone, Copy)]
+struct Choice(u64);
+
+impl Choice {
+    const NONE: Self = Self(0);
+
+    #[inline(always)]
+    fn of(dest: Option<u32>) -> Self {
+        dest.map_or(Self::NONE, |dest| Self(u64::from(dest) + 1))
+    }
+
+    #[inline(always)]
+    fn dest(self) -> Option<u32> {
+        (self.0 as u32).checked_sub(1)
+    }
+}
+
+/// Whether the thresholds of destinations count.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Limits {
+    Heeded,
+    Ignored,
+}
+
+/// Whether new connections may go to destination number `number`, which is `dest`.
+#[inline(always)]
+fn is_usable(tables: &impl Tables, number: u32, dest: &Dest, limits: Limits) -> bool {
+    dest.usable() && (limits == Limits::Ignored || overload::is_overloaded(tables, number, dest) == 0)
 }
 
 /// The destination in slot `index`, if it is usable.
 #[inline(always)]
-fn usable_at(tables: &impl Tables, index: u32) -> Option<u32> {
-    let dest = tables.slot(index)?.dest();
-    tables.dest(dest)?.usable().then_some(dest)
+fn usable_at(tables: &impl Tables, index: u32, limits: Limits) -> Option<u32> {
+    let number = tables.slot(index)?.dest();
+    is_usable(tables, number, tables.dest(number)?, limits).then_some(number)
 }
 
-/// rr and wrr: the next usable entry of a ring, after the one chosen last.
-#[inline(always)]
-fn ring(tables: &impl Tables, env: &impl Env, number: u32, view: &View, start: u32, len: u32) -> Option<u32> {
+/// rr and wrr: the next usable entry of a ring, after the one chosen last. For rr the ring is the list.
+#[inline(never)]
+fn ring(tables: &impl Tables, env: &impl Env, view: &View, number: u32) -> Choice {
+    let Some(cursor) = tables.cursor(number) else { return Choice::NONE };
+    let position = &cursor.position;
+    let (start, len) = if view.scheduler.load() == Scheduler::Rr as u32 {
+        (view.list.load(), view.list_len.load())
+    } else {
+        (view.ring.load(), view.ring_len.load())
+    };
     if len == 0 {
-        return None;
+        return Choice::NONE;
     }
-    let position = &tables.cursor(number)?.position;
     for _ in 0..CURSOR_ATTEMPTS {
         let old = position.load();
         let index = if old & cursor::FRESH != 0 { old & !cursor::FRESH } else { old + 1 };
         let index = if index < len { index } else { 0 };
-        let (index, dest) = match usable_at(tables, start + index) {
+        let (index, dest) = match usable_at(tables, start + index, Limits::Heeded) {
             Some(dest) => (index, dest),
             None => match next_usable(tables, env, start, len, index) {
                 Some(found) => found,
                 None => {
                     exhausted(view, position, old);
-                    return None;
+                    return Choice::NONE;
                 }
             },
         };
         if position.compare_exchange(old, index).is_ok() {
-            return Some(dest);
+            return Choice::of(Some(dest));
         }
     }
     // So many new connections at once that the order between them means nothing.
-    usable_at(tables, start + position.load())
+    Choice::of(usable_at(tables, start + position.load(), Limits::Heeded))
 }
 
 /// Leaves the cursor where ip_vs leaves it when nothing is usable: rr where it was; wrr at the start of the cycle,
@@ -145,7 +186,7 @@ impl<T: Tables> Scan for NextUsable<'_, T> {
         if self.index >= self.len {
             self.index = 0;
         }
-        self.found = usable_at(self.tables, self.start + self.index).map_or(0, |dest| dest + 1);
+        self.found = usable_at(self.tables, self.start + self.index, Limits::Heeded).map_or(0, |dest| dest + 1);
         self.found == 0
     }
 }
@@ -169,6 +210,7 @@ struct Hashed<'t, T> {
     client: u32,
     /// The bucket that the hash names.
     first: u32,
+    limits: Limits,
     /// The destination that was found, plus one.
     found: u32,
 }
@@ -181,84 +223,86 @@ impl<T: Tables> Scan for Hashed<'_, T> {
         } else {
             (2 * self.first + probe) % sched::SH_BUCKETS
         };
-        self.found = bucket(self.tables, self.view, index).map_or(0, |dest| dest + 1);
+        self.found = bucket(self.tables, self.view, index, self.limits).map_or(0, |dest| dest + 1);
         self.found == 0
     }
 }
 
+/// sh and mh: what is hashed of a client.
+#[inline(always)]
+fn client(view: &View, parties: Parties) -> u32 {
+    let port = if view.flags.load() & sched_flag::PORT != 0 { parties.port() } else { 0 };
+    parties.client().wrapping_add(port.into())
+}
+
 /// sh and mh: the destination that the client is hashed to, or with the flag for it, the first usable one of a sequence of
 /// others that the hash begins.
-#[inline(always)]
-fn hashed(tables: &impl Tables, env: &impl Env, view: &View, parties: Parties) -> Option<u32> {
-    let flags = view.flags.load();
-    let port = if flags & sched_flag::PORT != 0 { parties.port() } else { 0 };
-    let client = parties.client().wrapping_add(port.into());
+#[inline(never)]
+fn hashed(tables: &impl Tables, env: &impl Env, view: &View, client: u32, limits: Limits) -> Choice {
     let maglev = view.scheduler.load() == Scheduler::Mh as u32;
     let first = if maglev { sched::mh_slot(client) } else { sched::sh_bucket(client) };
-    let found = bucket(tables, view, first);
-    if found.is_some() || flags & sched_flag::FALLBACK == 0 || view.ring_len.load() == 0 {
-        return found;
+    let found = bucket(tables, view, first, limits);
+    if found.is_some() || view.flags.load() & sched_flag::FALLBACK == 0 || view.ring_len.load() == 0 {
+        return Choice::of(found);
     }
     let maglev = tables.hide(maglev.into());
-    let mut scan = Hashed { tables, view, maglev, client, first, found: 0 };
+    let mut scan = Hashed { tables, view, maglev, client, first, limits, found: 0 };
     env.scan(view.ring_len.load(), &mut scan);
-    scan.found.checked_sub(1)
+    Choice(scan.found.into())
 }
 
 /// sh, dh and mh: the destination of a bucket, if it is usable.
 #[inline(always)]
-fn bucket(tables: &impl Tables, view: &View, bucket: u32) -> Option<u32> {
+fn bucket(tables: &impl Tables, view: &View, bucket: u32, limits: Limits) -> Option<u32> {
     if bucket >= view.ring_len.load() {
         return None;
     }
-    usable_at(tables, view.ring.load() + bucket)
+    usable_at(tables, view.ring.load() + bucket, limits)
 }
 
 /// What a scanning scheduler compares destinations by: the least overhead for its weight is best. A destination with A
 /// active of T connections has the overhead `active * A + total * T + constant`.
 ///
-/// Verifier: numbers instead of choices, so that it follows one loop for all schedulers, and one path in it.
+/// Verifier: numbers instead of choices, so that it follows one loop for all schedulers, and one path in it; and all in one
+/// word, for they would take up a third of the stack.
 #[derive(Clone, Copy)]
-struct Measure {
-    active: u64,
-    total: u64,
-    constant: u64,
-    /// 1 to compare overheads as if all weights were equal.
-    unweighted: u64,
-    /// 1 when a destination without active connections has no overhead.
-    idle: u64,
-    /// 1 when a destination with more active connections than its weight is out of the question.
-    limited: u64,
-}
+struct Measure(u64);
 
 impl Measure {
-    /// The same, unknown to the verifier, which would else follow the scan once for each scheduler.
-    #[inline(always)]
-    fn hidden(self, tables: &impl Tables) -> Self {
-        Self {
-            active: tables.hide(self.active),
-            total: tables.hide(self.total),
-            constant: tables.hide(self.constant),
-            unweighted: tables.hide(self.unweighted),
-            idle: tables.hide(self.idle),
-            limited: tables.hide(self.limited),
-        }
-    }
+    /// Inactive connections count a 256th of active ones, with inactive = T - A: 257 A + (T - A).
+    const LOAD: u64 = 256 | Self::TOTAL;
+    const DELAY: u64 = 1 | Self::CONSTANT;
+    const TOTAL: u64 = 1 << 16;
+    const CONSTANT: u64 = 1 << 17;
+    /// Overheads are compared as if all weights were equal.
+    const UNWEIGHTED: u64 = 1 << 18;
+    /// A destination without active connections has no overhead.
+    const IDLE: u64 = 1 << 19;
+    /// A destination with more active connections than its weight is out of the question.
+    const LIMITED: u64 = 1 << 20;
 
     #[inline(always)]
     const fn of(scheduler: Scheduler) -> Self {
-        // Inactive connections count a 256th of active ones, with inactive = T - A: 257 A + (T - A).
-        const LOAD: Measure = Measure { active: 256, total: 1, constant: 0, unweighted: 0, idle: 0, limited: 0 };
-        const DELAY: Measure = Measure { active: 1, total: 0, constant: 1, unweighted: 0, idle: 0, limited: 0 };
-        const WEIGHT: Measure = Measure { active: 0, total: 0, constant: 1, unweighted: 0, idle: 0, limited: 0 };
-        match scheduler {
-            Scheduler::Lc => Self { unweighted: 1, ..LOAD },
-            Scheduler::Sed => DELAY,
-            Scheduler::Nq => Self { idle: 1, ..DELAY },
-            Scheduler::Fo => WEIGHT,
-            Scheduler::Ovf => Self { limited: 1, ..WEIGHT },
-            _ => LOAD,
-        }
+        Self(match scheduler {
+            Scheduler::Lc => Self::LOAD | Self::UNWEIGHTED,
+            Scheduler::Sed => Self::DELAY,
+            Scheduler::Nq => Self::DELAY | Self::IDLE,
+            Scheduler::Fo => Self::CONSTANT,
+            Scheduler::Ovf => Self::CONSTANT | Self::LIMITED,
+            _ => Self::LOAD,
+        })
+    }
+
+    /// What an active connection counts.
+    #[inline(always)]
+    const fn active(self) -> u64 {
+        self.0 & 0xffff
+    }
+
+    /// 1 when it has all of `property`, which is one bit, else 0.
+    #[inline(always)]
+    const fn has(self, property: u64) -> u64 {
+        self.0 >> property.trailing_zeros() & 1
     }
 }
 
@@ -285,21 +329,24 @@ impl<T: Tables> LeastLoaded<'_, T> {
     fn consider(&mut self, index: u32) -> Option<()> {
         let number = self.tables.slot(self.start + index)?.dest();
         let dest = self.tables.dest(number)?;
-        if !dest.usable() {
-            return None;
-        }
         let weight = u64::from(dest.weight.load());
         let (active, total) = active_and_total(self.tables.dest_load(number)?.connections.load());
         let (active, total) = (u64::from(active), u64::from(total));
-        let measure = &self.measure;
+        let measure = self.measure;
         // One where the first is less than the second, both below 2^63.
         let less = |a: u64, b: u64| opaque(a.wrapping_sub(b)) >> 63;
-        if less(weight, active) & measure.limited != 0 {
+        let unavailable = u64::from(dest.state.load() ^ slot::USED);
+        let overloaded = overload::is_overloaded(self.tables, number, dest);
+        // One branch for all of it.
+        if opaque(less(weight, 1) | unavailable | overloaded | less(weight, active) & measure.has(Measure::LIMITED))
+            != 0
+        {
             return None;
         }
-        let overhead = measure.active * active + measure.total * total + measure.constant;
-        let overhead = overhead * (less(active, 1) & measure.idle ^ 1);
-        let weight = weight * (measure.unweighted ^ 1) + measure.unweighted;
+        let overhead = measure.active() * active + measure.has(Measure::TOTAL) * total + measure.has(Measure::CONSTANT);
+        let overhead = overhead * (less(active, 1) & measure.has(Measure::IDLE) ^ 1);
+        let unweighted = measure.has(Measure::UNWEIGHTED);
+        let weight = weight * (unweighted ^ 1) + unweighted;
         // No division: self.overhead / self.weight > overhead / weight.
         if self.best == 0 || self.overhead * weight > overhead * self.weight {
             self.best = number + 1;
@@ -356,7 +403,7 @@ impl<T: Tables> Bids<'_, T> {
 /// [`lb_common::flow::Entry::common_hash`] is `connection`.
 ///
 /// Schedulers that go by nothing but addresses, ports and weights (sh, dh, mh, fo) choose it themselves; the others go by
-/// what each director counts, so rendezvous hashing chooses for them.
+/// what each director counts, so rendezvous hashing chooses for them. Thresholds are about such a count, and say nothing here.
 ///
 /// # Errors
 ///
@@ -372,43 +419,31 @@ pub fn pick_alike(
     let view = tables.view(view).ok_or(Reason::Impossible)?;
     let version = view.version.load();
     let scheduler = Scheduler::try_from(view.scheduler.load() as u8).map_err(|_| Reason::Impossible)?;
-    let dest = match scheduler {
-        Scheduler::Dh => bucket(tables, view, sched::dh_bucket(parties.service())),
-        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, parties),
+    let choice = match scheduler {
+        Scheduler::Dh => Choice::of(bucket(tables, view, sched::dh_bucket(parties.service()), Limits::Ignored)),
+        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, client(view, parties), Limits::Ignored),
         _ => {
             let start = view.list.load();
             let by_weight = tables.hide((scheduler == Scheduler::Fo).into());
             let bid = Bid::NONE.each(|number| tables.hide(number));
             let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid };
             env.scan(view.list_len.load(), &mut bids);
-            bids.best.checked_sub(1)
+            Choice(bids.best.into())
         }
     };
     if view.version.load() != version {
         return Err(Reason::ConfigurationChanged);
     }
-    dest.ok_or(Reason::NoDestination)
+    choice.dest().ok_or(Reason::NoDestination)
 }
 
-/// Destinations that a scan looks at itself, before it has itself called for each.
-const SHORT_LIST: u32 = 16;
-
 /// The usable destination with the least overhead for its weight; of equals, the first in the list.
-#[inline(always)]
-fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View, measure: Measure) -> Option<u32> {
+#[inline(never)]
+fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View) -> Choice {
+    let Ok(scheduler) = Scheduler::try_from(view.scheduler.load() as u8) else { return Choice::NONE };
+    // Verifier: hidden, or it would follow the scan once for each scheduler.
+    let measure = Measure(tables.hide(Measure::of(scheduler).0));
     let mut scan = LeastLoaded { tables, measure, start: view.list.load(), best: 0, overhead: 0, weight: 0 };
-    let len = view.list_len.load();
-    for index in 0..SHORT_LIST {
-        if index >= len {
-            return scan.best.checked_sub(1);
-        }
-        scan.consider(index);
-        // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
-        scan.best = tables.hide(scan.best.into()) as u32;
-        scan.overhead = tables.hide(scan.overhead);
-        scan.weight = tables.hide(scan.weight);
-    }
-    scan.start += SHORT_LIST;
-    env.scan(len - SHORT_LIST, &mut scan);
-    scan.best.checked_sub(1)
+    env.scan(view.list_len.load(), &mut scan);
+    Choice(scan.best.into())
 }

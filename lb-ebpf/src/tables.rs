@@ -9,7 +9,7 @@ use lb_common::{
     hash::Seed,
 };
 
-use crate::flow_table::Buckets;
+use crate::{flow_table::Buckets, overload};
 
 /// The tables of an instance, as one CPU sees them.
 ///
@@ -40,6 +40,22 @@ pub trait Tables {
     fn adjacency(&self, index: u32) -> Option<&Adjacency>;
     /// What this CPU knows of a next hop towards clients.
     fn adjacency_cpu(&self, index: u32) -> Option<&NextHop>;
+
+    /// 1 when destination number `number`, which has thresholds, takes no new connections, else 0.
+    fn is_overloaded(&self, number: u32) -> u64
+    where
+        Self: Sized,
+    {
+        overload::look_up(self, number).unwrap_or_default()
+    }
+
+    /// Adds `share` to the [`DestLoad::connections`] of destination number `number`, and notes whether it is overloaded now.
+    fn add_connections(&self, number: u32, share: u64)
+    where
+        Self: Sized,
+    {
+        overload::add(self, number, share);
+    }
 
     /// Returns `value` in a way that the kernel's verifier cannot see through. Used where paths meet again that have
     /// taught the verifier different things about a value, so that it follows the rest once and not once for each.

@@ -64,8 +64,6 @@ enum Lacking {
     OnePacket,
     /// `--pe`.
     Engine,
-    /// `-x`, `-y`.
-    Thresholds,
     /// `--tun-type gue` and `gre`.
     TunnelType,
     /// `--rate`.
@@ -124,7 +122,6 @@ impl Missing {
             () if is_mixed(words) => Lacking::MixedFamilies,
             () if has("-o") => Lacking::OnePacket,
             () if has("--pe") => Lacking::Engine,
-            () if has("-x") || has("-y") => Lacking::Thresholds,
             () if matches!(after(words, &["--tun-type"]), Some("gue" | "gre")) => Lacking::TunnelType,
             () if has("--rate") && !has("--stats") => Lacking::Rates,
             () if service.is_some_and(|service| self.services.contains(&service)) => Lacking::MissingService,
@@ -294,12 +291,11 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
             (Lacking::MixedFamilies, 4),
             (Lacking::OnePacket, 3),
             (Lacking::Engine, 4),
-            (Lacking::Thresholds, 1),
             (Lacking::TunnelType, 6),
             (Lacking::Rates, 3),
             (Lacking::MissingService, 1),
         ]
     );
-    assert_eq!(replayed, 121);
+    assert_eq!(replayed, 122);
     Ok(())
 }

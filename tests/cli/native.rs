@@ -33,8 +33,9 @@ fn what_is_configured_is_listed() -> Result<()> {
         "service add -u 10.9.9.9:53",
         "service edit -u 10.9.9.9:53 -s sh -b sh-port,sh-fallback",
         "dest add -u 10.9.9.9:53 -r 10.2.0.13 -i",
-        "dest edit -u 10.9.9.9:53 -r 10.2.0.13 -w 7",
-        "dest add -u 10.9.9.9:53 -r 10.2.0.14",
+        "dest edit -u 10.9.9.9:53 -r 10.2.0.13 -w 7 -x 20 -y 10",
+        "dest edit -u 10.9.9.9:53 -r 10.2.0.13 --u-threshold 30",
+        "dest add -u 10.9.9.9:53 -r 10.2.0.14 -x 5",
         "dest edit -u 10.9.9.9:53 -r 10.2.0.14:53 -m",
         "dest add -u 10.9.9.9:53 -r 10.2.0.11",
         "dest del -u 10.9.9.9:53 -r 10.2.0.11",
@@ -43,7 +44,12 @@ fn what_is_configured_is_listed() -> Result<()> {
     ] {
         assert_eq!(stage.ok(words)?, "", "{words}");
     }
-    let dest = |address: &str, method: &str, weight: u32| json!({"address": address, "method": method, "weight": weight, "active": 0, "inactive": 0});
+    let dest = |address: &str, method: &str, weight: u32, thresholds: [u32; 2]| {
+        json!({
+            "address": address, "method": method, "weight": weight, "active": 0, "inactive": 0,
+            "upper_threshold": thresholds[0], "lower_threshold": thresholds[1], "overloaded": false,
+        })
+    };
     assert_eq!(
         stage.ask("list")?,
         json!({
@@ -52,12 +58,12 @@ fn what_is_configured_is_listed() -> Result<()> {
             "services": [
                 {
                     "protocol": "tcp", "address": "10.9.9.9:80", "scheduler": "rr", "flags": [],
-                    "destinations": [dest("10.2.0.11:8080", "nat", 1), dest("10.2.0.12:80", "dr", 3)],
+                    "destinations": [dest("10.2.0.11:8080", "nat", 1, [0, 0]), dest("10.2.0.12:80", "dr", 3, [0, 0])],
                 },
                 {
                     "protocol": "udp", "address": "10.9.9.9:53", "scheduler": "sh",
                     "flags": ["sh-fallback", "sh-port"],
-                    "destinations": [dest("10.2.0.13:53", "ipip", 7), dest("10.2.0.14:53", "nat", 1)],
+                    "destinations": [dest("10.2.0.13:53", "ipip", 7, [30, 10]), dest("10.2.0.14:53", "nat", 1, [5, 0])],
                 },
             ],
         })
@@ -66,13 +72,13 @@ fn what_is_configured_is_listed() -> Result<()> {
         stage.ok("list")?,
         format!(
             "Instance {} on {WIRE} (native)\n\
-             Service          Scheduler                 Destination     Method  Weight  Active  Inactive\n\
+             Service          Scheduler                 Destination     Method  Weight  Active  Inactive  Limits\n\
              tcp 10.9.9.9:80  rr\n                                           \
                                          10.2.0.11:8080  nat          1       0         0\n                                           \
                                          10.2.0.12:80    dr           3       0         0\n\
              udp 10.9.9.9:53  sh (sh-fallback,sh-port)\n                                           \
-                                         10.2.0.13:53    ipip         7       0         0\n                                           \
-                                         10.2.0.14:53    nat          1       0         0\n",
+                                         10.2.0.13:53    ipip         7       0         0  30 down to 10\n                                           \
+                                         10.2.0.14:53    nat          1       0         0  5\n",
             stage.instance
         )
     );
@@ -216,6 +222,16 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
             "destination 10.2.0.13:81: ipip does not change the port, which is 80 for this service: leave it out",
             1,
         ),
+        refusal(
+            "dest add -t 10.9.9.9:80 -r 10.2.0.13 -x 5 -y 6",
+            "lower threshold 6: use at most the upper one, which is 5",
+            1,
+        ),
+        refusal(
+            "dest edit -t 10.9.9.9:80 -r 10.2.0.12 -y 1",
+            "lower threshold 1: use at most the upper one, which is 0",
+            1,
+        ),
         refusal("dest add -t 10.9.9.9:80 -r 224.0.0.1", "destination 224.0.0.1:80: not the address of one host", 1),
         refusal(
             "dest add -t 10.9.9.9:80 -r 10.2.0.13 --method gre",
@@ -229,7 +245,10 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         ),
         refusal(
             "dest edit -t 10.9.9.9:80 -r 10.2.0.12",
-            &format!("{missing}: <--gatewaying|--masquerading|--ipip|--method <METHOD>|--weight <WEIGHT>>: see `xdpvs --help`"),
+            &format!(
+                "{missing}: <--gatewaying|--masquerading|--ipip|--method <METHOD>|--weight <WEIGHT>|\
+                 --u-threshold <CONNECTIONS>|--l-threshold <CONNECTIONS>>: see `xdpvs --help`"
+            ),
             2,
         ),
         refusal(
@@ -455,7 +474,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
             "-A -t 10.9.9.9:81 -s lblc",
             "scheduler lblc is not supported by xdpvs yet: use one of rr, wrr, wlc, sh, lc, sed, nq, dh, fo, ovf, mh",
         ),
-        ("-a -t 10.9.9.9:80 -r 10.2.0.13 -x 5", "connection thresholds (-x, -y) are not supported by xdpvs yet"),
         (
             "-a -t 10.9.9.9:80 -r 10.2.0.13 -i --tun-type gre",
             "tunnels other than ipip (--tun-type) are not supported by xdpvs yet",

@@ -6,6 +6,7 @@ use lb_common::{
     abi::{DestCpu, active_and_total},
     addr::Ip4,
     hash::Seed,
+    overload::Thresholds,
     proto::{Method, Scheduler},
     reason::Reason,
     timeout,
@@ -235,7 +236,7 @@ pub const fn scheduled(scheduler: Scheduler) -> ServiceSpec {
 
 /// How a destination is set.
 pub const fn dest(method: Method, weight: u32) -> DestSpec {
-    DestSpec { method, weight }
+    DestSpec { method, weight, thresholds: Thresholds { upper: 0, lower: 0 } }
 }
 
 /// Port `port` of real server number `index`.

@@ -5,6 +5,7 @@ use std::net::SocketAddr;
 use clap::Subcommand;
 use lb_common::{
     abi::active_and_total,
+    overload::Thresholds,
     proto::{Method, Scheduler},
 };
 use lb_userspace::{
@@ -25,14 +26,14 @@ use crate::cli::{
     failure::Failure,
     instance::mode_word,
     output::{self, Form},
-    words::{self, DestWords, FlagWords, MethodWords, ServiceWords},
+    words::{self, DestWords, FlagWords, MethodWords, ServiceWords, ThresholdWords},
 };
 
 /// The weight of a destination unless another is given.
 const DEFAULT_WEIGHT: u32 = 1;
 
 /// What can be changed about a destination.
-const CHANGES: [&str; 5] = ["gatewaying", "masquerading", "ipip", "method", "weight"];
+const CHANGES: [&str; 7] = ["gatewaying", "masquerading", "ipip", "method", "weight", "u_threshold", "l_threshold"];
 
 /// What can be done to services.
 #[derive(Subcommand, Debug)]
@@ -78,8 +79,10 @@ pub(crate) enum DestCommand {
         /// Share of new connections, 0 (none) to 2147483647
         #[arg(short, long, default_value_t = DEFAULT_WEIGHT, value_parser = words::weight, allow_negative_numbers = true)]
         weight: u32,
+        #[command(flatten)]
+        thresholds: ThresholdWords,
     },
-    /// Change a destination's weight or method; what is not given stays. Connections keep the method they have
+    /// Change a destination's weight, method or thresholds; what is not given stays. Connections keep the method they have
     #[command(group = clap::ArgGroup::new("change").args(CHANGES).required(true).multiple(true))]
     Edit {
         #[command(flatten)]
@@ -89,6 +92,8 @@ pub(crate) enum DestCommand {
         /// Share of new connections, 0 (none) to 2147483647
         #[arg(short, long, value_parser = words::weight, allow_negative_numbers = true)]
         weight: Option<u32>,
+        #[command(flatten)]
+        thresholds: ThresholdWords,
     },
     /// Remove a destination; packets of its connections go nowhere until it is added again
     Del {
@@ -125,15 +130,20 @@ impl DestCommand {
     /// Changes the configuration.
     pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
         change(place, |change| match self {
-            Self::Add { dest, method, weight } => {
+            Self::Add { dest, method, weight, thresholds } => {
                 let (service, address) = dest.keys();
-                change.add_dest(service, address, DestSpec { method: method.method().unwrap_or(Method::Route), weight })
+                let method = method.method().unwrap_or(Method::Route);
+                let thresholds = thresholds.instead_of(Thresholds::default());
+                change.add_dest(service, address, DestSpec { method, weight, thresholds })
             }
-            Self::Edit { dest, method, weight } => {
+            Self::Edit { dest, method, weight, thresholds } => {
                 let (service, address) = dest.keys();
                 let old = find(change, service, address)?;
-                let spec =
-                    DestSpec { method: method.method().unwrap_or(old.method), weight: weight.unwrap_or(old.weight) };
+                let spec = DestSpec {
+                    method: method.method().unwrap_or(old.method),
+                    weight: weight.unwrap_or(old.weight),
+                    thresholds: thresholds.instead_of(old.thresholds),
+                };
                 change.edit_dest(service, address, spec)
             }
             Self::Del { dest } => {
@@ -175,6 +185,10 @@ struct ListedDest {
     address: SocketAddr,
     method: &'static str,
     weight: u32,
+    upper_threshold: u32,
+    lower_threshold: u32,
+    /// Whether the thresholds keep new connections away.
+    overloaded: bool,
     active: u32,
     inactive: u32,
 }
@@ -188,12 +202,16 @@ pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
     let services = services.into_iter().map(|mut service| {
         service.dests.sort_by_key(|dest| dest.address);
         let dests = service.dests.iter().map(|dest| {
-            let load = loads.get(dest.number as usize).map_or(0, |load| load.connections.load());
-            let (active, total) = active_and_total(load);
+            let load = loads.get(dest.number as usize);
+            let (active, total) = active_and_total(load.map_or(0, |load| load.connections.load()));
+            let thresholds = dest.spec.thresholds;
             ListedDest {
                 address: dest.address,
                 method: dest.spec.method.as_str(),
                 weight: dest.spec.weight,
+                upper_threshold: thresholds.upper,
+                lower_threshold: thresholds.lower,
+                overloaded: load.is_some_and(|load| load.is_overloaded(thresholds)),
                 active,
                 inactive: total.saturating_sub(active),
             }
@@ -216,15 +234,26 @@ fn text(list: &List<'_>) -> String {
         list.mode.iter().map(|Attachment { interface, mode }| format!("{interface} ({})", mode_word(*mode))).collect();
     let modes = if modes.is_empty() { "no interface".to_owned() } else { modes.join(", ") };
     let head = format!("Instance {} on {modes}\n", list.instance);
-    let heading = ["Service", "Scheduler", "Destination", "Method", "Weight", "Active", "Inactive"];
+    let heading = ["Service", "Scheduler", "Destination", "Method", "Weight", "Active", "Inactive", "Limits"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
     for ListedService { protocol, address, schedule, destinations, .. } in &list.services {
         rows.push(vec![format!("{protocol} {address}"), schedule.clone()]);
-        for ListedDest { address, method, weight, active, inactive } in destinations {
+        for dest in destinations {
+            let ListedDest { address, method, weight, active, inactive, .. } = dest;
             let (address, method) = (address.to_string(), (*method).to_owned());
-            let numbers = [weight, active, inactive].map(u32::to_string);
-            rows.push([String::new(), String::new(), address, method].into_iter().chain(numbers).collect());
+            let [weight, active, inactive] = [weight, active, inactive].map(u32::to_string);
+            rows.push(vec![String::new(), String::new(), address, method, weight, active, inactive, limits(dest)]);
         }
     }
     head + &output::table(&rows, &[4, 5, 6])
+}
+
+/// The thresholds of a destination that has some, and whether it is overloaded.
+fn limits(dest: &ListedDest) -> String {
+    let state = if dest.overloaded { ", overloaded" } else { "" };
+    match (dest.upper_threshold, dest.lower_threshold) {
+        (0, _) => String::new(),
+        (upper, 0) => format!("{upper}{state}"),
+        (upper, lower) => format!("{upper} down to {lower}{state}"),
+    }
 }

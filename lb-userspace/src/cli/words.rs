@@ -4,6 +4,7 @@ use std::net::{IpAddr, SocketAddr};
 
 use clap::Args;
 use lb_common::{
+    overload::Thresholds,
     proto::{Method, Scheduler, sched_flag},
     tcp::State,
 };
@@ -158,7 +159,25 @@ impl FlagWords {
     }
 }
 
-/// A weight. Beyond what fits, the control plane refuses it.
+/// How many connections a destination is to have.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct ThresholdWords {
+    /// With this many connections, active and inactive, it gets no new ones: 0 (no limit) to 2147483647
+    #[arg(short = 'x', long = "u-threshold", value_name = "CONNECTIONS", value_parser = weight, allow_negative_numbers = true)]
+    u_threshold: Option<u32>,
+    /// With fewer than this many it gets new ones again; 0 for three quarters of the upper threshold
+    #[arg(short = 'y', long = "l-threshold", value_name = "CONNECTIONS", value_parser = weight, allow_negative_numbers = true)]
+    l_threshold: Option<u32>,
+}
+
+impl ThresholdWords {
+    /// The thresholds that were given, and those of `old` for the others.
+    pub(crate) fn instead_of(self, old: Thresholds) -> Thresholds {
+        Thresholds { upper: self.u_threshold.unwrap_or(old.upper), lower: self.l_threshold.unwrap_or(old.lower) }
+    }
+}
+
+/// A weight, or a threshold. Beyond what fits, the control plane refuses it.
 pub(crate) fn weight(word: &str) -> Result<u32, String> {
     let weight: Option<u32> = word.parse().ok();
     weight.filter(|weight| *weight <= i32::MAX as u32).ok_or_else(|| "use a number from 0 to 2147483647".into())

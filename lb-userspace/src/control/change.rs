@@ -186,8 +186,8 @@ impl<'a> Change<'a> {
             weight: spec.weight,
             state: slot::USED,
             service,
-            upper: 0,
-            lower: 0,
+            upper: spec.thresholds.upper,
+            lower: spec.thresholds.lower,
             last_weight: spec.weight,
             removed_at: 0,
             order: self.next_order(),
@@ -214,6 +214,8 @@ impl<'a> Change<'a> {
         if let Some(record) = self.state.dests.get_mut(&number) {
             record.port_method = port_method(dest_family(record), address.port(), spec.method);
             record.weight = spec.weight;
+            record.upper = spec.thresholds.upper;
+            record.lower = spec.thresholds.lower;
             if spec.weight != 0 {
                 record.last_weight = spec.weight;
             }
@@ -435,6 +437,12 @@ fn check_dest(key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<()
     }
     if spec.weight > i32::MAX as u32 {
         return Err(Refusal::Weight(spec.weight.into()));
+    }
+    if spec.thresholds.lower > spec.thresholds.upper {
+        return Err(Refusal::LowerThreshold(spec.thresholds));
+    }
+    if spec.thresholds.upper > i32::MAX as u32 {
+        return Err(Refusal::UpperThreshold(spec.thresholds.upper));
     }
     Ok(())
 }

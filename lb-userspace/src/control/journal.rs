@@ -114,6 +114,10 @@ fn take_steps(shared: &Shared<'_>, counters: &mut impl Counters) -> Result<(), E
                 if let Some(dest) = shared.dests.get(index as usize) {
                     let (record, _) = bytemuck::bytes_of(&words).split_at(size_of::<DestRecord>());
                     dest.store(bytemuck::from_bytes(record));
+                    if let Some(load) = shared.dest_loads.get(index as usize) {
+                        // Other thresholds than before may say so of the connections it has.
+                        load.overloaded.store(load.is_overloaded(dest.thresholds()).into());
+                    }
                 }
             }
             kind::INSTANCE => {

@@ -5,7 +5,10 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
-use lb_common::proto::{Method, Protocol, Scheduler, sched_flag};
+use lb_common::{
+    overload::Thresholds,
+    proto::{Method, Protocol, Scheduler, sched_flag},
+};
 
 /// What tells services apart (`docs/ipvs.md`, section 1.1).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
@@ -126,6 +129,8 @@ pub struct DestSpec {
     pub method: Method,
     /// Its share of new connections, 0 to 2^31 - 1; 0 for none.
     pub weight: u32,
+    /// How many connections it is to have.
+    pub thresholds: Thresholds,
 }
 
 /// A service that is configured.
@@ -197,6 +202,12 @@ pub enum Refusal {
     /// Out of range.
     #[error("weight {0}: use 0 to 2147483647")]
     Weight(u64),
+    /// An upper threshold out of range.
+    #[error("upper threshold {0}: use 0 (none) to 2147483647")]
+    UpperThreshold(u32),
+    /// A lower threshold above the upper one.
+    #[error("lower threshold {}: use at most the upper one, which is {}", .0.lower, .0.upper)]
+    LowerThreshold(Thresholds),
     /// A timeout out of range.
     #[error("timeout {seconds}: use 1 to {limit} seconds, or 0 to leave it as it is")]
     Timeout {

@@ -8,6 +8,7 @@ use std::{
 use lb_common::{
     abi::{DestRecord, Record as _, ServiceRecord, slot},
     addr::{Address, Ip4, Ip6, Port},
+    overload::Thresholds,
     proto::{Method, Protocol, Scheduler},
 };
 
@@ -128,7 +129,8 @@ pub fn dest_family(record: &DestRecord) -> u32 {
 /// How a destination is set.
 pub fn dest_spec(record: &DestRecord) -> DestSpec {
     let method = Method::try_from((record.port_method >> 16) as u8).unwrap_or(Method::Route);
-    DestSpec { method, weight: record.weight }
+    let thresholds = Thresholds { upper: record.upper, lower: record.lower };
+    DestSpec { method, weight: record.weight, thresholds }
 }
 
 fn socket_address(family: u32, addr: [u32; 4], port: u32) -> SocketAddr {

@@ -79,7 +79,7 @@ impl Maps {
             views: mapped(directory, map::VIEWS, access)?,
             slots: mapped(directory, map::SLOTS, access)?,
             cursors: mapped(directory, map::CURSORS, access)?,
-            dest_loads: mapped(directory, map::DEST_LOADS, Access::Read)?,
+            dest_loads: mapped(directory, map::DEST_LOADS, access)?,
             flows4: mapped(directory, map::FLOWS4, Access::Read)?,
             flows6: mapped(directory, map::FLOWS6, Access::Read)?,
         })

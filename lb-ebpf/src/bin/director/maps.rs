@@ -28,6 +28,8 @@ use lb_ebpf::{
     tables::{Endpoints, Tables},
 };
 
+use crate::overload;
+
 /// `BPF_F_MMAPABLE`: userspace maps the values into its memory, and they begin on a page.
 const MMAPABLE: usize = 1 << 10;
 
@@ -155,6 +157,16 @@ impl Tables for Maps {
         dest_cpu, DEST_CPUS, DestCpu;
         adjacency, ADJACENCY, Adjacency;
         adjacency_cpu, ADJACENCY_CPUS, NextHop;
+    }
+
+    #[inline(always)]
+    fn is_overloaded(&self, number: u32) -> u64 {
+        overload::is_overloaded(number)
+    }
+
+    #[inline(always)]
+    fn add_connections(&self, number: u32, share: u64) {
+        overload::add_connections(number, share);
     }
 
     #[inline(always)]

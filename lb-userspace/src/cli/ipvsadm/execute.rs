@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead as _, stdin, stdout};
 
-use lb_common::{abi::active_and_total, proto::Scheduler};
+use lb_common::{abi::active_and_total, overload::Thresholds, proto::Scheduler};
 use lb_userspace::{
     control::{
         change::{Change, Commit},
@@ -68,7 +68,6 @@ fn lacking(request: &Request) -> Option<String> {
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
         _ if service && kinds.has(Kind::Ops) => "one-packet scheduling (-o) is",
         _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
-        _ if dest && request.thresholds != [0; 2] => "connection thresholds (-x, -y) are",
         _ => return None,
     };
     Some(what.to_owned())
@@ -97,6 +96,7 @@ fn refusal(command: Command, refusal: &Refusal) -> Stop {
         Refusal::NotUnicast(_) | Refusal::NotServed(_) => {
             "Invalid operation.  Possibly wrong module version, address not unicast, ...".to_owned()
         }
+        Refusal::LowerThreshold(_) => "Numerical result out of range".to_owned(),
         other => other.to_string(),
     })
 }
@@ -134,8 +134,8 @@ fn plan(change: &mut Change<'_>, request: &Request) -> Result<(), Stop> {
         Command::Delete => change.delete_service(key).map_err(refused),
         _ => {
             let Some(server) = request.server else { return Ok(()) };
-            let Request { method, weight, .. } = *request;
-            let spec = DestSpec { method, weight };
+            let Request { method, weight, thresholds: [upper, lower], .. } = *request;
+            let spec = DestSpec { method, weight, thresholds: Thresholds { upper, lower } };
             match command {
                 Command::AddDest => change.add_dest(key, server, spec),
                 Command::EditDest => change.edit_dest(key, server, spec),
@@ -217,6 +217,7 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
                 address: print::address(dest.address, datagram, names),
                 method: dest.spec.method,
                 weight: dest.spec.weight,
+                thresholds: dest.spec.thresholds,
                 connections: [active, total.saturating_sub(active)],
                 traffic: Traffic::of_dest(counters, dest.number)?,
             });

@@ -6,7 +6,7 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
-use lb_common::proto::Method;
+use lb_common::{overload::Thresholds, proto::Method};
 use lb_userspace::control::{
     connections::Connection,
     model::{Dest, Service, ServiceSpec, Transport},
@@ -61,6 +61,7 @@ pub(super) struct DestRow {
     pub(super) address: String,
     pub(super) method: Method,
     pub(super) weight: u32,
+    pub(super) thresholds: Thresholds,
     /// Active and inactive connections.
     pub(super) connections: [u32; 2],
     pub(super) traffic: Traffic,
@@ -108,14 +109,15 @@ fn titles(format: Format) -> String {
 }
 
 fn dest_cells(dest: &DestRow, format: Format) -> String {
-    let DestRow { method, weight, connections: [active, inactive], traffic, .. } = dest;
+    let DestRow { method, weight, thresholds, connections: [active, inactive], traffic, .. } = dest;
+    let Thresholds { upper, lower } = thresholds;
     let method = method.column();
-    // No destination has thresholds, and no connection is a persistence template.
+    // No connection is a persistence template.
     let none = 0;
     match format {
         Format::Default => format!(" {method:<7} {weight:<6} {active:<10} {inactive:<10}"),
         Format::Stats { exact } => amounts(traffic, exact),
-        Format::Thresholds => format!(" {none:<10} {none:<10} {active:<10} {inactive:<10}"),
+        Format::Thresholds => format!(" {upper:<10} {lower:<10} {active:<10} {inactive:<10}"),
         Format::PersistentConn => format!(" {weight:<9} {none:<11} {active:<10} {inactive:<10}"),
         Format::TunInfo => {
             let tunnel = if dest.method == Method::Tunnel { "ipip" } else { "n/a" };
@@ -294,6 +296,7 @@ mod tests {
                     address: "10.1.1.1:443".into(),
                     method: Method::Tunnel,
                     weight: 1,
+                    thresholds: Thresholds::default(),
                     connections: [0, 0],
                     traffic: traffic(0),
                 },
@@ -301,6 +304,7 @@ mod tests {
                     address: "10.1.1.2:8443".into(),
                     method: Method::Masq,
                     weight: 100,
+                    thresholds: Thresholds { upper: 100, lower: 50 },
                     connections: [12, 34],
                     traffic: traffic(5),
                 },
@@ -318,6 +322,14 @@ mod tests {
              TCP  192.168.100.200:443 rr\n  \
                -> 10.1.1.1:443                 Tunnel  1      0          0         \n  \
                -> 10.1.1.2:8443                Masq    100    12         34        \n"
+        );
+        assert_eq!(
+            services(&[row()], Format::Thresholds, false),
+            "Prot LocalAddress:Port            Uthreshold Lthreshold ActiveConn InActConn \n  \
+               -> RemoteAddress:Port\n\
+             TCP  192.168.100.200:443 rr\n  \
+               -> 10.1.1.1:443                 0          0          0          0         \n  \
+               -> 10.1.1.2:8443                100        50         12         34        \n"
         );
         assert_eq!(
             services(&[row()], Format::Stats { exact: false }, false),

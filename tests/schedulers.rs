@@ -1,10 +1,15 @@
-//! Who gets the next connection, where the records of ip_vs do not say it: thresholds.
+//! Who gets the next connection, where the records of ip_vs do not say it: thresholds, and schedulers that draw lots.
+
+use std::collections::BTreeMap;
 
 use lb_common::{
     overload::Thresholds,
     proto::{Method, Scheduler},
 };
-use lb_userspace::control::model::{DestSpec, ServiceKey, Transport};
+use lb_userspace::control::{
+    change::Change,
+    model::{DestSpec, ServiceKey, Transport},
+};
 use xdpvs_tests::{
     cast,
     executor::{Executor, Host, Kernel, Verdict, Wire},
@@ -70,7 +75,7 @@ impl<'e, E: Executor> Limited<'e, E> {
         self.open.len()
     }
 
-    /// Ends connections until another is let. Returns how many were left.
+    /// Ends connections until another is let, and then all. Returns how many were left.
     fn drain(&mut self) -> usize {
         // Those of the earlier turns are over: a packet that meets one ends it.
         self.executor.pass(100);
@@ -79,6 +84,9 @@ impl<'e, E: Executor> Limited<'e, E> {
             assert_eq!(send(self.executor, client, "A"), None);
             let left = self.open.len();
             if self.open() {
+                // What is over and still in the table would make room for others.
+                self.executor.end_connections();
+                self.open.clear();
                 return left;
             }
         }
@@ -160,4 +168,144 @@ fn thresholds_keep_connections_away_on_the_host() {
 #[test]
 fn thresholds_keep_connections_away_in_the_kernel() {
     Kernel::with("thresholds", TABLE, |kernel| thresholds(kernel)).expect("a director in the kernel");
+}
+
+/// Sends as many SYNs. Returns how many each server got.
+fn spread(executor: &mut impl Executor, connections: u16) -> BTreeMap<u8, u32> {
+    let mut spread = BTreeMap::new();
+    for client in 0..connections {
+        let server = send(executor, client, "S").expect("a server");
+        *spread.entry(server).or_default() += 1;
+        if client % 64 == 63 {
+            // The table is small.
+            executor.end_connections();
+        }
+    }
+    spread
+}
+
+/// Configures a service whose servers have these weights, from number 0 on.
+fn weighted(executor: &mut impl Executor, scheduler: Scheduler, weights: &[u32]) {
+    executor.reset();
+    executor.change(&|change| {
+        change.add_service(key(), scheduled(scheduler)).expect("new");
+        for (index, weight) in (0..).zip(weights) {
+            change.add_dest(key(), at(index, PORT), dest(Method::Masq, *weight)).expect("new");
+        }
+    });
+}
+
+/// Compares with probabilities, by the chi-squared statistic.
+fn is_as_likely_as(spread: &BTreeMap<u8, u32>, probabilities: &[(u8, f64)], about: &str) {
+    let connections: u32 = spread.values().sum();
+    let of = |server| f64::from(spread.get(&server).copied().unwrap_or_default());
+    let deviation = |(server, probability): &(u8, f64)| {
+        let expected = probability * f64::from(connections);
+        (of(*server) - expected).powi(2) / expected
+    };
+    let statistic: f64 = probabilities.iter().map(deviation).sum();
+    // With at most four degrees of freedom it is more in one of a million runs.
+    assert!(statistic < 33.4, "{about}: {spread:?} for {probabilities:?}, a statistic of {statistic}");
+    assert!(spread.keys().all(|server| probabilities.iter().any(|(known, _)| known == server)), "{about}: {spread:?}");
+}
+
+fn drawing_has_its_distribution(executor: &mut impl Executor) {
+    const CONNECTIONS: u16 = 4096;
+    let weights = [5, 0, 3, 1, 1];
+    weighted(executor, Scheduler::Random, &weights);
+    let uniform = [0, 2, 3, 4].map(|server| (server, 0.25));
+    is_as_likely_as(&spread(executor, CONNECTIONS), &uniform, "random");
+    weighted(executor, Scheduler::Wrandom, &weights);
+    is_as_likely_as(&spread(executor, CONNECTIONS), &[(0, 0.5), (2, 0.3), (3, 0.1), (4, 0.1)], "wrandom");
+    // Whose thresholds are reached loses its share to the others, in proportion.
+    for (scheduler, others) in [
+        (Scheduler::Random, [(2, 1.0 / 3.0), (3, 1.0 / 3.0), (4, 1.0 / 3.0)]),
+        (Scheduler::Wrandom, [(2, 0.6), (3, 0.2), (4, 0.2)]),
+    ] {
+        weighted(executor, scheduler, &weights);
+        executor.change(&|change| {
+            let spec = DestSpec { thresholds: Thresholds { upper: 1, lower: 0 }, ..dest(Method::Masq, 1_000_000) };
+            change.edit_dest(key(), at(0, PORT), spec).expect("there");
+        });
+        let mut spread = BTreeMap::new();
+        for client in 0..CONNECTIONS {
+            let server = send(executor, client, "S").expect("a server");
+            // As long as it has a connection the first is overloaded, and it soon has one.
+            let full = executor.counts().dests.get(&cast::server(0)).is_some_and(|counts| counts.active > 0);
+            if full && server != 0 {
+                *spread.entry(server).or_default() += 1;
+            }
+            if client % 64 == 63 {
+                executor.end_connections();
+            }
+        }
+        is_as_likely_as(&spread, &others, &format!("{scheduler} with one overloaded"));
+    }
+    // Nobody is usable.
+    for scheduler in [Scheduler::Random, Scheduler::Wrandom, Scheduler::Twos, Scheduler::Wdh] {
+        for weights in [&[][..], &[0, 0]] {
+            weighted(executor, scheduler, weights);
+            assert_eq!(send(executor, 1, "S"), None, "{scheduler}");
+        }
+    }
+}
+
+/// docs/ipvs.md, section 3.12: with the first in the list, which is the last added, a little more likely than its weight.
+fn twos_has_its_distribution(executor: &mut impl Executor) {
+    weighted(executor, Scheduler::Twos, &[3, 0, 1]);
+    // Of 0..=4, the lots 0 and 1 fall on the first in the list, number 2. With equal overheads, none, the first lot wins.
+    let mut spread = BTreeMap::new();
+    for client in 0..2048 {
+        *spread.entry(send(executor, client, "S").expect("a server")).or_default() += 1;
+        executor.end_connections();
+    }
+    is_as_likely_as(&spread, &[(2, 0.4), (0, 0.6)], "twos without connections");
+    // With a connection that is not ended one is worse off, as long as the other has none: he wins only if both lots fall on
+    // him.
+    for (busy, probabilities) in [(2, [(2, 0.16), (0, 0.84)]), (0, [(2, 0.64), (0, 0.36)])] {
+        let mut spread = BTreeMap::new();
+        for client in 0..2048 {
+            executor.end_connections();
+            while send(executor, 3000 + client, "S") != Some(busy) {
+                executor.end_connections();
+            }
+            *spread.entry(send(executor, client, "S").expect("a server")).or_default() += 1;
+        }
+        is_as_likely_as(&spread, &probabilities, &format!("twos with number {busy} busy"));
+    }
+}
+
+/// Every virtual address has one server, and each server as many of them as its weight says.
+fn wdh_goes_by_the_service_s_address(executor: &mut impl Executor) {
+    weighted(executor, Scheduler::Wdh, &[1, 1, 2]);
+    let picks: Vec<_> = (0..16).map(|client| send(executor, client, "S")).collect();
+    assert!(picks[0].is_some() && picks.iter().all(|pick| *pick == picks[0]), "{picks:?}");
+    let server = picks[0].expect("a server");
+    // Of weight 0 it gets none, and with its weight its own again.
+    let weight = |executor: &mut dyn FnMut(&dyn Fn(&mut Change<'_>)), weight| {
+        executor(&|change| {
+            change.edit_dest(key(), at(server, PORT), dest(Method::Masq, weight)).expect("there");
+        });
+    };
+    weight(&mut |plan| executor.change(plan), 0);
+    let other = send(executor, 100, "S");
+    assert!(other.is_some() && other != Some(server), "{other:?}");
+    weight(&mut |plan| executor.change(plan), [1, 1, 2][usize::from(server)]);
+    assert_eq!(send(executor, 101, "S"), Some(server));
+}
+
+fn lots(executor: &mut impl Executor) {
+    drawing_has_its_distribution(executor);
+    twos_has_its_distribution(executor);
+    wdh_goes_by_the_service_s_address(executor);
+}
+
+#[test]
+fn lots_fall_as_often_as_weights_say_on_the_host() {
+    lots(&mut Host::new(TABLE));
+}
+
+#[test]
+fn lots_fall_as_often_as_weights_say_in_the_kernel() {
+    Kernel::with("lots", TABLE, |kernel| lots(kernel)).expect("a director in the kernel");
 }

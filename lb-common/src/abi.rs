@@ -331,13 +331,14 @@ impl Dest {
     }
 }
 
-/// What a list or ring holds: a destination, and for a wrr ring the threshold of the pass it stands in.
+/// What a list or ring holds: a destination, and for some rings a threshold.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct SlotRecord {
     /// Number of the destination.
     pub dest: u32,
-    /// wrr: the weight threshold at which it is chosen here; 0 elsewhere.
+    /// wrr: the weight threshold at which it is chosen here. random and wrandom: in every other slot, how many of 2^32
+    /// draws of this slot and the next fall on this one. 0 elsewhere.
     pub threshold: u32,
 }
 
@@ -351,6 +352,12 @@ impl Slot {
     #[inline(always)]
     pub fn dest(&self) -> u32 {
         self.0.load() as u32
+    }
+
+    /// The threshold.
+    #[inline(always)]
+    pub fn threshold(&self) -> u32 {
+        (self.0.load() >> 32) as u32
     }
 }
 

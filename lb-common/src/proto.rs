@@ -98,6 +98,14 @@ numbered! {
         Ovf = 10, "ovf";
         /// Maglev hashing.
         Mh = 11, "mh";
+        /// The better of two at random.
+        Twos = 14, "twos";
+        /// At random. Ours: ip_vs has no such scheduler.
+        Random = 15, "random";
+        /// At random by weight. Ours.
+        Wrandom = 16, "wrandom";
+        /// Destination hashing by weight. Ours.
+        Wdh = 17, "wdh";
     }
 }
 

@@ -228,6 +228,39 @@ mod builders {
         }
     }
 
+    /// A column of what random and wrandom draw from.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub struct DrawColumn {
+        /// Whom it belongs to, as a list position.
+        pub own: usize,
+        /// How many of 2^32 draws are his.
+        pub share: u32,
+        /// Who gets the others.
+        pub other: usize,
+    }
+
+    /// A column for each destination with a weight above 0: drawing one of them, each as often as another, and then by its
+    /// share, gives every destination its part of the weights (Walker 1977, made as by Vose 1991).
+    pub fn draw_table(weights: &[u32]) -> Vec<DrawColumn> {
+        let total: u128 = weights.iter().map(|weight| u128::from(*weight)).sum();
+        let owners = weights.iter().enumerate().filter(|(_, weight)| **weight > 0);
+        // What is left of each, where a column is as wide as the total.
+        let mut rest: Vec<(usize, u128)> = owners.map(|(position, weight)| (position, u128::from(*weight))).collect();
+        let columns = rest.len() as u128;
+        rest.iter_mut().for_each(|(_, width)| *width *= columns);
+        let (mut narrow, mut wide): (Vec<_>, Vec<_>) = rest.into_iter().partition(|(_, width)| *width < total);
+        let mut table = Vec::new();
+        while let Some((own, width)) = narrow.pop() {
+            // The narrow ones leave as much free as the wide ones have too much, so there is one.
+            let Some((other, too_wide)) = wide.pop() else { break };
+            table.push(DrawColumn { own, share: ((width << 32) / total) as u32, other });
+            let left = (other, too_wide - (total - width));
+            if left.1 < total { narrow.push(left) } else { wide.push(left) }
+        }
+        table.extend(wide.into_iter().map(|(own, _)| DrawColumn { own, share: u32::MAX, other: own }));
+        table
+    }
+
     /// The step and the highest threshold of wrr for these weights.
     #[derive(Clone, Copy, PartialEq, Eq, Debug)]
     pub struct WrrParameters {
@@ -366,6 +399,27 @@ mod tests {
         assert_eq!(table[..8], [0, 0, 1, 2, 2, 2, 0, 0]);
         assert!(sh_table(&[]).is_empty());
         assert!(sh_table(&[u32::MAX, 1]).iter().all(|position| *position == 0));
+    }
+
+    #[test]
+    fn the_draw_table_gives_every_weight_its_share() {
+        for weights in [&[1, 1, 1][..], &[5, 0, 3, 1], &[1], &[i32::MAX as u32, 1], &[7; 1000], &[0, 0], &[]] {
+            let table = draw_table(weights);
+            let total: f64 = weights.iter().map(|weight| f64::from(*weight)).sum();
+            for (position, weight) in weights.iter().enumerate() {
+                let part = |column: &DrawColumn| {
+                    let share = f64::from(column.share) / (u64::from(u32::MAX) + 1) as f64;
+                    f64::from(u8::from(column.own == position)) * share
+                        + f64::from(u8::from(column.other == position)) * (1.0 - share)
+                };
+                let found = table.iter().map(part).sum::<f64>() / table.len().max(1) as f64;
+                assert!(
+                    (found * total - f64::from(*weight)).abs() <= total * 1e-6,
+                    "{position} of {weights:?}: {found}"
+                );
+            }
+            assert!(table.len() <= weights.len());
+        }
     }
 
     #[test]

@@ -29,6 +29,9 @@ pub trait Env {
     /// Ticks per second.
     fn hz(&self) -> u32;
 
+    /// A random number.
+    fn random(&self) -> u32;
+
     /// Index of the interface the packet came in by.
     fn ingress(&self) -> u32;
 

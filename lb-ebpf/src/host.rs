@@ -17,7 +17,7 @@ use lb_common::{
     checksum,
     event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
-    hash::Seed,
+    hash::{Seed, mix},
     jiffies::Jiffies,
     reason::Reason,
 };
@@ -342,6 +342,8 @@ pub struct HostEnv {
     pub routes: RefCell<HashMap<IpAddr, HostRoute>>,
     /// How often the routing table was asked.
     pub asked: Cell<u32>,
+    /// How many random numbers there have been.
+    pub drawn: Cell<u64>,
 }
 
 impl HostEnv {
@@ -353,6 +355,7 @@ impl HostEnv {
             ingress: Cell::new(2),
             routes: RefCell::new(HashMap::new()),
             asked: Cell::new(0),
+            drawn: Cell::new(0),
         }
     }
 }
@@ -382,6 +385,12 @@ impl Env for HostEnv {
 
     fn hz(&self) -> u32 {
         self.hz
+    }
+
+    /// The same numbers in every run.
+    fn random(&self) -> u32 {
+        self.drawn.set(self.drawn.get() + 1);
+        (mix(self.drawn.get()) >> 32) as u32
     }
 
     fn ingress(&self) -> u32 {

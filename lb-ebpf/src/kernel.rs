@@ -9,8 +9,8 @@ use aya_ebpf::{
         bpf_fib_lookup as FibLookup, xdp_md,
     },
     helpers::generated::{
-        bpf_csum_diff, bpf_fib_lookup, bpf_jiffies64, bpf_loop, bpf_redirect, bpf_xdp_adjust_head, bpf_xdp_adjust_meta,
-        bpf_xdp_adjust_tail,
+        bpf_csum_diff, bpf_fib_lookup, bpf_get_prandom_u32, bpf_jiffies64, bpf_loop, bpf_redirect, bpf_xdp_adjust_head,
+        bpf_xdp_adjust_meta, bpf_xdp_adjust_tail,
     },
 };
 use lb_common::{
@@ -295,6 +295,12 @@ impl Env for Kernel {
     #[inline(always)]
     fn hz(&self) -> u32 {
         self.hz
+    }
+
+    #[inline(always)]
+    fn random(&self) -> u32 {
+        // SAFETY: the helper has no preconditions.
+        unsafe { bpf_get_prandom_u32() as u32 }
     }
 
     #[inline(always)]

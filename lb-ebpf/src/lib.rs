@@ -24,6 +24,7 @@ pub mod ageing;
 pub mod audit;
 pub mod bring;
 pub mod decapsulate;
+mod draw;
 pub mod endpoint;
 pub mod env;
 pub mod flow_table;

@@ -12,6 +12,7 @@ use lb_common::{
 };
 
 use crate::{
+    draw,
     env::{Env, Scan},
     overload,
     tables::Tables,
@@ -68,7 +69,11 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -
     let choice = match scheduler {
         Scheduler::Rr | Scheduler::Wrr => ring(tables, env, view, number),
         Scheduler::Dh => Choice::of(bucket(tables, view, sched::dh_bucket(parties.service()), Limits::Heeded)),
-        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, client(view, parties), Limits::Heeded),
+        Scheduler::Sh | Scheduler::Mh | Scheduler::Wdh => {
+            hashed(tables, env, view, subject(view, parties), Limits::Heeded)
+        }
+        Scheduler::Random | Scheduler::Wrandom => draw::drawn(tables, env, view),
+        Scheduler::Twos => draw::less_loaded_of_two(tables, env, view),
         Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
             least_loaded(tables, env, view)
         }
@@ -85,13 +90,13 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -
 ///
 /// The ways of choosing are functions of their own, so that only the stack of one counts.
 #[derive(Clone, Copy)]
-struct Choice(u64);
+pub(crate) struct Choice(pub(crate) u64);
 
 impl Choice {
-    const NONE: Self = Self(0);
+    pub(crate) const NONE: Self = Self(0);
 
     #[inline(always)]
-    fn of(dest: Option<u32>) -> Self {
+    pub(crate) fn of(dest: Option<u32>) -> Self {
         dest.map_or(Self::NONE, |dest| Self(u64::from(dest) + 1))
     }
 
@@ -103,20 +108,20 @@ impl Choice {
 
 /// Whether the thresholds of destinations count.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Limits {
+pub(crate) enum Limits {
     Heeded,
     Ignored,
 }
 
 /// Whether new connections may go to destination number `number`, which is `dest`.
 #[inline(always)]
-fn is_usable(tables: &impl Tables, number: u32, dest: &Dest, limits: Limits) -> bool {
+pub(crate) fn is_usable(tables: &impl Tables, number: u32, dest: &Dest, limits: Limits) -> bool {
     dest.usable() && (limits == Limits::Ignored || overload::is_overloaded(tables, number, dest) == 0)
 }
 
 /// The destination in slot `index`, if it is usable.
 #[inline(always)]
-fn usable_at(tables: &impl Tables, index: u32, limits: Limits) -> Option<u32> {
+pub(crate) fn usable_at(tables: &impl Tables, index: u32, limits: Limits) -> Option<u32> {
     let number = tables.slot(index)?.dest();
     is_usable(tables, number, tables.dest(number)?, limits).then_some(number)
 }
@@ -200,14 +205,14 @@ fn next_usable(tables: &impl Tables, env: &impl Env, start: u32, len: u32, index
     Some((scan.index, scan.found.checked_sub(1)?))
 }
 
-/// sh and mh: what the client is hashed to, and how the search goes on from there.
+/// sh, mh and wdh: what the hash names, and how the search goes on from there.
 struct Hashed<'t, T> {
     tables: &'t T,
     view: &'t View,
-    /// 1 for mh, 0 for sh.
+    /// 0 for sh, 1 for the others.
     maglev: u64,
-    /// The client, and its port where that counts: what is hashed.
-    client: u32,
+    /// What is hashed.
+    subject: u32,
     /// The bucket that the hash names.
     first: u32,
     limits: Limits,
@@ -219,7 +224,7 @@ impl<T: Tables> Scan for Hashed<'_, T> {
     #[inline(always)]
     fn visit(&mut self, probe: u32) -> bool {
         let index = if self.maglev != 0 {
-            sched::mh_slot(self.client.wrapping_add((probe + self.first) % sched::MH_SLOTS))
+            sched::mh_slot(self.subject.wrapping_add((probe + self.first) % sched::MH_SLOTS))
         } else {
             (2 * self.first + probe) % sched::SH_BUCKETS
         };
@@ -228,30 +233,35 @@ impl<T: Tables> Scan for Hashed<'_, T> {
     }
 }
 
-/// sh and mh: what is hashed of a client.
+/// sh, mh and wdh: what is hashed of a connection, the client or for wdh the service's address.
 #[inline(always)]
-fn client(view: &View, parties: Parties) -> u32 {
+fn subject(view: &View, parties: Parties) -> u32 {
+    if view.scheduler.load() == Scheduler::Wdh as u32 {
+        return parties.service();
+    }
     let port = if view.flags.load() & sched_flag::PORT != 0 { parties.port() } else { 0 };
     parties.client().wrapping_add(port.into())
 }
 
-/// sh and mh: the destination that the client is hashed to, or with the flag for it, the first usable one of a sequence of
-/// others that the hash begins.
+/// sh, mh and wdh: the destination that `subject` is hashed to, or for wdh and with the flag for it, the first usable one of a
+/// sequence of others that the hash begins.
 #[inline(never)]
-fn hashed(tables: &impl Tables, env: &impl Env, view: &View, client: u32, limits: Limits) -> Choice {
-    let maglev = view.scheduler.load() == Scheduler::Mh as u32;
-    let first = if maglev { sched::mh_slot(client) } else { sched::sh_bucket(client) };
+fn hashed(tables: &impl Tables, env: &impl Env, view: &View, subject: u32, limits: Limits) -> Choice {
+    let scheduler = view.scheduler.load();
+    let maglev = scheduler != Scheduler::Sh as u32;
+    let goes_on = scheduler == Scheduler::Wdh as u32 || view.flags.load() & sched_flag::FALLBACK != 0;
+    let first = if maglev { sched::mh_slot(subject) } else { sched::sh_bucket(subject) };
     let found = bucket(tables, view, first, limits);
-    if found.is_some() || view.flags.load() & sched_flag::FALLBACK == 0 || view.ring_len.load() == 0 {
+    if found.is_some() || !goes_on || view.ring_len.load() == 0 {
         return Choice::of(found);
     }
     let maglev = tables.hide(maglev.into());
-    let mut scan = Hashed { tables, view, maglev, client, first, limits, found: 0 };
+    let mut scan = Hashed { tables, view, maglev, subject, first, limits, found: 0 };
     env.scan(view.ring_len.load(), &mut scan);
     Choice(scan.found.into())
 }
 
-/// sh, dh and mh: the destination of a bucket, if it is usable.
+/// sh, dh, mh and wdh: the destination of a bucket, if it is usable.
 #[inline(always)]
 fn bucket(tables: &impl Tables, view: &View, bucket: u32, limits: Limits) -> Option<u32> {
     if bucket >= view.ring_len.load() {
@@ -402,7 +412,7 @@ impl<T: Tables> Bids<'_, T> {
 /// The number of the destination that every director with the same configuration gives a connection between `parties`, whose
 /// [`lb_common::flow::Entry::common_hash`] is `connection`.
 ///
-/// Schedulers that go by nothing but addresses, ports and weights (sh, dh, mh, fo) choose it themselves; the others go by
+/// Schedulers that go by nothing but addresses, ports and weights (sh, dh, mh, wdh, fo) choose it themselves; the others go by
 /// what each director counts, so rendezvous hashing chooses for them. Thresholds are about such a count, and say nothing here.
 ///
 /// # Errors
@@ -421,7 +431,9 @@ pub fn pick_alike(
     let scheduler = Scheduler::try_from(view.scheduler.load() as u8).map_err(|_| Reason::Impossible)?;
     let choice = match scheduler {
         Scheduler::Dh => Choice::of(bucket(tables, view, sched::dh_bucket(parties.service()), Limits::Ignored)),
-        Scheduler::Sh | Scheduler::Mh => hashed(tables, env, view, client(view, parties), Limits::Ignored),
+        Scheduler::Sh | Scheduler::Mh | Scheduler::Wdh => {
+            hashed(tables, env, view, subject(view, parties), Limits::Ignored)
+        }
         _ => {
             let start = view.list.load();
             let by_weight = tables.hide((scheduler == Scheduler::Fo).into());

@@ -10,7 +10,7 @@ use lb_common::{
     addr::{Address, Ip4, Ip6, Port},
     hash::Seed,
     proto::{Protocol, Scheduler},
-    sched::{MhDest, dh_table, mh_table, sh_table, wrr_cycle},
+    sched::{DrawColumn, MhDest, dh_table, draw_table, mh_table, sh_table, wrr_cycle},
 };
 
 use crate::control::{
@@ -162,20 +162,32 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
     Ok(CompiledView { index: service.view, record, slots, cursor })
 }
 
-/// The table of a hashing scheduler, by list positions; empty for others. `None` when there are more destinations than it
+/// The table of a scheduler that hashes or draws; empty for others. `None` when there are more destinations than it
 /// has room for.
 fn table(scheduler: Scheduler, state: &State, list: &[u32]) -> Option<Vec<SlotRecord>> {
     let records = || list.iter().filter_map(|number| state.dests.get(number));
     let positions = match scheduler {
         Scheduler::Sh => sh_table(&records().map(|record| record.weight).collect::<Vec<_>>()),
         Scheduler::Dh => dh_table(list.len()),
-        Scheduler::Mh => {
+        Scheduler::Mh | Scheduler::Wdh => {
             let dests = records().map(|record| MhDest {
                 address: number(record),
                 port: Port::from_raw(record.port_method as u16).number(),
-                last_weight: record.last_weight,
+                // A destination of weight 0 keeps its slots with mh, and gives them up with wdh.
+                last_weight: if scheduler == Scheduler::Mh { record.last_weight } else { record.weight },
             });
             mh_table(&dests.collect::<Vec<_>>())?
+        }
+        Scheduler::Random | Scheduler::Wrandom => {
+            let weight =
+                |record: &DestRecord| if scheduler == Scheduler::Random { record.weight.min(1) } else { record.weight };
+            let columns = draw_table(&records().map(weight).collect::<Vec<_>>());
+            let dest = |position: usize| list.get(position).copied().unwrap_or(0);
+            let slots = |column: DrawColumn| {
+                let own = SlotRecord { dest: dest(column.own), threshold: column.share };
+                [own, SlotRecord { dest: dest(column.other), threshold: 0 }]
+            };
+            return Some(columns.into_iter().flat_map(slots).collect());
         }
         _ => Vec::new(),
     };

@@ -241,7 +241,7 @@ pub enum Refusal {
         name: String,
     },
     /// More destinations than a Maglev table has slots.
-    #[error("service {0}: mh is for at most 4093 destinations: use sh, or another service")]
+    #[error("service {0}: mh and wdh are for at most 4093 destinations: use sh, or another service")]
     MhDests(ServiceKey),
     /// No room in the endpoint table.
     #[error("no room for another address and port: `xdpvs down`, then `xdpvs up` with a higher --max-dests")]

@@ -24,7 +24,7 @@ use super::{
 };
 
 /// Schedulers of ip_vs, beside those that xdpvs has.
-const OTHER_SCHEDULERS: [&str; 3] = ["lblc", "lblcr", "twos"];
+const OTHER_SCHEDULERS: [&str; 2] = ["lblc", "lblcr"];
 
 /// Carries out a command line, on the instance that `place` finds.
 pub(super) fn execute(place: &dyn Fn() -> Result<Place, Stop>, program: &str, parsed: Parsed) -> Result<(), Stop> {

@@ -18,7 +18,7 @@ use xdpvs_tests::{bulk, lab::require_root};
 const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("xdpvs", 42_000),
     ("request", 18_600),
-    ("open", 108_000),
+    ("open", 132_000),
     ("overflow", 112_000),
     ("reply", 43_200),
     ("observe", 5_800),
@@ -26,7 +26,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("unusual", 49_000),
     ("six", 80_000),
     ("request6", 18_600),
-    ("open6", 233_000),
+    ("open6", 257_000),
     ("overflow6", 380_000),
     ("reply6", 60_000),
     ("observe6", 9_000),

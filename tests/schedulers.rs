@@ -99,7 +99,8 @@ impl<'e, E: Executor> Limited<'e, E> {
 
 /// docs/ipvs.md, section 1.3.
 fn thresholds_hold(executor: &mut impl Executor) {
-    for &scheduler in Scheduler::ALL {
+    // What lblc has once chosen for an address it keeps: see below.
+    for &scheduler in Scheduler::ALL.iter().filter(|scheduler| **scheduler != Scheduler::Lblc) {
         for (upper, lower, left) in [(1, 0, 0), (4, 0, 2), (4, 4, 3), (3, 1, 0), (8, 5, 4)] {
             let about = format!("{scheduler}, -x {upper} -y {lower}, {}", executor.name());
             let mut dest = Limited::new(executor, scheduler, limited(upper, lower));
@@ -108,6 +109,17 @@ fn thresholds_hold(executor: &mut impl Executor) {
                 assert_eq!(dest.drain(), left, "connections when one is taken again: {about}");
             }
         }
+    }
+}
+
+/// lblc asks for thresholds when it chooses, and not when it has chosen before (docs/ipvs.md, section 3.13).
+fn lblc_keeps_what_it_has_chosen(executor: &mut impl Executor) {
+    let mut dest = Limited::new(executor, Scheduler::Lblc, limited(2, 0));
+    (0..5).for_each(|_| assert!(dest.open()));
+    // Another scheduler and back: it has to choose again.
+    for scheduler in [Scheduler::Rr, Scheduler::Lblc] {
+        dest.executor.change(&|change| change.edit_service(key(), scheduled(scheduler)).expect("there"));
+        assert!(!dest.open());
     }
 }
 
@@ -156,6 +168,7 @@ fn others_take_over(executor: &mut impl Executor) {
 
 fn thresholds(executor: &mut impl Executor) {
     thresholds_hold(executor);
+    lblc_keeps_what_it_has_chosen(executor);
     edits_of_thresholds_hold(executor);
     others_take_over(executor);
 }

@@ -19,7 +19,7 @@ use bytemuck::{Pod, Zeroable};
 
 use crate::{
     addr::{Address, Ip4, Ip6, Port},
-    hash::{Seed, scale},
+    hash::{Seed, mix, scale},
     jiffies::Jiffies,
     overload::Thresholds,
     proto::Protocol,
@@ -243,7 +243,7 @@ record! {
         /// rr: the destination chosen last, plus one; 0 when the next choice starts at the head of the list. As of the
         /// last change of the service; the data plane goes on from there in its [`Cursor`].
         pointer: u32,
-        /// wrr: the weight threshold in force. As of the last change.
+        /// wrr: the weight threshold in force. As of the last change. lblc and lblcr: see [`View::cache`].
         threshold: u32,
         /// Flags of the scheduler, [`crate::proto::sched_flag`].
         flags: u32,
@@ -397,9 +397,48 @@ record! {
         ring_final: u32,
         /// Flags of the scheduler, [`crate::proto::sched_flag`].
         flags: u32,
+        /// lblc and lblcr: whose entries of the cache are this service's ([`CacheEntry::owner`]).
+        cache: u32,
         /// Zero.
-        reserved: [u32; 7],
+        reserved: [u32; 6],
     }
+}
+
+/// Which destinations a destination address has had: an entry of the cache of lblc and lblcr. A cache line.
+#[derive(Zeroable)]
+#[repr(C)]
+pub struct CacheEntry {
+    /// What tells addresses apart: [`address_word`].
+    pub address: Shared64,
+    /// Whose entry it is, [`View::cache`]; 0 for nobody's.
+    pub owner: Shared32,
+    /// Odd while it is being written.
+    pub version: Shared32,
+    /// When it was last used, in ticks.
+    pub used: Shared32,
+    /// When a destination was last put into its set, or taken out, in ticks.
+    pub modified: Shared32,
+    /// The destinations, plus one, the one that was put in last first; 0 where there is none. lblc has one.
+    pub set: [Shared32; CACHE_SET as usize],
+    reserved: [u32; 2],
+}
+
+const _: () = assert!(size_of::<CacheEntry>() == 64);
+
+/// Most destinations of an address in the cache.
+pub const CACHE_SET: u32 = 8;
+/// Entries of a bucket of the cache.
+pub const CACHE_WAYS: u32 = 8;
+/// Buckets of the cache: with these it has 65,536 entries, in 4 MiB.
+pub const CACHE_BUCKETS: u32 = 8192;
+
+/// An address as the cache tells it from others: itself in the low half, and for IPv6 a hash of all of it in the high half.
+#[inline(always)]
+pub fn address_word<A: Address>(address: A) -> u64 {
+    let [_, b, c, d] = address.words().map(u64::from);
+    // Of IPv4 addresses only the first word is not 0.
+    let network = if b | c | d == 0 { 0 } else { mix(mix(b | c << 32) ^ d) >> 32 << 32 };
+    address.number() as u64 | network
 }
 
 /// Where the scheduler of a view stands; a cache line of its own, for every new connection writes it.
@@ -1151,6 +1190,7 @@ pub const LAYOUT: u32 = {
         size_of::<Slot>(),
         size_of::<View>(),
         size_of::<Cursor>(),
+        size_of::<CacheEntry>(),
         size_of::<DestLoad>(),
         size_of::<DestCpu>(),
         size_of::<NextHop>(),

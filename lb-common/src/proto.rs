@@ -98,6 +98,10 @@ numbered! {
         Ovf = 10, "ovf";
         /// Maglev hashing.
         Mh = 11, "mh";
+        /// Locality-based least connection.
+        Lblc = 12, "lblc";
+        /// Locality-based least connection with replication.
+        Lblcr = 13, "lblcr";
         /// The better of two at random.
         Twos = 14, "twos";
         /// At random. Ours: ip_vs has no such scheduler.

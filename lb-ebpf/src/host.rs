@@ -9,9 +9,9 @@ use std::{
 use bytemuck::{Zeroable, zeroed_slice_box};
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointBucket4,
-        EndpointBucket6, EndpointKey4, EndpointKey6, Instance, JournalSlot, Limiter, NextHop, Record as _, Service,
-        Slot, Stage, View, hop,
+        ADJACENCIES, Adjacency, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad,
+        EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance, JournalSlot, Limiter,
+        NextHop, Record as _, Service, Slot, Stage, View, hop,
     },
     addr::{Address, Ip4, Ip6},
     checksum,
@@ -152,6 +152,8 @@ pub struct HostTables {
     pub slots: Box<[Slot]>,
     /// Where schedulers stand.
     pub cursors: Box<[Cursor]>,
+    /// The cache of lblc and lblcr.
+    pub cache: Box<[CacheEntry]>,
     /// Connections of destinations.
     pub dest_loads: Box<[DestLoad]>,
     /// What the CPU keeps about destinations.
@@ -200,6 +202,7 @@ impl HostTables {
             views: zeroed(2 * sizes.services),
             slots: zeroed(sizes.slots),
             cursors: zeroed(2 * sizes.services),
+            cache: zeroed(CACHE_BUCKETS * CACHE_WAYS),
             dest_loads: zeroed(sizes.dests),
             dest_cpus: zeroed(sizes.dests),
             flows4: zeroed(sizes.flow_buckets),
@@ -249,6 +252,7 @@ impl Tables for HostTables {
     getters! {
         view, views, View;
         cursor, cursors, Cursor;
+        cache, cache, CacheEntry;
         slot, slots, Slot;
         dest, dests, Dest;
         dest_load, dest_loads, DestLoad;

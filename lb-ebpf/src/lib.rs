@@ -23,6 +23,7 @@ pub mod ageing;
 #[cfg(not(target_arch = "bpf"))]
 pub mod audit;
 pub mod bring;
+mod cache;
 pub mod decapsulate;
 mod draw;
 pub mod endpoint;

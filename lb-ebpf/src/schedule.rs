@@ -1,7 +1,7 @@
 //! Choosing the destination of a new connection: ip_vs's schedulers (`docs/ipvs.md`, section 3).
 
 use lb_common::{
-    abi::{Dest, View, active_and_total, cursor, slot},
+    abi::{Dest, View, active_and_total, address_word, cursor, slot},
     addr::Address as _,
     flow::Key,
     hash::mix,
@@ -12,7 +12,7 @@ use lb_common::{
 };
 
 use crate::{
-    draw,
+    cache, draw,
     env::{Env, Scan},
     overload,
     tables::Tables,
@@ -26,7 +26,7 @@ const CURSOR_ATTEMPTS: usize = 3;
 pub struct Parties {
     /// The client's address, folded, and in bits 32-47 its port.
     client: u64,
-    /// The service's address, folded.
+    /// The service's address, as [`address_word`] tells it from others.
     service: u64,
 }
 
@@ -35,7 +35,7 @@ impl Parties {
     #[inline(always)]
     pub fn of(key: &impl Key) -> Self {
         let client = u64::from(key.caddr().number()) | u64::from(key.cport().number()) << 32;
-        Self { client, service: key.vaddr().number().into() }
+        Self { client, service: address_word(key.vaddr()) }
     }
 
     #[inline(always)]
@@ -73,6 +73,18 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -
             hashed(tables, env, view, subject(view, parties), Limits::Heeded)
         }
         Scheduler::Random | Scheduler::Wrandom => draw::drawn(tables, env, view),
+        Scheduler::Lblc | Scheduler::Lblcr => {
+            let found = cache::look_up(tables, env, view, parties.service);
+            if found.choice().dest().is_some() {
+                found.choice()
+            } else {
+                let choice = least_loaded(tables, env, view);
+                if choice.dest().is_some() {
+                    cache::remember(tables, env, view, parties.service, (found, choice));
+                }
+                choice
+            }
+        }
         Scheduler::Twos => draw::less_loaded_of_two(tables, env, view),
         Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
             least_loaded(tables, env, view)
@@ -101,7 +113,7 @@ impl Choice {
     }
 
     #[inline(always)]
-    fn dest(self) -> Option<u32> {
+    pub(crate) fn dest(self) -> Option<u32> {
         (self.0 as u32).checked_sub(1)
     }
 }
@@ -316,7 +328,7 @@ impl Measure {
     }
 }
 
-struct LeastLoaded<'t, T> {
+pub(crate) struct LeastLoaded<'t, T> {
     tables: &'t T,
     measure: Measure,
     start: u32,
@@ -329,15 +341,29 @@ struct LeastLoaded<'t, T> {
 impl<T: Tables> Scan for LeastLoaded<'_, T> {
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
-        self.consider(index);
+        if let Some(slot) = self.tables.slot(self.start + index) {
+            self.consider(slot.dest());
+        }
         true
     }
 }
 
-impl<T: Tables> LeastLoaded<'_, T> {
+impl<'t, T: Tables> LeastLoaded<'t, T> {
+    /// A scan by lc's and wlc's measure that begins at a slot.
     #[inline(always)]
-    fn consider(&mut self, index: u32) -> Option<()> {
-        let number = self.tables.slot(self.start + index)?.dest();
+    pub(crate) fn by_load(tables: &'t T, start: u32) -> Self {
+        Self { tables, measure: Measure(Measure::LOAD), start, best: 0, overhead: 0, weight: 0 }
+    }
+
+    /// The number of the best destination, plus one; 0 when there is none.
+    #[inline(always)]
+    pub(crate) fn choice(&self) -> u32 {
+        self.best
+    }
+
+    /// Compares destination number `number` with the best so far.
+    #[inline(always)]
+    pub(crate) fn consider(&mut self, number: u32) -> Option<()> {
         let dest = self.tables.dest(number)?;
         let weight = u64::from(dest.weight.load());
         let (active, total) = active_and_total(self.tables.dest_load(number)?.connections.load());

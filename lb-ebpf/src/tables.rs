@@ -2,7 +2,8 @@
 
 use lb_common::{
     abi::{
-        Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointKey, Limiter, NextHop, Slot, View,
+        Adjacency, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointKey, Limiter, NextHop,
+        Slot, View,
     },
     addr::Address,
     event::Event,
@@ -32,6 +33,8 @@ pub trait Tables {
     fn slot(&self, index: u32) -> Option<&Slot>;
     /// A destination.
     fn dest(&self, index: u32) -> Option<&Dest>;
+    /// An entry of the cache of lblc and lblcr.
+    fn cache(&self, index: u32) -> Option<&CacheEntry>;
     /// A destination's connections.
     fn dest_load(&self, index: u32) -> Option<&DestLoad>;
     /// What this CPU keeps about a destination.

@@ -194,7 +194,7 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         ),
         refusal(
             "service add -t 10.9.9.9:81 -s fastest",
-            "invalid value 'fastest' for '--scheduler <SCHED>': no such scheduler, use one of rr, wrr, wlc, sh, lc, sed, nq, dh, fo, ovf, mh, twos, random, wrandom, wdh",
+            "invalid value 'fastest' for '--scheduler <SCHED>': no such scheduler, use one of rr, wrr, wlc, sh, lc, sed, nq, dh, fo, ovf, mh, lblc, lblcr, twos, random, wrandom, wdh",
             2,
         ),
         refusal(
@@ -470,10 +470,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
         ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
         ("-A -u 10.9.9.9:81 -o", "one-packet scheduling (-o) is not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
-        (
-            "-A -t 10.9.9.9:81 -s lblc",
-            "scheduler lblc is not supported by xdpvs yet: use one of rr, wrr, wlc, sh, lc, sed, nq, dh, fo, ovf, mh, twos, random, wrandom, wdh",
-        ),
         (
             "-a -t 10.9.9.9:80 -r 10.2.0.13 -i --tun-type gre",
             "tunnels other than ipip (--tun-type) are not supported by xdpvs yet",

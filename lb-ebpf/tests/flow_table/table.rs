@@ -3,7 +3,7 @@
 use bytemuck::{Zeroable, allocation::zeroed_slice_box};
 use lb_common::{
     abi::{
-        Adjacency, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointKey as _, Limiter, NextHop,
+        Adjacency, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointKey as _, Limiter, NextHop,
         Record as _, Slot, View, slot,
     },
     addr::{Address, Ip4, Port},
@@ -219,6 +219,9 @@ impl<E: Entry> Tables for Table<E> {
     }
     fn dest(&self, index: u32) -> Option<&Dest> {
         self.dests.get(index as usize)
+    }
+    fn cache(&self, _: u32) -> Option<&CacheEntry> {
+        None
     }
     fn dest_load(&self, index: u32) -> Option<&DestLoad> {
         self.loads.get(index as usize)

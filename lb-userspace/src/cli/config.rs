@@ -42,8 +42,8 @@ pub(crate) enum ServiceCommand {
     Add {
         #[command(flatten)]
         service: ServiceWords,
-        /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh, mh or twos as in ip_vs; random, wrandom
-        /// or wdh, which ip_vs has not
+        /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh, mh, lblc, lblcr or twos as in ip_vs;
+        /// random, wrandom or wdh, which ip_vs has not
         #[arg(short, long, default_value = "wlc", value_name = "SCHED", value_parser = words::scheduler)]
         scheduler: Scheduler,
         #[command(flatten)]
@@ -53,8 +53,8 @@ pub(crate) enum ServiceCommand {
     Edit {
         #[command(flatten)]
         service: ServiceWords,
-        /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh, mh or twos as in ip_vs; random, wrandom
-        /// or wdh, which ip_vs has not
+        /// Who gets the next connection: rr, wrr, lc, wlc, sed, nq, fo, ovf, sh, dh, mh, lblc, lblcr or twos as in ip_vs;
+        /// random, wrandom or wdh, which ip_vs has not
         #[arg(short, long, value_name = "SCHED", value_parser = words::scheduler)]
         scheduler: Scheduler,
         #[command(flatten)]

@@ -91,6 +91,7 @@ impl<'a> Change<'a> {
             return Err(Refusal::ServiceExists(key));
         }
         let slot = self.free_service()?;
+        let order = self.next_order();
         let port = u32::from(Port::new(key.address.port()).raw());
         let record = ServiceRecord {
             state: slot::USED,
@@ -101,7 +102,8 @@ impl<'a> Change<'a> {
             flags: spec.flags,
             // The first view of a slot that was used before must not be the one that packets may still look at.
             view: self.shared.services.get(slot as usize).map_or(2 * slot, |old| 2 * slot + (!old.load().view & 1)),
-            order: self.next_order(),
+            threshold: if compile::is_cached(spec.scheduler as u32) { cache(order) } else { 0 },
+            order,
             ..ServiceRecord::zeroed()
         };
         self.state.services.insert(slot, record);
@@ -121,12 +123,17 @@ impl<'a> Change<'a> {
         let slot = self.service(key)?;
         self.catch_up(slot);
         let top = WrrParameters::of(&self.state.weights(slot)).top;
+        let order = self.next_order();
         let Some(record) = self.state.services.get_mut(&slot) else { return Ok(()) };
         record.flags = spec.flags;
         if record.scheduler != spec.scheduler as u32 {
             record.scheduler = spec.scheduler as u32;
             record.pointer = 0;
-            record.threshold = if spec.scheduler == Scheduler::Wrr { top } else { 0 };
+            record.threshold = match spec.scheduler {
+                Scheduler::Wrr => top,
+                scheduler if compile::is_cached(scheduler as u32) => cache(order),
+                _ => 0,
+            };
         }
         Ok(())
     }
@@ -387,6 +394,11 @@ impl<'a> Change<'a> {
             _ => {}
         }
     }
+}
+
+/// A number that tells the addresses in the cache that one service's scheduler has had since it was set from all others.
+fn cache(order: u64) -> u32 {
+    (order as u32).max(1)
 }
 
 /// Why a change was not put in force.

@@ -49,6 +49,8 @@ pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
     let (start, len) = match Scheduler::try_from(record.scheduler as u8) {
         Ok(Scheduler::Rr) => (view.list, view.list_len),
         Ok(Scheduler::Wrr) => (view.ring, view.ring_len),
+        // As good as ever.
+        Ok(Scheduler::Lblc | Scheduler::Lblcr) => return (0, record.threshold),
         _ => return (0, 0),
     };
     let index = at & !cursor::FRESH;
@@ -152,7 +154,8 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         ring_len: ring.len() as u32,
         ring_final: final_pass,
         flags: service.flags,
-        reserved: [0; 7],
+        cache: if is_cached(service.scheduler) { service.threshold } else { 0 },
+        reserved: [0; 6],
     };
     let cursor = match Scheduler::try_from(service.scheduler as u8) {
         Ok(Scheduler::Rr) => first_cursor(&slots, service.pointer, 0),
@@ -160,6 +163,11 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         _ => cursor::FRESH,
     };
     Ok(CompiledView { index: service.view, record, slots, cursor })
+}
+
+/// Whether the scheduler with this number remembers what destinations addresses have had.
+pub fn is_cached(scheduler: u32) -> bool {
+    [Scheduler::Lblc as u32, Scheduler::Lblcr as u32].contains(&scheduler)
 }
 
 /// The table of a scheduler that hashes or draws; empty for others. `None` when there are more destinations than it

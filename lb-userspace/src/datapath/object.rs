@@ -34,6 +34,7 @@ pub mod map {
     pub const VIEWS: &str = "VIEWS";
     pub const SLOTS: &str = "SLOTS";
     pub const CURSORS: &str = "CURSORS";
+    pub const CACHE: &str = "CACHE";
     pub const DEST_LOADS: &str = "DEST_LOADS";
     pub const DEST_CPUS: &str = "DEST_CPUS";
     pub const FLOWS4: &str = "FLOWS4";
@@ -45,7 +46,7 @@ pub mod map {
     pub const AGEING: &str = "AGEING";
 
     /// Every map that is pinned.
-    pub const ALL: [&str; 19] = [
+    pub const ALL: [&str; 20] = [
         INSTANCE,
         CONFIG,
         JOURNAL,
@@ -56,6 +57,7 @@ pub mod map {
         VIEWS,
         SLOTS,
         CURSORS,
+        CACHE,
         DEST_LOADS,
         DEST_CPUS,
         FLOWS4,

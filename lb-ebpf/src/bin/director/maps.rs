@@ -13,9 +13,9 @@ use aya_ebpf::{
 };
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket,
-        EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance, JournalSlot, Limiter, NextHop, Service,
-        Slot, Stage, View,
+        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Cursor, Dest,
+        DestCpu, DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance,
+        JournalSlot, Limiter, NextHop, Service, Slot, Stage, View,
     },
     event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
@@ -53,6 +53,8 @@ static VIEWS: Array<View, 1, MMAPABLE> = Array::new();
 static SLOTS: Array<Slot, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static CURSORS: Array<Cursor, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static CACHE: Array<CacheEntry, { (CACHE_BUCKETS * CACHE_WAYS) as usize }> = Array::new();
 #[btf_map]
 static DEST_LOADS: Array<DestLoad, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -151,6 +153,7 @@ impl Tables for Maps {
     getters! {
         view, VIEWS, View;
         cursor, CURSORS, Cursor;
+        cache, CACHE, CacheEntry;
         slot, SLOTS, Slot;
         dest, DESTS, Dest;
         dest_load, DEST_LOADS, DestLoad;

@@ -23,9 +23,6 @@ use super::{
     print::{self, DestRow, Format, ServiceRow},
 };
 
-/// Schedulers of ip_vs, beside those that xdpvs has.
-const OTHER_SCHEDULERS: [&str; 2] = ["lblc", "lblcr"];
-
 /// Carries out a command line, on the instance that `place` finds.
 pub(super) fn execute(place: &dyn Fn() -> Result<Place, Stop>, program: &str, parsed: Parsed) -> Result<(), Stop> {
     let request = match parsed {
@@ -148,14 +145,8 @@ fn plan(change: &mut Change<'_>, request: &Request) -> Result<(), Stop> {
 
 fn service_spec(request: &Request) -> Result<ServiceSpec, Stop> {
     let name = request.scheduler.as_str();
-    let scheduler = Scheduler::from_name(name).ok_or_else(|| {
-        if OTHER_SCHEDULERS.contains(&name) {
-            let ours: Vec<_> = Scheduler::ALL.iter().map(|scheduler| scheduler.as_str()).collect();
-            Stop::refusal(format!("scheduler {name} is not supported by xdpvs yet: use one of {}", ours.join(", ")))
-        } else {
-            Stop::refusal("Scheduler or persistence engine not found")
-        }
-    })?;
+    let scheduler =
+        Scheduler::from_name(name).ok_or_else(|| Stop::refusal("Scheduler or persistence engine not found"))?;
     Ok(ServiceSpec { scheduler, flags: request.sched_flags })
 }
 

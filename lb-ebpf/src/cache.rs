@@ -1,0 +1,456 @@
+//! lblc and lblcr: which destinations a destination address has had (`docs/ipvs.md`, sections 3.13 and 3.14).
+//!
+//! ip_vs keeps a table for each service and sweeps it by a timer. Here one table of a fixed size is for all services. An
+//! address has one bucket; when that is full, the entry that has not been used for longest makes room. What ip_vs
+//! would sweep away after a day without use is over after exactly a day.
+//!
+//! An entry is read and written while other CPUs do the same. One that another CPU is writing is as good as none: the
+//! packet's destination is chosen by wlc then, and nothing is remembered.
+
+use lb_common::{
+    abi::{CACHE_BUCKETS, CACHE_SET, CACHE_WAYS, CacheEntry, View, active_and_total},
+    hash::scale,
+    proto::Scheduler,
+    sync::opaque,
+};
+
+use crate::{
+    env::{Clock, Env, Scan},
+    pipeline::Now,
+    schedule::{Choice, LeastLoaded},
+    tables::Tables,
+};
+
+/// Seconds without use after which an entry is over, and seconds without change after which a set loses one: ip_vs's
+/// `lblc_expiration` and `lblcr_expiration`.
+const EXPIRATION_S: u32 = 86_400;
+
+/// What was found for an address.
+///
+/// Verifier: one word. The destination to be used, plus one, in the low half. In the high half what to remember: the entry,
+/// plus one, in bits 32-62, and bit 63 if it is this address's already.
+#[derive(Clone, Copy)]
+pub(crate) struct Found(u64);
+
+impl Found {
+    const KNOWN: u64 = 1 << 63;
+
+    /// The destination to be used.
+    #[inline(always)]
+    pub(crate) fn choice(self) -> Choice {
+        Choice(self.0 & 0xffff_ffff)
+    }
+
+    #[inline(always)]
+    fn entry(self) -> Option<u32> {
+        ((self.0 >> 32) as u32 & 0x7fff_ffff).checked_sub(1)
+    }
+}
+
+struct Search<'t, T> {
+    tables: &'t T,
+    address: u64,
+    owner: u32,
+    first: u32,
+    now: u32,
+    /// Ticks after which an entry is over.
+    expiration: u32,
+    /// The entry of the address, plus one.
+    found: u32,
+    /// The entry that makes room, plus one, and for how many ticks it has not been used, plus one; more than any of these when it
+    /// is free or over.
+    victim: u32,
+    idle: u64,
+}
+
+impl<T: Tables> Scan for Search<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, way: u32) -> bool {
+        let index = self.first + way;
+        let Some(entry) = self.tables.cache(index) else { return false };
+        let idle = self.now.wrapping_sub(entry.used.load());
+        let live = entry.owner.load() != 0 && idle < self.expiration;
+        if live && entry.owner.load() == self.owner && entry.address.load() == self.address {
+            self.found = index + 1;
+            return false;
+        }
+        let idle = if live { u64::from(idle) + 1 } else { 1 << 33 };
+        if idle > self.idle {
+            self.idle = idle;
+            self.victim = index + 1;
+        }
+        true
+    }
+}
+
+#[inline(always)]
+fn clock(tables: &impl Tables, env: &impl Env) -> Option<Clock> {
+    Some(Now::of(tables.config()?, env).clock)
+}
+
+/// The destination that `address` has, if it is to be used again.
+///
+/// Verifier: the steps are functions of their own, so that only the stack of one counts.
+#[inline(always)]
+pub(crate) fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Found {
+    let found = search(tables, env, view, address);
+    if found.0 & Found::KNOWN == 0 {
+        return found;
+    }
+    let best = best_of_set(tables, env, view, found);
+    match best.dest() {
+        Some(number) if is_overloaded(tables, env, view, number) == 0 => Found(found.0 | best.0),
+        _ => found,
+    }
+}
+
+/// The entry of `address`, or the one to be used for it.
+#[inline(never)]
+fn search(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Found {
+    let Some(Clock { now, hz }) = clock(tables, env) else { return Found(0) };
+    let (owner, now) = (view.cache.load(), now.0);
+    let bucket = scale(tables.seed().quick_hash(address ^ u64::from(owner) << 32), CACHE_BUCKETS);
+    let expiration = EXPIRATION_S.wrapping_mul(hz);
+    let first = bucket * CACHE_WAYS;
+    let mut search = Search { tables, address, owner, first, now, expiration, found: 0, victim: 0, idle: 0 };
+    env.scan(CACHE_WAYS, &mut search);
+    if search.found == 0 {
+        return Found(u64::from(search.victim) << 32);
+    }
+    if let Some(entry) = tables.cache(search.found - 1) {
+        entry.used.store(now);
+    }
+    Found(u64::from(search.found) << 32 | Found::KNOWN)
+}
+
+/// The destination of an entry: for lblcr, the least loaded of its set, which loses the most loaded one if it has been the same
+/// for long.
+#[inline(never)]
+fn best_of_set(tables: &impl Tables, env: &impl Env, view: &View, found: Found) -> Choice {
+    let Some(entry) = found.entry().and_then(|index| tables.cache(index)) else { return Choice::NONE };
+    let service = view.service.load();
+    if view.scheduler.load() == Scheduler::Lblc as u32 {
+        // Thresholds do not count.
+        let chosen = entry.set[0].load();
+        let dest = tables.dest(chosen.wrapping_sub(1));
+        let usable = dest.is_some_and(|dest| dest.usable() && dest.service.load() == service);
+        return if usable { Choice(chosen.into()) } else { Choice::NONE };
+    }
+    let mut best = OfSet { tables, entry, service, best: LeastLoaded::by_load(tables, 0) };
+    env.scan(CACHE_SET, &mut best);
+    if entry.set[1].load() != 0
+        && let Some(Clock { now, hz }) = clock(tables, env)
+        && now.0.wrapping_sub(entry.modified.load()) > EXPIRATION_S.wrapping_mul(hz)
+    {
+        shrink(tables, entry, now.0);
+    }
+    Choice(best.best.choice().into())
+}
+
+/// Remembers that `address` has the destination that was chosen after [`look_up`] had given none.
+#[inline(never)]
+pub(crate) fn remember(
+    tables: &impl Tables,
+    env: &impl Env,
+    view: &View,
+    address: u64,
+    (found, choice): (Found, Choice),
+) -> Option<()> {
+    let chosen = choice.0 as u32;
+    let entry = tables.cache(found.entry()?)?;
+    let now = clock(tables, env)?.now.0;
+    let owner = view.cache.load();
+    let version = begin(entry)?;
+    let known = found.0 & Found::KNOWN != 0;
+    if known && (entry.owner.load() != owner || entry.address.load() != address) {
+        // Another address has taken the entry meanwhile.
+        end(entry, version);
+        return None;
+    }
+    if known && view.scheduler.load() == Scheduler::Lblcr as u32 {
+        if !entry.set.iter().any(|dest| dest.load() == chosen) {
+            // The newest first; what was put in first of as many as there is room for is lost.
+            for index in (1..CACHE_SET as usize).rev() {
+                entry.set[index].store(entry.set[index - 1].load());
+            }
+            entry.set[0].store(chosen);
+            entry.modified.store(now);
+        }
+    } else {
+        entry.owner.store(0);
+        entry.address.store(address);
+        entry.used.store(now);
+        entry.modified.store(now);
+        for dest in &entry.set {
+            dest.store(0);
+        }
+        entry.set[0].store(chosen);
+        entry.owner.store(owner);
+    }
+    end(entry, version);
+    Some(())
+}
+
+/// Begins to write an entry. `None` when another CPU is at it.
+#[inline(always)]
+fn begin(entry: &CacheEntry) -> Option<u32> {
+    let version = entry.version.load();
+    let claimed = version & 1 == 0 && entry.version.compare_exchange(version, version.wrapping_add(1)).is_ok();
+    claimed.then_some(version)
+}
+
+#[inline(always)]
+fn end(entry: &CacheEntry, version: u32) {
+    entry.version.store(version.wrapping_add(2));
+}
+
+struct OfSet<'t, T> {
+    tables: &'t T,
+    entry: &'t CacheEntry,
+    service: u32,
+    best: LeastLoaded<'t, T>,
+}
+
+impl<T: Tables> Scan for OfSet<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, index: u32) -> bool {
+        let Some(dest) = self.entry.set.get(opaque(index.into()) as usize) else { return false };
+        let number = dest.load().wrapping_sub(1);
+        if self.tables.dest(number).is_some_and(|dest| dest.service.load() == self.service) {
+            self.best.consider(number);
+        }
+        true
+    }
+}
+
+/// 1 when a destination has more active connections than its weight, while one of its service has less than half as many as
+/// that one's weight; else 0.
+#[inline(never)]
+fn is_overloaded(tables: &impl Tables, env: &impl Env, view: &View, number: u32) -> u32 {
+    if active(tables, number) <= weight(tables, number) {
+        return 0;
+    }
+    let mut scan = Idle { tables, start: view.list.load(), found: 0 };
+    env.scan(view.list_len.load(), &mut scan);
+    scan.found
+}
+
+#[inline(always)]
+fn active(tables: &impl Tables, number: u32) -> u64 {
+    tables.dest_load(number).map_or(0, |load| active_and_total(load.connections.load()).0).into()
+}
+
+#[inline(always)]
+fn weight(tables: &impl Tables, number: u32) -> u64 {
+    tables.dest(number).map_or(0, |dest| dest.weight.load()).into()
+}
+
+/// Looks for a destination whose active connections are less than half its weight.
+struct Idle<'t, T> {
+    tables: &'t T,
+    start: u32,
+    found: u32,
+}
+
+impl<T: Tables> Scan for Idle<'_, T> {
+    #[inline(always)]
+    fn visit(&mut self, index: u32) -> bool {
+        let Some(slot) = self.tables.slot(self.start + index) else { return false };
+        self.found = (2 * active(self.tables, slot.dest()) < weight(self.tables, slot.dest())).into();
+        self.found == 0
+    }
+}
+
+/// Takes the most loaded destination out of a set.
+#[inline(always)]
+fn shrink(tables: &impl Tables, entry: &CacheEntry, now: u32) {
+    let Some(version) = begin(entry) else { return };
+    let (mut most, mut most_overhead, mut most_weight) = (0, 0, 0);
+    for dest in &entry.set {
+        let chosen = dest.load();
+        let number = chosen.wrapping_sub(1);
+        let weight = u64::from(tables.dest(number).map_or(0, |dest| dest.weight.load()));
+        let connections = tables.dest_load(number).map_or(0, |load| load.connections.load());
+        let (active, total) = active_and_total(connections);
+        let overhead = 256 * u64::from(active) + u64::from(total);
+        if chosen != 0 && weight != 0 && (most == 0 || most_overhead * weight < overhead * most_weight) {
+            (most, most_overhead, most_weight) = (chosen, overhead, weight);
+        }
+        (most_overhead, most_weight) = (tables.hide(most_overhead), tables.hide(most_weight));
+        most = tables.hide(most.into()) as u32;
+    }
+    if most != 0 {
+        let mut beyond = false;
+        for index in 0..CACHE_SET as usize {
+            beyond |= entry.set[index].load() == most;
+            if beyond {
+                entry.set[index].store(entry.set.get(index + 1).map_or(0, |next| next.load()));
+            }
+        }
+        entry.modified.store(now);
+    }
+    end(entry, version);
+}
+
+#[cfg(test)]
+mod tests {
+    use bytemuck::Zeroable as _;
+    use lb_common::{
+        abi::{DestRecord, ONE_ACTIVE, ONE_CONNECTION, Record as _, SlotRecord, ViewRecord, slot},
+        hash::Seed,
+    };
+
+    use super::*;
+    use crate::host::{HostEnv, HostSizes, HostTables};
+
+    const HZ: u32 = 250;
+    const DAY: u32 = EXPIRATION_S * HZ;
+
+    /// A service with as many destinations of this weight.
+    fn service(dests: u32, weight: u32, scheduler: Scheduler) -> (HostTables, HostEnv) {
+        let sizes =
+            HostSizes { services: 1, dests: 16, slots: 16, endpoint_buckets: 1, flow_buckets: 2, flow_buckets6: 2 };
+        let tables = HostTables::new(
+            sizes,
+            Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]),
+            HZ,
+        );
+        for number in 0..dests {
+            let record = DestRecord { state: slot::USED, weight, ..DestRecord::zeroed() };
+            tables.dests[number as usize].store(&record);
+            tables.slots[number as usize].store(&SlotRecord { dest: number, threshold: 0 });
+        }
+        let view = ViewRecord { scheduler: scheduler as u32, list_len: dests, cache: 7, ..ViewRecord::zeroed() };
+        tables.views[0].store(&view);
+        (tables, HostEnv::new(HZ))
+    }
+
+    fn found(tables: &HostTables, env: &HostEnv, address: u64) -> Option<u32> {
+        look_up(tables, env, &tables.views[0], address).choice().dest()
+    }
+
+    /// Looks `address` up, and then remembers destination number `dest`.
+    fn learn(tables: &HostTables, env: &HostEnv, address: u64, dest: u32) {
+        let found = look_up(tables, env, &tables.views[0], address);
+        remember(tables, env, &tables.views[0], address, (found, Choice::of(Some(dest)))).expect("room");
+    }
+
+    fn load(tables: &HostTables, dest: u32, active: u64) {
+        tables.dest_loads[dest as usize].connections.store(active * (ONE_CONNECTION + ONE_ACTIVE));
+    }
+
+    fn set(tables: &HostTables) -> Vec<u32> {
+        let entry = tables.cache.iter().find(|entry| entry.owner.load() != 0).expect("an entry");
+        entry.set.iter().filter_map(|dest| dest.load().checked_sub(1)).collect()
+    }
+
+    #[test]
+    fn an_address_keeps_its_destination_until_it_is_not_used_for_a_day() {
+        let (tables, env) = service(2, 10, Scheduler::Lblc);
+        assert_eq!(found(&tables, &env, 1), None);
+        learn(&tables, &env, 1, 1);
+        for _ in 0..3 {
+            env.jiffies.update(|now| now + DAY - 1);
+            assert_eq!(found(&tables, &env, 1), Some(1));
+        }
+        env.jiffies.update(|now| now + DAY);
+        assert_eq!(found(&tables, &env, 1), None);
+    }
+
+    #[test]
+    fn a_destination_that_is_not_the_service_s_any_more_is_not_used() {
+        let (tables, env) = service(2, 10, Scheduler::Lblc);
+        learn(&tables, &env, 1, 1);
+        tables.dests[1].state.store(slot::REMOVED);
+        assert_eq!(found(&tables, &env, 1), None);
+        tables.dests[1].state.store(slot::USED);
+        assert_eq!(found(&tables, &env, 1), Some(1));
+        tables.dests[1].service.store(5);
+        assert_eq!(found(&tables, &env, 1), None);
+        // Another scheduler and back: nothing is known any more.
+        tables.dests[1].service.store(0);
+        tables.views[0].cache.store(8);
+        assert_eq!(found(&tables, &env, 1), None);
+    }
+
+    #[test]
+    fn a_destination_is_overloaded_only_if_another_is_idle() {
+        let (tables, env) = service(2, 10, Scheduler::Lblc);
+        learn(&tables, &env, 1, 1);
+        load(&tables, 1, 11);
+        load(&tables, 0, 5);
+        assert_eq!(found(&tables, &env, 1), Some(1));
+        load(&tables, 0, 4);
+        assert_eq!(found(&tables, &env, 1), None);
+        load(&tables, 1, 10);
+        assert_eq!(found(&tables, &env, 1), Some(1));
+    }
+
+    #[test]
+    fn the_address_that_has_not_been_used_for_longest_makes_room() {
+        let (tables, env) = service(1, 10, Scheduler::Lblc);
+        let bucket = |address: u64| scale(tables.seed().quick_hash(address ^ 7 << 32), CACHE_BUCKETS);
+        let addresses: Vec<u64> = (0u64..).filter(|address| bucket(*address) == 5).take(9).collect();
+        for address in &addresses[..8] {
+            env.jiffies.update(|now| now + 1);
+            learn(&tables, &env, *address, 0);
+        }
+        env.jiffies.update(|now| now + 1);
+        assert_eq!(found(&tables, &env, addresses[0]), Some(0));
+        learn(&tables, &env, addresses[8], 0);
+        let known: Vec<bool> = addresses.iter().map(|address| found(&tables, &env, *address).is_some()).collect();
+        assert_eq!(known, [true, false, true, true, true, true, true, true, true]);
+    }
+
+    #[test]
+    fn a_set_has_the_newest_first_and_at_most_eight() {
+        let (tables, env) = service(9, 10, Scheduler::Lblcr);
+        for dest in 0..9 {
+            // All that are known are overloaded, and the last is idle.
+            learn(&tables, &env, 1, dest);
+            load(&tables, dest, 20);
+        }
+        assert_eq!(set(&tables), [8, 7, 6, 5, 4, 3, 2, 1]);
+        // What is there already stays where it is.
+        learn(&tables, &env, 1, 3);
+        assert_eq!(set(&tables), [8, 7, 6, 5, 4, 3, 2, 1]);
+        // The least loaded is used; of equals, the newest.
+        assert_eq!(found(&tables, &env, 1), Some(8));
+        load(&tables, 4, 9);
+        load(&tables, 2, 9);
+        assert_eq!(found(&tables, &env, 1), Some(4));
+    }
+
+    #[test]
+    fn a_set_that_is_the_same_for_a_day_loses_its_most_loaded() {
+        let (tables, env) = service(3, 10, Scheduler::Lblcr);
+        for dest in 0..3 {
+            learn(&tables, &env, 1, dest);
+            load(&tables, dest, 20);
+        }
+        (0..3).for_each(|dest| load(&tables, dest, [1, 3, 2][dest as usize]));
+        env.jiffies.update(|now| now + DAY - 1);
+        assert_eq!((found(&tables, &env, 1), set(&tables)), (Some(0), vec![2, 1, 0]));
+        env.jiffies.update(|now| now + 2);
+        assert_eq!((found(&tables, &env, 1), set(&tables)), (Some(0), vec![2, 0]));
+        env.jiffies.update(|now| now + DAY - 1);
+        assert_eq!((found(&tables, &env, 1), set(&tables)), (Some(0), vec![2, 0]));
+        env.jiffies.update(|now| now + 2);
+        assert_eq!((found(&tables, &env, 1), set(&tables)), (Some(0), vec![0]));
+        env.jiffies.update(|now| now + DAY - 1);
+        assert_eq!((found(&tables, &env, 1), set(&tables)), (Some(0), vec![0]));
+    }
+
+    #[test]
+    fn what_another_cpu_is_writing_is_left_alone() {
+        let (tables, env) = service(2, 10, Scheduler::Lblc);
+        learn(&tables, &env, 1, 1);
+        let found = look_up(&tables, &env, &tables.views[0], 1);
+        let entry = &tables.cache[found.entry().expect("known") as usize];
+        let version = begin(entry).expect("at rest");
+        assert_eq!(remember(&tables, &env, &tables.views[0], 1, (found, Choice::of(Some(0)))), None);
+        end(entry, version);
+        assert_eq!(remember(&tables, &env, &tables.views[0], 1, (found, Choice::of(Some(0)))), Some(()));
+        assert_eq!(set(&tables), [0]);
+    }
+}

@@ -220,7 +220,10 @@ fn reset_instead_of_reuse(family: Family) -> Case {
     case = passes(case, Method::Masq, family.request(), tcp("S"), segment(family, "S").opening_active());
     case = passes(case, Method::Masq, family.request(), tcp("A"), segment(family, "A"));
     case = passes(case, Method::Masq, family.request(), tcp("SR"), segment(family, "SR").calming());
-    passes(case, Method::Masq, family.request(), tcp("SR"), segment(family, "SR"))
+    // One that is over ends, as for any SYN; but this one opens none in its place.
+    let again = family.request().tcp("SR", b"");
+    let counts = Counts::of(Reason::NoConnection).at(0, DestCounts::default().ending_inactive());
+    case.arrives(Wire::Outside, again.clone(), Verdict::Pass, again, counts)
 }
 
 fn remove(family: Family, change: &mut Change<'_>) {

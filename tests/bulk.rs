@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     process::{Command, Stdio},
     sync::atomic::{AtomicBool, Ordering},
     thread,
@@ -32,6 +32,7 @@ use serde_json::Value;
 use xdpvs_tests::{
     audit, cast,
     executor::{Executor, Kernel, Site, Verdict, Wire},
+    family::{self, Family},
     frames::Frame,
     program,
     world::{at, dest, scheduled, service},
@@ -41,27 +42,15 @@ const PORT: u16 = 80;
 const PROTOCOLS: [Transport; 2] = [Transport::Tcp, Transport::Udp];
 const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
 
-/// What has this IPv4 address, if it had an IPv6 address.
-fn six(address: SocketAddr) -> SocketAddr {
-    let IpAddr::V4(ip) = address.ip() else { panic!("IPv4") };
-    let [a, b] = [ip.to_bits() >> 16, ip.to_bits()].map(|half| half as u16);
-    SocketAddr::new(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, a, b).into(), address.port())
-}
-
-fn service6(protocol: Transport, port: u16) -> ServiceKey {
-    let ServiceKey { protocol, address } = service(protocol, port);
-    ServiceKey { protocol, address: six(address) }
-}
-
 /// A TCP and a UDP service of either family, each with one destination of each method.
 fn services(change: &mut Change<'_>) {
     for protocol in PROTOCOLS {
-        let [key, key6] = [service(protocol, PORT), service6(protocol, PORT)];
+        let [key, key6] = [service(protocol, PORT), Family::Six.service(protocol, PORT)];
         change.add_service(key, scheduled(Scheduler::Sh)).expect("new");
         change.add_service(key6, scheduled(Scheduler::Sh)).expect("new");
         for (index, method) in (0..).zip(METHODS) {
             change.add_dest(key, at(index, PORT), dest(method, 1)).expect("new");
-            change.add_dest(key6, six(at(index, PORT)), dest(method, 1)).expect("new");
+            change.add_dest(key6, Family::Six.at(index, PORT), dest(method, 1)).expect("new");
         }
     }
 }
@@ -84,11 +73,22 @@ fn numbered(number: u32) -> NewConnection {
     }
 }
 
+/// The client of IPv6 that a client of IPv4 stands for.
+fn six(client: SocketAddr) -> SocketAddr {
+    let SocketAddr::V4(four) = client else { panic!("IPv4") };
+    (family::six(*four.ip()), four.port()).into()
+}
+
 /// As [`numbered`], by IPv6.
 fn numbered6(number: u32) -> NewConnection {
-    let NewConnection { service, client, destination, state, remaining } = numbered(number);
-    let service = service6(service.protocol, PORT);
-    NewConnection { service, client: six(client), destination: six(destination), state, remaining }
+    let NewConnection { service, client, state, remaining, .. } = numbered(number);
+    NewConnection {
+        service: Family::Six.service(service.protocol, PORT),
+        client: six(client),
+        destination: Family::Six.at((number / 2 % 3) as u8, PORT),
+        state,
+        remaining,
+    }
 }
 
 /// Connections with these numbers, by either family in turn.
@@ -136,8 +136,8 @@ fn connections_are_created_as_they_are_said_to_be() {
         NewConnection { service: service(Transport::Tcp, 81), ..odd },
         NewConnection { destination: at(5, PORT), ..odd },
         NewConnection { client: six(odd.client), ..odd },
-        NewConnection { destination: six(odd.destination), ..odd },
-        NewConnection { service: service6(Transport::Tcp, 81), ..numbered6(0) },
+        NewConnection { destination: Family::Six.at(0, PORT), ..odd },
+        NewConnection { service: Family::Six.service(Transport::Tcp, 81), ..numbered6(0) },
         NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered6(NUMBER) },
         NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered(NUMBER) },
     ];
@@ -163,22 +163,23 @@ fn connections_are_created_as_they_are_said_to_be() {
 fn packets_belong_to_connections_that_were_created_for_them() {
     let site = site("bulkpackets", 20);
     let number = 2 * 3 * State::Established as u32;
-    let connections: Vec<NewConnection> = (number..number + 6).map(numbered).collect();
-    assert_eq!(insert(site.place(), connections.iter().copied()).created, 6);
+    let connections: Vec<NewConnection> = both(number..number + 6).collect();
+    assert_eq!(insert(site.place(), connections.iter().copied()).created, 12);
     site.enter(|kernel| {
         for connection in &connections {
-            let SocketAddr::V4(client) = connection.client else { panic!("IPv4") };
+            let client = (family::member(connection.client.ip()), connection.client.port());
             let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-            let frame = Frame::new(macs, (*client.ip(), client.port()), (cast::VIP, PORT));
+            let family = if connection.client.is_ipv4() { Family::Four } else { Family::Six };
+            let frame = Frame { family, ..Frame::new(macs, client, (cast::VIP, PORT)) };
             let tcp = connection.service.protocol == Transport::Tcp;
             let outcome = kernel.arrive(Wire::Outside, &if tcp { frame.tcp("A", b"x") } else { frame.udp(b"x") });
             assert!(Verdict::redirect(Wire::Inside).is_met_by(outcome.verdict), "{outcome:?}");
-            let index = (0..3).find(|index| connection.destination == at(*index, PORT)).expect("a destination");
+            let index = (0..3).find(|index| connection.destination == family.at(*index, PORT)).expect("a destination");
             assert_eq!(outcome.frame[..6], cast::server_mac(index), "{connection:?}");
         }
     })
     .expect("the pins open");
-    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 6);
+    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 12);
 }
 
 #[test]
@@ -193,8 +194,8 @@ fn what_there_is_no_room_for_is_told() {
 fn the_connections_of_a_service_or_destination_are_ended() {
     let site = site("bulkflush", 200);
     let fill = || insert(site.place(), both(0..600));
-    let [tcp6, udp6] = PROTOCOLS.map(|protocol| Some(service6(protocol, PORT)));
-    let server6 = |index| six(at(index, PORT)).ip();
+    let [tcp6, udp6] = PROTOCOLS.map(|protocol| Some(Family::Six.service(protocol, PORT)));
+    let server6 = |index| Family::Six.at(index, PORT).ip();
     let [tcp, udp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT)));
     let server = |index| IpAddr::V4(cast::server(index));
     for (selection, ended) in [

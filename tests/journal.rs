@@ -1,25 +1,28 @@
 //! A change whose process is killed before any of its stores: packets and the next command find the whole old or the whole
 //! new configuration.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, SocketAddr};
 
 use lb_common::{
+    abi::{EndpointKey as _, EndpointKey6, Record as _},
+    addr::{Ip6, Port},
     crash,
-    proto::{Method, Scheduler},
+    proto::{Method, Protocol, Scheduler},
 };
-use lb_ebpf::forward::Leave;
+use lb_ebpf::{endpoint, forward::Leave};
 use lb_userspace::{
     control::{
         change::Change,
         journal,
-        model::{Service, Transport},
+        model::{Service, ServiceKey, Transport},
         shared::Counters,
-        state::State,
+        state::{State, dest_address},
     },
     error::Error,
 };
 use xdpvs_tests::{
     audit, cast,
+    family::Family,
     frames::{ETHERNET, Frame},
     world::{HostCounters, World, at, dest, scheduled, service},
 };
@@ -33,6 +36,11 @@ struct Scenario {
 
 const WEB: u16 = 80;
 const DNS: u16 = 53;
+
+/// The service of IPv6.
+fn web6() -> ServiceKey {
+    Family::Six.service(Transport::Tcp, WEB)
+}
 
 /// Two services by different schedulers, a few destinations of every method, and connections.
 fn furnished(world: &World) {
@@ -137,6 +145,31 @@ const SCENARIOS: &[Scenario] = &[
         },
     },
     Scenario {
+        name: "the first service of IPv6",
+        before: furnished,
+        change: |change| {
+            change.add_service(web6(), scheduled(Scheduler::Rr)).expect("new");
+            change.add_dest(web6(), Family::Six.at(5, WEB), dest(Method::Masq, 3)).expect("new");
+        },
+    },
+    Scenario {
+        name: "both families at once",
+        before: |world| {
+            furnished(world);
+            world.change(|change| {
+                change.add_service(web6(), scheduled(Scheduler::Wrr)).expect("new");
+                change.add_dest(web6(), Family::Six.at(5, WEB), dest(Method::Masq, 3)).expect("new");
+                change.add_dest(web6(), Family::Six.at(6, WEB), dest(Method::Route, 1)).expect("new");
+            });
+        },
+        change: |change| {
+            change.delete_dest(web6(), Family::Six.at(5, WEB)).expect("there");
+            change.add_dest(web6(), Family::Six.at(7, WEB), dest(Method::Tunnel, 2)).expect("new");
+            change.delete_dest(service(Transport::Tcp, WEB), at(0, WEB)).expect("there");
+            change.delete_service(service(Transport::Udp, DNS)).expect("there");
+        },
+    },
+    Scenario {
         name: "everything at once",
         before: furnished,
         change: |change| {
@@ -210,16 +243,27 @@ fn recover(world: &World) {
     journal::recover(&world.shared(), &mut KernelCounters::of(world)).expect("counters can be cleared");
 }
 
+/// The destinations that packets find for the service of IPv6; `None` when they find no service.
+fn found6(world: &World) -> Option<Vec<SocketAddr>> {
+    let SocketAddr::V6(address) = web6().address else { panic!("an IPv6 address") };
+    let key = EndpointKey6::new(Ip6::new(address.ip().octets()), Port::new(WEB), Protocol::Tcp);
+    let tables = &world.tables;
+    let view = tables.views[endpoint::find(tables, key).view()? as usize].load();
+    let numbers = (view.list..view.list + view.list_len).map(|index| tables.slots[index as usize].dest());
+    Some(numbers.map(|number| dest_address(&tables.dests[number as usize].load())).collect())
+}
+
 /// What there is of a world that can be told from outside: what is configured, and who gets the next connections.
 #[derive(PartialEq, Debug)]
 struct Behaviour {
     configured: Vec<Service>,
     picks: Vec<Option<(Ipv4Addr, [u8; 6])>>,
+    found6: Option<Vec<SocketAddr>>,
 }
 
 impl Behaviour {
     fn of(world: &World) -> Self {
-        Self { configured: configured(world), picks: picks(world, 100) }
+        Self { configured: configured(world), picks: picks(world, 100), found6: found6(world) }
     }
 }
 
@@ -284,12 +328,12 @@ fn a_change_that_is_killed_anywhere_is_made_whole_or_not_at_all() {
 fn packets_never_see_a_mixture() {
     for scenario in SCENARIOS {
         let servers = |world: &World, port: u16| -> Vec<Ipv4Addr> {
-            let of_port = |service: &Service| service.key.address.port() == port;
+            let of_port = |service: &Service| service.key.address.port() == port && service.key.address.is_ipv4();
             let services = configured(world);
             let dests = services.iter().filter(|service| of_port(service)).flat_map(|service| &service.dests);
             let address = |dest: &lb_userspace::control::model::Dest| match dest.address {
-                std::net::SocketAddr::V4(address) => *address.ip(),
-                std::net::SocketAddr::V6(_) => panic!("no IPv6 here"),
+                SocketAddr::V4(address) => *address.ip(),
+                SocketAddr::V6(_) => panic!("no IPv6 here"),
             };
             dests.filter(|dest| dest.spec.weight != 0).map(address).collect()
         };

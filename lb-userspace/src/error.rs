@@ -73,7 +73,7 @@ pub enum Error {
     },
 
     /// A service that there are no packets for.
-    #[error("service {service}: no IPv6 here, {why}")]
+    #[error("service {service}: {why}")]
     NoIpv6 {
         /// The service.
         service: ServiceKey,

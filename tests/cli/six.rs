@@ -332,17 +332,13 @@ fn a_host_without_ipv6_serves_ipv4() -> Result<()> {
     assert_eq!(without(&format!("up {WIRE} --max-flows 1000"))?, fine(""));
     assert_eq!(setting(&stage, "lo/forwarding")?, "0");
     assert_eq!(without("service add -t 10.9.9.9:80")?, fine(""));
-    let why = "the kernel has none: boot one with CONFIG_IPV6, and without ipv6.disable=1";
-    let refused = Said {
-        out: String::new(),
-        err: format!("xdpvs: service tcp [fd00::1]:80: no IPv6 here, {why}\n"),
-        code: Some(1),
-    };
+    let why = "the kernel has no IPv6: boot one with CONFIG_IPV6, and without ipv6.disable=1";
+    let refused = Said { out: String::new(), err: format!("xdpvs: service tcp [fd00::1]:80: {why}\n"), code: Some(1) };
     assert_eq!(without("service add -t [fd00::1]:80")?, refused);
     let refused = Said { err: refused.err.replacen("xdpvs: ", "", 1), code: Some(255), ..refused };
     assert_eq!(without("ipvsadm -A -t [fd00::1]:80")?, refused);
     let status = without("status")?;
-    ensure!(status.out.contains(&format!("\nIPv6          not here: {why}\n")), "{}", status.out);
+    ensure!(status.out.contains(&format!("\nIPv6          none: {why}\n")), "{}", status.out);
     assert_eq!(without("down")?, fine(""));
 
     stage.ok(&format!("up {WIRE} --max-flows 1000"))?;
@@ -352,10 +348,15 @@ fn a_host_without_ipv6_serves_ipv4() -> Result<()> {
     assert_eq!(stage.ask("status")?["ipv6"], json!(false));
     let status = stage.ok("status")?;
     ensure!(
-        status.contains("not here: it is disabled on the interfaces: set net.ipv6.conf.IFACE.disable_ipv6 to 0\n"),
+        status.contains("none: IPv6 is disabled on the interfaces: set net.ipv6.conf.IFACE.disable_ipv6 to 0\n"),
         "{status}"
     );
+    let added = stage.say("service add -t [fd00::1]:80")?;
+    let line = "xdpvs: service tcp [fd00::1]:80: no packet will come for it: IPv6 is disabled on the interfaces: set \
+                net.ipv6.conf.IFACE.disable_ipv6 to 0\n";
+    assert_eq!(added, Said { out: String::new(), err: line.into(), code: Some(0) });
     stage.director.sysctl(&disabled, "0")?;
+    assert_eq!(stage.ok("service edit -t [fd00::1]:80 -s rr")?, "");
     assert_eq!(stage.ask("status")?["ipv6"], json!(true));
     Ok(())
 }

@@ -23,6 +23,7 @@ use lb_userspace::{
 use serde::Serialize;
 
 use crate::cli::{
+    complain,
     failure::Failure,
     instance::mode_word,
     output::{self, Form},
@@ -113,8 +114,12 @@ fn change(place: &Place, plan: impl FnOnce(&mut Change<'_>) -> Result<(), Refusa
 impl ServiceCommand {
     /// Changes the configuration.
     pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
-        if let Self::Add { service, .. } = &self {
-            ipv6::check(service.key())?;
+        let added = match &self {
+            Self::Add { service, .. } => Some(service.key()),
+            _ => None,
+        };
+        if let Some(key) = added {
+            ipv6::check(key)?;
         }
         change(place, |change| match self {
             Self::Add { service, scheduler, flags } => change.add_service(service.key(), flags.of(scheduler)?),
@@ -124,7 +129,14 @@ impl ServiceCommand {
                 change.flush();
                 Ok(())
             }
-        })
+        })?;
+        if let Some(key) = added.filter(|key| key.address.is_ipv6()) {
+            let attachments = attach::attachments(place)?;
+            if !ipv6::is_taken(attachments.iter().map(|attachment| attachment.interface.as_str())) {
+                complain(&format!("service {key}: no packet will come for it: {}", ipv6::why_not()));
+            }
+        }
+        Ok(())
     }
 }
 

@@ -197,7 +197,7 @@ fn text(status: &Status<'_>) -> String {
         rows.push(row("interface", format!("{interface} ({})", mode_word(*mode))));
     }
     if !status.ipv6 {
-        rows.push(row("IPv6", format!("not here: {}", ipv6::why_not())));
+        rows.push(row("IPv6", format!("none: {}", ipv6::why_not())));
     }
     rows.push(row("connections", format!("IPv4: {flows} of {max_flows}, IPv6: {flows6} of {max_flows6}")));
     rows.push(row("services", services.to_string()));

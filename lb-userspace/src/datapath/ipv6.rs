@@ -15,9 +15,9 @@ pub fn is_taken<'n>(mut interfaces: impl Iterator<Item = &'n str>) -> bool {
 /// Why no interface takes IPv6 packets, and what to do about it.
 pub fn why_not() -> &'static str {
     if forwarding::has_ipv6() {
-        "it is disabled on the interfaces: set net.ipv6.conf.IFACE.disable_ipv6 to 0"
+        "IPv6 is disabled on the interfaces: set net.ipv6.conf.IFACE.disable_ipv6 to 0"
     } else {
-        "the kernel has none: boot one with CONFIG_IPV6, and without ipv6.disable=1"
+        "the kernel has no IPv6: boot one with CONFIG_IPV6, and without ipv6.disable=1"
     }
 }
 

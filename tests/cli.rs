@@ -10,6 +10,8 @@ mod native;
 mod running;
 #[path = "cli/secret.rs"]
 mod secret;
+#[path = "cli/settings.rs"]
+mod settings;
 #[path = "cli/six.rs"]
 mod six;
 #[path = "cli/stage.rs"]

@@ -199,20 +199,43 @@ record! {
         /// Changes with every change of the configuration, and is never 0: what a CPU has kept about a destination holds
         /// as long as this stays the same.
         epoch: u32,
+        /// ip_vs's settings that are on or off: bits of [`switch`].
+        switches: u32,
+        /// Which of the tables of [`crate::tcp`] moves TCP connections: 0, or 1 while `secure_tcp` is in force.
+        tcp_table: u32,
+        /// One of so many packets that would open a connection is dropped; 0 for none. In force of `drop_packet`.
+        drop_rate: u32,
+        /// The modes of ip_vs's `drop_entry`, `drop_packet` and `secure_tcp`: see [`crate::defence`].
+        defences: [u32; 3],
+        /// ip_vs's `amemthresh`, in pages.
+        amemthresh: u32,
+        /// ip_vs's `am_droprate`.
+        am_droprate: u32,
         /// Zero.
-        reserved: [u32; 12],
+        reserved: [u32; 4],
     }
 }
 
-/// How many more ICMP errors the director may send; a cache line of its own, for senders write it.
+/// Bits of [`Config::switches`], by the names of ip_vs's settings.
+pub mod switch {
+    /// A TCP segment opens a connection even without SYN.
+    pub const SLOPPY_TCP: u32 = 1 << 0;
+    /// Connections end when their destination is removed.
+    pub const EXPIRE_NODEST_CONN: u32 = 1 << 1;
+}
+
+/// What the CPUs share that limits what they do: a cache line of its own, for they write it.
 #[derive(Zeroable)]
 #[repr(C, align(64))]
 pub struct Limiter {
     /// The second that `tokens` is for, in ticks divided by HZ.
     pub second: Shared32,
-    /// Errors that may still be sent in that second.
+    /// ICMP errors that may still be sent in that second.
     pub tokens: Shared32,
-    reserved: [u32; 14],
+    /// How many packets that would open a connection come before the next that is dropped, a signed number: see
+    /// [`Config::drop_rate`].
+    pub drop_counter: Shared32,
+    reserved: [u32; 13],
 }
 
 /// [`Service::state`] and [`Dest::state`]: what a slot holds.
@@ -1004,6 +1027,21 @@ pub struct AgeingRecord {
     pub ended: u64,
 }
 
+record! {
+    /// What the ageing timer does besides, and where it stands.
+    Upkeep, UpkeepRecord, 64 {
+        /// When the pass that is under way began, in ticks. A pass goes over all destinations and services, and takes two
+        /// seconds.
+        began: u32,
+        /// The destination or service that comes next.
+        next: u32,
+        /// Connections that this pass has come by.
+        connections: u32,
+        /// Zero.
+        reserved: [u32; 13],
+    }
+}
+
 /// The value of the ageing map as the loader reads it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -1047,6 +1085,8 @@ pub mod control {
     pub const INSERT: u32 = 5;
     /// As [`INSERT`], of at most [`super::CONNECTIONS6_MAX`] [`super::ConnectionRecord6`]s.
     pub const INSERT6: u32 = 6;
+    /// Ends those to any destination that has been removed, as [`FLUSH`] does those to one.
+    pub const FLUSH_REMOVED: u32 = 7;
     /// Every destination.
     pub const ANY: u32 = u32::MAX;
 }
@@ -1199,6 +1239,7 @@ pub const LAYOUT: u32 = {
         size_of::<JournalSlot>(),
         size_of::<AgeingValue>(),
         size_of::<EndpointBucket6>(),
+        size_of::<Upkeep>(),
         size_of::<crate::flow::Bucket4>(),
         size_of::<crate::flow::Bucket6>(),
         crate::reason::Reason::ALL.len(),

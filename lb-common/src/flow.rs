@@ -882,10 +882,10 @@ mod tests {
         assert_eq!(word.expires(), Jiffies(0xdead_beef));
 
         // From TIME_WAIT, say: a SYN of the client opens it again.
-        let moved = word.moved(Transition::of(5, tcp::flag::SYN, Direction::Input)).expiring(Jiffies(7));
+        let moved = word.moved(Transition::of(0, 5, tcp::flag::SYN, Direction::Input)).expiring(Jiffies(7));
         assert_eq!((moved.state(), moved.method(), moved.expires()), (3, 3, Jiffies(7)));
         assert!(!moved.has(flag::INACTIVE));
-        let moved = moved.moved(Transition::of(3, tcp::flag::FIN, Direction::Input));
+        let moved = moved.moved(Transition::of(0, 3, tcp::flag::FIN, Direction::Input));
         assert_eq!(moved.state(), 5);
         assert!(moved.has(flag::INACTIVE) && moved.same_life(word));
         assert_eq!(moved.timeout_index(), 16 + 5);

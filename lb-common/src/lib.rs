@@ -17,6 +17,7 @@ pub mod checksum;
 #[cfg(all(feature = "crash", not(target_arch = "bpf")))]
 pub mod crash;
 pub mod decapsulation;
+pub mod defence;
 pub mod event;
 pub mod flow;
 pub mod hash;

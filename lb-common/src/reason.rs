@@ -100,6 +100,7 @@ reasons! {
     Dropped TunnelError = 36, "tunnel-error",
         "is an ICMP error about a packet in a tunnel that the client is not told of: it may be fragmented, or there have been too many";
     Dropped ExtensionHeader = 37, "extension-header", "is for a service address and has an IPv6 extension header";
+    Dropped DropPacket = 38, "drop-packet", "would open a connection and is one of those that `drop_packet` drops";
 }
 
 #[cfg(test)]

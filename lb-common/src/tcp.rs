@@ -105,24 +105,41 @@ const NORMAL: [[State; 12]; STATES] = [
     /* SA */ [SR, TW, ES, SR, SR, TW, ES, CL, SR, TW, ES, CL],
 ];
 
+/// [`NORMAL`], while `secure_tcp` is in force.
+#[rustfmt::skip]
+const SECURE: [[State; 12]; STATES] = [
+    //      Input           Output          InputOnly
+    /* NO */ [SR, CL, ES, CL, SS, TW, ES, CL, SA, CL, ES, CL],
+    /* ES */ [ES, CW, ES, CL, ES, FW, ES, CL, ES, FW, ES, CL],
+    /* SS */ [ES, SS, SS, CL, SS, SS, SS, SS, ES, SS, SS, CL],
+    /* SR */ [SR, TW, SR, SR, SA, TW, ES, CL, SR, TW, ES, SR],
+    /* FW */ [SR, TW, FW, CL, SS, FW, FW, CL, SA, FW, FW, CL],
+    /* TW */ [SR, TW, TW, CL, SS, TW, TW, TW, SA, TW, TW, CL],
+    /* CL */ [SR, CL, CL, CL, SS, CL, CL, CL, SA, CL, CL, CL],
+    /* CW */ [SR, CW, CW, CL, SS, TW, CW, CL, SA, CW, CW, CL],
+    /* LA */ [SR, LA, CL, LA, SS, LA, LA, CL, SA, LA, CL, LA],
+    /* LI */ [SR, LI, LI, LI, LI, LI, ES, CL, SA, LI, LI, LI],
+    /* SA */ [SA, SA, SA, CL, SA, TW, ES, CL, SA, TW, ES, CL],
+];
+
 /// Bits of the flags that matter, and one between them that does not.
 const FLAGS: u8 = 0x1f;
 
-/// Index into [`TRANSITIONS`]: direction in bits 9-10, flags in bits 4-8, state in bits 0-3.
-const fn cell(direction: usize, flags: usize, state: usize) -> usize {
-    direction << 9 | flags << 4 | state
+/// Index into [`TRANSITIONS`]: number of the table in bit 11, direction in bits 9-10, flags in bits 4-8, state in bits 0-3.
+const fn cell(table: usize, direction: usize, flags: usize, state: usize) -> usize {
+    table << 11 | direction << 9 | flags << 4 | state
 }
 
 /// Set in a [`Transition`] to a state that does not count as active.
 const INACTIVE: u8 = 1 << 7;
 
-/// [`NORMAL`] by flags instead of events, laid out for a masked index, so that a look-up is one load: number of the next
-/// state in bits 0-3 and [`INACTIVE`]. Cells of no state hold CLOSE.
-static TRANSITIONS: [u8; 2048] = {
-    let mut table = [CL as u8 | INACTIVE; 2048];
+/// [`NORMAL`] and [`SECURE`] by flags instead of events, laid out for a masked index, so that a look-up is one load: number
+/// of the next state in bits 0-3 and [`INACTIVE`]. Cells of no state hold CLOSE.
+static TRANSITIONS: [u8; 4096] = {
+    let mut table = [CL as u8 | INACTIVE; 4096];
     let mut index = 0;
     while index < table.len() {
-        let (direction, flags, state) = (index >> 9, index >> 4 & FLAGS as usize, index & 0xf);
+        let (direction, flags, state) = (index >> 9 & 3, index >> 4 & FLAGS as usize, index & 0xf);
         let column = match Event::of(flags as u8) {
             Event::Syn => 0,
             Event::Fin => 1,
@@ -131,7 +148,8 @@ static TRANSITIONS: [u8; 2048] = {
             Event::None => 4,
         };
         if direction < 3 && state < STATES && column < 4 {
-            let next = NORMAL[state][4 * direction + column] as u8;
+            let states = if index >> 11 == 0 { &NORMAL } else { &SECURE };
+            let next = states[state][4 * direction + column] as u8;
             table[index] = if is_active(next) { next } else { next | INACTIVE };
         }
         index += 1;
@@ -186,14 +204,16 @@ impl TryFrom<u8> for State {
 pub struct Transition(u8);
 
 impl Transition {
-    /// What a segment with these flags (byte 13 of its header) makes of a connection in the state numbered `state`.
+    /// What a segment with these flags (byte 13 of its header) makes of a connection in the state numbered `state`, by the
+    /// table with this number, 0 or 1 ([`crate::abi::Config::tcp_table`]).
     ///
     /// Works on numbers because that is what a flow entry holds; a number that is no state goes to CLOSE.
     #[inline(always)]
-    pub fn of(state: u8, flags: u8, direction: Direction) -> Self {
-        let index = cell(direction as usize, usize::from(flags & FLAGS), usize::from(state & 0xf)) as u64;
-        // The mask changes nothing, for every index is below 2048; but the verifier has to see it.
-        Self(TRANSITIONS[opaque(index) as usize & 0x7ff])
+    pub fn of(table: u32, state: u8, flags: u8, direction: Direction) -> Self {
+        let (table, flags, state) = (table as usize & 1, usize::from(flags & FLAGS), usize::from(state & 0xf));
+        let index = cell(table, direction as usize, flags, state) as u64;
+        // The mask changes nothing, for every index is below 4096; but the verifier has to see it.
+        Self(TRANSITIONS[opaque(index) as usize & 0xfff])
     }
 
     /// The number of the next state in bits 0-3, and bit 7 if it does not count as active.
@@ -239,23 +259,37 @@ mod tests {
     #[test]
     fn every_cell_of_the_table_is_reached() {
         use flag::*;
-        for state in State::ALL {
-            for (column, next) in NORMAL[state as usize].iter().enumerate() {
-                let direction = [Direction::Input, Direction::Output, Direction::InputOnly][column / 4];
-                for flags in [[SYN, FIN, ACK, RST], [SYN | ACK, FIN | ACK, ACK | 0x08, RST | ACK]] {
-                    let transition = Transition::of(state as u8, flags[column % 4], direction);
-                    assert_eq!(transition.state(), *next as u8, "{state:?} {direction:?} {:#x}", flags[column % 4]);
-                    assert_eq!(transition.is_active(), is_active(*next as u8));
+        for (table, states) in [(0, &NORMAL), (1, &SECURE)] {
+            for state in State::ALL {
+                for (column, next) in states[state as usize].iter().enumerate() {
+                    let direction = [Direction::Input, Direction::Output, Direction::InputOnly][column / 4];
+                    for flags in [[SYN, FIN, ACK, RST], [SYN | ACK, FIN | ACK, ACK | 0x08, RST | ACK]] {
+                        let flags = flags[column % 4];
+                        let transition = Transition::of(table, state as u8, flags, direction);
+                        assert_eq!(transition.state(), *next as u8, "{state:?} {direction:?} {flags:#x}");
+                        assert_eq!(transition.is_active(), is_active(*next as u8));
+                    }
                 }
+                assert_eq!(Transition::of(table, state as u8, 0x08, Direction::Input), Transition(CL as u8 | INACTIVE));
             }
-            assert_eq!(Transition::of(state as u8, 0x08, Direction::Input), Transition(CL as u8 | INACTIVE));
+        }
+    }
+
+    /// What [`crate::tcp`] takes for granted elsewhere: an ACK leaves an established connection as it is.
+    #[test]
+    fn an_acknowledgement_does_not_move_what_is_established() {
+        for (table, direction) in [0, 1]
+            .into_iter()
+            .flat_map(|table| [Direction::Input, Direction::Output, Direction::InputOnly].map(|d| (table, d)))
+        {
+            assert_eq!(Transition::of(table, ES as u8, flag::ACK, direction), Transition(ES as u8));
         }
     }
 
     #[test]
     fn a_number_that_is_no_state_closes() {
         for state in STATES as u8..=15 {
-            assert_eq!(Transition::of(state, flag::ACK, Direction::Output).state(), CL as u8);
+            assert_eq!(Transition::of(0, state, flag::ACK, Direction::Output).state(), CL as u8);
         }
     }
 

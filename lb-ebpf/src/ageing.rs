@@ -31,22 +31,31 @@ pub struct Sweep<'t, T> {
 pub enum What {
     /// Those whose time is over.
     Over(Clock),
-    /// Those of a destination or a service.
+    /// Those of destinations that are, or belong to, what has this number.
     ///
     /// Verifier: a number says which, for it can be hidden; see [`Scan`].
     Of {
-        /// 0 for the destination with this number, or for any with [`control::ANY`]; else for any destination of the service
-        /// in the slot with this number.
-        service: u64,
+        /// One of [`of`].
+        kind: u64,
         /// The number.
         number: u64,
     },
 }
 
+/// What of a destination [`What::Of`] looks at.
+pub mod of {
+    /// Its number, which is any for [`control::ANY`](lb_common::abi::control::ANY).
+    pub const DEST: u64 = 0;
+    /// The slot of its service.
+    pub const SERVICE: u64 = 1;
+    /// Its state.
+    pub const STATE: u64 = 2;
+}
+
 impl What {
     /// Those of the destination with this number, or of any for [`control::ANY`].
     pub const fn dest(number: u32) -> Self {
-        Self::Of { service: 0, number: number as u64 }
+        Self::Of { kind: of::DEST, number: number as u64 }
     }
 }
 
@@ -77,10 +86,11 @@ impl<T: Tables> Sweep<'_, T> {
     fn ends(&self, word: Word, dest: u32) -> bool {
         match self.what {
             What::Over(clock) => word.expired(clock.now, clock.hz),
-            What::Of { service: 0, number } => number == u64::from(control::ANY) || number == u64::from(dest),
-            What::Of { number, .. } => {
-                self.tables.dest(dest).is_some_and(|dest| u64::from(dest.service.load()) == number)
-            }
+            What::Of { kind: of::DEST, number } => number == u64::from(control::ANY) || number == u64::from(dest),
+            What::Of { kind, number } => self.tables.dest(dest).is_some_and(|dest| {
+                let said = if kind == of::SERVICE { dest.service.load() } else { dest.state.load() };
+                u64::from(said) == number
+            }),
         }
     }
 }

@@ -3,7 +3,7 @@
 use core::hint::cold_path;
 
 use lb_common::{
-    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, DestLoad, NextHop, PathMtu, Stage, hop},
+    abi::{ADJACENCIES, Adjacency, Config, Dest, DestCpu, DestLoad, NextHop, PathMtu, Stage, hop, switch},
     addr::{Address, Ip4},
     flow::{Entry, Hint},
     reason::Reason,
@@ -231,7 +231,9 @@ pub fn find_out<A: Address>(
         Ok(()) => {
             hop.asked.set(clock.now.0);
             hop.mtu.set(PathMtu(load.path_mtu.load()).limit(hop.mtu.get(), dest.addr::<A>(), clock.now));
-            if dest.available() && hop.kind.get() == hop::VIA {
+            // A new client of a destination that shall lose its own may be one of those: see `track::is_left`.
+            let keeps = dest.weight.load() != 0 || config.switches.load() & switch::EXPIRE_NODEST_CONN == 0;
+            if dest.available() && keeps && hop.kind.get() == hop::VIA {
                 cpu.epoch.set(epoch);
             }
             Ok(())

@@ -45,5 +45,6 @@ pub mod schedule;
 pub mod tables;
 pub mod track;
 pub mod tunnel;
+pub mod upkeep;
 #[expect(unsafe_code, reason = "declares which types may be read from raw packet bytes")]
 pub mod wire;

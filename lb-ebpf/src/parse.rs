@@ -1,6 +1,7 @@
 //! From bytes to meaning: the only place where headers of arriving packets are interpreted.
 
 use lb_common::{
+    abi::switch,
     addr::{Address, Ip4, Ip6, Port},
     checksum,
     proto::Protocol,
@@ -423,9 +424,13 @@ impl Segment {
         self.flags as u8
     }
 
-    /// Whether the segment may open a connection: it is UDP, or has SYN and not RST set.
+    /// Whether the segment may open a connection under these [`switch`]es: it is UDP, or has SYN and not RST set; with
+    /// `sloppy_tcp`, SYN may be missing.
     #[inline(always)]
-    pub const fn opens(&self) -> bool {
-        matches!(self.protocol(), Protocol::Udp) || self.flags() & (flag::SYN | flag::RST) == flag::SYN
+    pub const fn opens(&self, switches: u32) -> bool {
+        // Without a branch, which the verifier would follow both ways.
+        const _: () = assert!(switch::SLOPPY_TCP << 1 == flag::SYN as u32);
+        let wanted = flag::SYN ^ ((switches & switch::SLOPPY_TCP) << 1) as u8;
+        matches!(self.protocol(), Protocol::Udp) || self.flags() & (wanted | flag::RST) == wanted
     }
 }

@@ -1,7 +1,7 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, DestCpu, EndpointKey as _, NextHop, Stage, Target},
+    abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target},
     addr::{Address, Ip4, Port},
     event::Event,
     flow::{Entry, Key as _, Place, Word, flag},
@@ -309,9 +309,18 @@ where
     let segment = ip.segment(packet)?;
     let key = request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
-    let Some(connection) = join::<I, T>(tables, segment, &key, place, now) else {
+    let Some(found) = flow_table::find::<EntryOf<I>>(tables, &key, place) else {
         return Err(Halt::go_on(Stage::Open));
     };
+    if tables.dest(found.dest).is_some_and(|dest| track::is_left(now.config, dest, segment.protocol(), segment.flags()))
+    {
+        flow_table::release(tables, found.entry, found.word, found.dest);
+        return Err(Halt::go_on(Stage::Open));
+    }
+    let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now) else {
+        return Err(Halt::go_on(Stage::Open));
+    };
+    let connection = Connection::of(word, found.dest);
     to_server(packet, tables, env, ip, Some(segment), connection, now)
 }
 
@@ -343,7 +352,7 @@ fn request_key<I: Ip>(ip: &I, segment: Segment) -> KeyOf<I> {
     KeyOf::<I>::from_raw(segment.protocol(), ip.source(), segment.ports(), ip.destination())
 }
 
-/// The connection that a client's packet belongs to, moved by it.
+/// The connection that a client's packet belongs to and that another CPU has just opened, moved by it.
 #[inline(always)]
 fn join<I: Ip, T: TablesOf<I::Addr>>(
     tables: &T,
@@ -370,11 +379,14 @@ where
     let segment = ip.segment(packet)?;
     let key = &request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
-    if !segment.opens() {
+    if !segment.opens(now.config.switches.load()) {
         return Err(Halt::go_on(Stage::Overflow));
     }
     let to = endpoint::find(tables, EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol()));
     let view = to.view().ok_or(Reason::NotService)?;
+    if is_dropped(tables, now.config) {
+        return Err(Reason::DropPacket.into());
+    }
     if !ip.source().is_host() {
         return Err(Reason::SourceAddress.into());
     }
@@ -405,6 +417,24 @@ where
         // Another CPU has just opened it with a packet of the same client, or is about to.
         Inserted::Contended => join::<I, T>(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
     }
+}
+
+/// Whether a packet that would open a connection is one of those that ip_vs's `drop_packet` drops (`docs/ipvs.md`, section
+/// 4.11).
+///
+/// Verifier: a function of its own with a hidden result, or it would follow the rest of the path once for each way to it.
+#[inline(never)]
+fn is_dropped(tables: &impl Tables, config: &Config) -> bool {
+    let rate = config.drop_rate.load();
+    let mut dropped = 0;
+    if rate != 0
+        && let Some(Limiter { drop_counter, .. }) = tables.limiter()
+        && drop_counter.fetch_add(u32::MAX).wrapping_sub(1).cast_signed() <= 0
+    {
+        drop_counter.store(rate);
+        dropped = 1;
+    }
+    tables.hide(dropped) != 0
 }
 
 /// A packet of a client for a service, of which no connection is known, where there is no room for one, or which opens
@@ -451,7 +481,7 @@ where
     let segment = ip.segment(packet)?;
     let key = &request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
-    let opens = segment.opens();
+    let opens = segment.opens(now.config.switches.load());
     // What was asked of a packet that opens a connection has not been asked of others.
     let is_strange = !ip.source().is_host() || ip.source().is_loopback() || segment.source() == Port::new(20);
     if !opens && (is_strange || flow_table::has_room(tables, place, now.clock)) {

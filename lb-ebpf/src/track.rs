@@ -1,7 +1,7 @@
 //! Moving a connection through its states: what a packet changes about it (`docs/ipvs.md`, sections 4.4 and 4.5).
 
 use lb_common::{
-    abi::{Config, ONE_ACTIVE},
+    abi::{Config, Dest, ONE_ACTIVE, switch},
     flow::{Entry, Word, flag},
     jiffies::Jiffies,
     proto::{Method, Protocol},
@@ -42,13 +42,13 @@ pub fn birth(now: &Now<'_>, protocol: Protocol, tcp_flags: u8, method: u8, flags
     let masquerade = method == Method::Masq as u8;
     let no_output = if masquerade { 0 } else { flag::NO_OUTPUT };
     let word = Word::born(protocol, 0, method, flags | no_output | flag::INACTIVE, now.clock.now);
-    let word = next(word, tcp_flags, From::Client);
+    let word = next(now.config, word, tcp_flags, From::Client);
     word.expiring(expiry(now, word))
 }
 
 /// The word after a packet, but for the time it expires.
 #[inline(always)]
-fn next(word: Word, tcp_flags: u8, from: From) -> Word {
+fn next(config: &Config, word: Word, tcp_flags: u8, from: From) -> Word {
     let moved = match word.protocol() {
         Protocol::Udp => word,
         Protocol::Tcp => {
@@ -63,7 +63,7 @@ fn next(word: Word, tcp_flags: u8, from: From) -> Word {
             if word.state() == ESTABLISHED && tcp_flags & MOVING == tcp::flag::ACK {
                 word
             } else {
-                word.moved(Transition::of(word.state(), tcp_flags, direction))
+                word.moved(Transition::of(config.tcp_table.load(), word.state(), tcp_flags, direction))
             }
         }
     };
@@ -91,7 +91,7 @@ pub fn step<E: Entry>(
     let Now { config, clock } = now;
     let mut word = found.word;
     for _ in 0..STEP_ATTEMPTS {
-        let moved = next(word, tcp_flags, from);
+        let moved = next(config, word, tcp_flags, from);
         let expires = expiry(now, moved);
         // An entry that is written on every packet would bounce between caches: see `Word::expired`. As an unsigned
         // number: a connection that is over, or whose timeout has been lowered, is far from this.
@@ -120,6 +120,25 @@ pub fn step<E: Entry>(
     Ok(word)
 }
 
+/// Whether the destination of a connection makes its client's packet one of no connection, under ip_vs's
+/// `expire_nodest_conn` (`docs/ipvs.md`, section 4.8): it has been removed; or it has weight 0, and the packet opens a
+/// connection.
+///
+/// Looked at only off the path of established packets, which those of such destinations do not take: see
+/// [`crate::forward::find_out`].
+#[inline(always)]
+pub fn is_left(config: &Config, dest: &Dest, protocol: Protocol, tcp_flags: u8) -> bool {
+    config.switches.load() & switch::EXPIRE_NODEST_CONN != 0
+        && (!dest.available() || dest.weight.load() == 0 && protocol == Protocol::Tcp && begins(tcp_flags))
+}
+
+/// Whether a TCP segment begins a connection where there may have been another before. As in ip_vs, one with RST counts, too,
+/// although it opens none.
+#[inline(always)]
+const fn begins(tcp_flags: u8) -> bool {
+    tcp_flags & tcp::flag::SYN != 0
+}
+
 /// Counts a connection that has become active, or is so no longer.
 #[inline(always)]
 fn count(tables: &impl Tables, dest: u32, before: Word, after: Word) {
@@ -131,15 +150,14 @@ fn count(tables: &impl Tables, dest: u32, before: Word, after: Word) {
     }
 }
 
-/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8). One with RST may,
-/// too, as in ip_vs, although it then opens none.
+/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8).
 #[inline(always)]
 fn may_be_taken_over(config: &Config, word: Word, tcp_flags: u8) -> bool {
     const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
     const CLOSE: u8 = tcp::State::Close as u8;
     const FIN_WAIT: u8 = tcp::State::FinWait as u8;
     let mode = config.conn_reuse_mode.load();
-    if word.protocol() != Protocol::Tcp || tcp_flags & tcp::flag::SYN == 0 || mode == 0 {
+    if word.protocol() != Protocol::Tcp || !begins(tcp_flags) || mode == 0 {
         return false;
     }
     match word.state() {

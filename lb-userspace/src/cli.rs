@@ -11,6 +11,7 @@ mod ipvsadm;
 mod lines;
 mod output;
 mod realserver;
+mod settings;
 mod stats;
 mod timeouts;
 mod words;
@@ -66,6 +67,8 @@ enum Command {
     /// Show or set how long idle connections live
     #[command(subcommand)]
     Timeout(timeouts::TimeoutCommand),
+    /// Show ip_vs's settings (sysctls), or set one
+    Set(settings::Set),
     /// Make this host a real server of a director that forwards by DR or tunnel, or undo that
     #[command(subcommand)]
     Realserver(realserver::RealServerCommand),
@@ -120,6 +123,7 @@ fn run(instance: &str, command: Command) -> Result<ExitCode, Failure> {
         Command::Conn(command) => command.run(&place()?)?,
         Command::Stats(form) => stats::stats(&place()?, form)?,
         Command::Timeout(command) => command.run(&place()?)?,
+        Command::Set(set) => set.run(&place()?)?,
         Command::Realserver(command) => {
             root()?;
             command.run()?;

@@ -108,7 +108,7 @@ fn the_help_names_every_command_and_every_unit() -> Result<()> {
     let stage = Stage::new()?;
     let help = stage.ok("--help")?;
     for command in
-        ["up", "down", "status", "service", "dest", "list", "conn", "stats", "timeout", "realserver", "ipvsadm"]
+        ["up", "down", "status", "service", "dest", "list", "conn", "stats", "timeout", "set", "realserver", "ipvsadm"]
     {
         assert!(help.lines().any(|line| line.trim_start().starts_with(command)), "{command} in {help}");
     }

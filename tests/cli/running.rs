@@ -22,14 +22,14 @@ use xdpvs_tests::cast;
 use crate::stage::{Said, Stage, WIRE};
 
 /// The client's address.
-const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
+pub(crate) const CLIENT: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 2);
 
 fn udp_service() -> SocketAddr {
     (cast::VIP, 53).into()
 }
 
 /// Configures a UDP and a TCP service with two destinations each.
-fn configure(stage: &Stage) -> Result<()> {
+pub(crate) fn configure(stage: &Stage) -> Result<()> {
     for service in ["-u 10.9.9.9:53", "-t 10.9.9.9:80"] {
         stage.ok(&format!("service add {service} -s rr"))?;
         for server in ["10.2.0.11", "10.2.0.12"] {
@@ -40,7 +40,7 @@ fn configure(stage: &Stage) -> Result<()> {
 }
 
 /// Opens `count` UDP connections and as many TCP connections, which nobody accepts.
-fn connect(stage: &Stage, count: u16) -> Result<()> {
+pub(crate) fn connect(stage: &Stage, count: u16) -> Result<()> {
     stage.client.enter(|| -> Result<()> {
         for port in 20_000..20_000 + count {
             UdpSocket::bind((CLIENT, port))?.send_to(b"question", udp_service())?;
@@ -63,7 +63,7 @@ fn connections(stage: &Stage) -> Result<BTreeSet<String>> {
 }
 
 /// Waits until `connections` answers a set of this size: packets are on their way for a moment.
-fn settled(stage: &Stage, size: usize) -> Result<BTreeSet<String>> {
+pub(crate) fn settled(stage: &Stage, size: usize) -> Result<BTreeSet<String>> {
     for _ in 0..100 {
         let found = connections(stage)?;
         if found.len() == size {

@@ -17,6 +17,7 @@ use lb_common::{
 use lb_userspace::control::{
     change::Change,
     model::{ServiceKey, Transport},
+    settings as settings_of_ip_vs,
 };
 
 use crate::{
@@ -31,6 +32,7 @@ mod errors;
 mod foreign;
 mod forwarding;
 mod life;
+mod settings;
 mod way;
 
 /// Every case.
@@ -40,7 +42,7 @@ pub fn all() -> Vec<Case> {
 
 /// Every case of a family.
 fn of(family: Family) -> Vec<Case> {
-    [forwarding::cases, way::cases, life::cases, errors::cases, foreign::cases]
+    [forwarding::cases, way::cases, life::cases, errors::cases, foreign::cases, settings::cases]
         .into_iter()
         .flat_map(|cases| cases(family))
         .collect()
@@ -61,6 +63,7 @@ type Setting = Box<dyn Fn(&Config, u32) + Send>;
 enum Step {
     Change(Plan),
     Set(Setting),
+    Setting(&'static str, String),
     Forwarding(bool),
     Pass(u32),
     YoungSecond,
@@ -86,6 +89,10 @@ impl Step {
             Self::Set(set) => {
                 let shared = executor.shared();
                 set(shared.config, shared.instance.hz.load());
+            }
+            Self::Setting(name, value) => {
+                let setting = settings_of_ip_vs::Setting::named(name).expect("a setting");
+                setting.set(&executor.shared(), value).expect("a value");
             }
             Self::Forwarding(on) => executor.set_forwarding(*on),
             Self::Pass(seconds) => executor.pass(*seconds),
@@ -144,6 +151,12 @@ impl Case {
     /// Changes a setting; the second argument is the number of ticks per second.
     fn set(mut self, set: impl Fn(&Config, u32) + Send + 'static) -> Self {
         self.steps.push(Step::Set(Box::new(set)));
+        self
+    }
+
+    /// Sets one of ip_vs's settings.
+    fn setting(mut self, name: &'static str, value: impl ToString) -> Self {
+        self.steps.push(Step::Setting(name, value.to_string()));
         self
     }
 

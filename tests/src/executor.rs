@@ -6,15 +6,15 @@ use std::{collections::BTreeMap, net::Ipv4Addr};
 
 use anyhow::Result;
 use lb_common::{
-    abi::{Config, Record as _, active_and_total, slot},
+    abi::{active_and_total, slot},
     event::Event,
     flow::{Bucket4, Bucket6},
     jiffies::Jiffies,
     reason::Reason,
-    timeout,
 };
 use lb_userspace::control::{
     change::Change,
+    settings,
     shared::Shared,
     state::{State, dest_address},
 };
@@ -37,8 +37,6 @@ pub const SMALL_TABLE: u32 = 2;
 const SERVICES: u32 = 64;
 /// Slots for destinations of the tables.
 const DESTS: u32 = 256;
-/// ICMP errors that the directors may send in a second.
-const ICMP_PER_SECOND: u32 = 1000;
 
 /// An interface of the director.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -191,7 +189,7 @@ pub trait Executor {
     /// Ends all connections.
     fn end_connections(&mut self);
 
-    /// Lets the director send as many ICMP errors as it may in a second.
+    /// Lets the director send as many ICMP errors as it may in a second, and begins to count anew which packets it drops.
     fn refill_limiter(&mut self);
 
     /// Waits until the limit of ICMP errors will not be renewed for a while.
@@ -230,14 +228,7 @@ pub trait Executor {
         // Late enough for every removed destination to be forgotten.
         self.change_later(1 << 20, &|_| ());
         let hz = self.shared().instance.hz.load();
-        let config: &Config = self.shared().config;
-        let settings = config.load();
-        config.store(&lb_common::abi::ConfigRecord {
-            timeouts: timeout::defaults(hz),
-            conn_reuse_mode: 1,
-            icmp_per_second: ICMP_PER_SECOND,
-            ..settings
-        });
+        settings::set_defaults(self.shared().config, hz);
         self.refill_limiter();
     }
 

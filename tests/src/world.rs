@@ -9,7 +9,6 @@ use lb_common::{
     overload::Thresholds,
     proto::{Method, Scheduler},
     reason::Reason,
-    timeout,
 };
 use lb_ebpf::{
     ageing::{self, Sweep, What},
@@ -23,6 +22,7 @@ use lb_userspace::{
     control::{
         change::Change,
         model::{DestSpec, ServiceKey, ServiceSpec, Transport},
+        settings,
         shared::{Counters, Shared},
         state::State,
     },
@@ -73,11 +73,7 @@ impl World {
         let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
         let config = &world.tables.config[0];
-        for (shared, timeout) in config.timeouts.iter().zip(timeout::defaults(HZ)) {
-            shared.store(timeout);
-        }
-        config.conn_reuse_mode.store(1);
-        config.icmp_per_second.store(1000);
+        settings::set_defaults(config, HZ);
         for index in 0..16 {
             world.route(
                 cast::server(index),

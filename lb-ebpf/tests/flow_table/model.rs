@@ -141,7 +141,7 @@ impl<E: Entry> Model<E> {
         let (state, active) = match key.protocol() {
             Protocol::Udp => (0, false),
             Protocol::Tcp => {
-                let moved = Transition::of(before.map_or(0, |before| before.state), tcp_flags, direction);
+                let moved = Transition::of(0, before.map_or(0, |before| before.state), tcp_flags, direction);
                 (moved.state(), moved.is_active())
             }
         };

@@ -41,6 +41,8 @@ pub struct Change<'a> {
     dests: BTreeSet<u32>,
     /// Numbers of destinations whose counters start at zero.
     cleared: BTreeSet<u32>,
+    /// Whether destinations are removed.
+    removes: bool,
 }
 
 /// What a change does to the list of a service.
@@ -69,9 +71,15 @@ impl<'a> Change<'a> {
             views: BTreeSet::new(),
             dests: BTreeSet::new(),
             cleared: BTreeSet::new(),
+            removes: false,
         };
         change.forget(counters)?;
         Ok(change)
+    }
+
+    /// Whether destinations are removed.
+    pub fn removes(&self) -> bool {
+        self.removes
     }
 
     /// The configuration as it is planned.
@@ -325,6 +333,7 @@ impl<'a> Change<'a> {
             record.state = slot::REMOVED;
             record.removed_at = now_s;
         }
+        self.removes = true;
         self.dests.insert(number);
     }
 

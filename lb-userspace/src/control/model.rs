@@ -10,6 +10,8 @@ use lb_common::{
     proto::{Method, Protocol, Scheduler, sched_flag},
 };
 
+use crate::control::settings::Value;
+
 /// What tells services apart (`docs/ipvs.md`, section 1.1).
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ServiceKey {
@@ -215,6 +217,29 @@ pub enum Refusal {
         seconds: u32,
         /// The longest that this kernel's clock allows, in seconds.
         limit: u32,
+    },
+    /// No setting of ip_vs is called so.
+    #[error("no setting `{0}`: see `xdpvs set`")]
+    NoSetting(String),
+    /// A setting out of range.
+    #[error("setting {name}: `{word}` is none of its values, use {allowed}")]
+    Setting {
+        /// The setting.
+        name: &'static str,
+        /// What was given.
+        word: String,
+        /// What it can be.
+        allowed: &'static str,
+    },
+    /// A setting that cannot be set.
+    #[error("setting {name} is `{is}` and cannot be changed: {because}")]
+    FixedSetting {
+        /// The setting.
+        name: &'static str,
+        /// What it is.
+        is: Value,
+        /// Why.
+        because: &'static str,
     },
     /// Port 0.
     #[error("service {0}: port 0 is for persistent services only")]

@@ -5,7 +5,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use lb_common::abi::DestCpuRecord;
+use lb_common::abi::{DestCpuRecord, switch};
 
 use crate::{
     control::{
@@ -18,6 +18,7 @@ use crate::{
         memory::Access,
         open::{self, Maps, PerCpu},
         place::{Lock, Place},
+        run::{Control, Ending},
     },
     error::Error,
 };
@@ -115,8 +116,21 @@ impl Session {
         self.recover(lock)?;
         let mut change = Change::begin(self.maps.shared(), &self.counters, seconds_since_boot())?;
         let result = plan(&mut change)?;
+        let removes = change.removes();
         change.commit(&mut self.counters)?;
+        if removes {
+            self.expire()?;
+        }
         Ok(result)
+    }
+
+    /// Ends the connections of removed destinations, if ip_vs's `expire_nodest_conn` says so. Of those that are left when
+    /// this process is killed, each ends with its next packet.
+    fn expire(&self) -> Result<(), Error> {
+        if self.maps.config[0].switches.load() & switch::EXPIRE_NODEST_CONN != 0 {
+            Control::open(&self.place)?.flush(self.maps.instance().flow_buckets, Ending::Removed)?;
+        }
+        Ok(())
     }
 }
 

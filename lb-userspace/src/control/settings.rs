@@ -1,9 +1,37 @@
 //! Settings that hold for all services.
 
-use lb_common::{abi::Config, proto::Protocol, tcp, timeout};
+use std::{fmt, slice};
+
+use lb_common::{
+    abi::{Config, DestLoad, InstanceRecord, active_and_total, switch},
+    defence::{self, which},
+    proto::Protocol,
+    sync::Shared32,
+    tcp, timeout,
+};
 use serde::Serialize;
 
-use crate::control::model::Refusal;
+use crate::control::{model::Refusal, shared::Shared};
+
+/// ICMP errors an instance may send in a second: the kernel's own default, `net.ipv4.icmp_msgs_per_sec`.
+const ICMP_PER_SECOND: u32 = 1000;
+
+/// Sets everything to what a new instance begins with, ip_vs's defaults, in a kernel with `hz` ticks per second.
+pub fn set_defaults(config: &Config, hz: u32) {
+    for (shared, ticks) in config.timeouts.iter().zip(timeout::defaults(hz)) {
+        shared.store(ticks);
+    }
+    config.icmp_per_second.store(ICMP_PER_SECOND);
+    config.conn_reuse_mode.store(1);
+    config.switches.store(0);
+    for mode in &config.defences {
+        mode.store(defence::mode::OFF);
+    }
+    config.amemthresh.store(defence::AMEMTHRESH);
+    config.am_droprate.store(defence::AM_DROPRATE);
+    // With the defences off, how much memory is left makes no difference.
+    defence::settle(config, u32::MAX);
+}
 
 /// The timeouts that ip_vs lets one set, in seconds (`docs/ipvs.md`, section 4.7).
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
@@ -60,6 +88,167 @@ impl Timeouts {
     }
 }
 
+/// One of the settings that ip_vs has below `/proc/sys/net/ipv4/vs/` (`docs/ipvs.md`, section 9), by its name there.
+#[derive(Clone, Copy)]
+pub struct Setting {
+    /// Its name.
+    pub name: &'static str,
+    kind: Kind,
+}
+
+/// What a setting can be.
+#[derive(Clone, Copy)]
+enum Kind {
+    /// On or off: a bit of [`Config::switches`].
+    Switch(u32),
+    /// A mode of a defence: its place in [`Config::defences`].
+    Mode(usize),
+    /// Any number that ip_vs takes.
+    Number(fn(&Config) -> &Shared32),
+    /// Nothing but what it is.
+    Fixed {
+        is: Value,
+        /// Why, as the end of a sentence.
+        because: &'static str,
+    },
+}
+
+/// What a setting is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(untagged)]
+pub enum Value {
+    /// A number.
+    Number(u32),
+    /// Something else.
+    Text(&'static str),
+}
+
+impl fmt::Display for Value {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Number(number) => number.fmt(f),
+            Self::Text(text) => text.fmt(f),
+        }
+    }
+}
+
+const fn setting(name: &'static str, kind: Kind) -> Setting {
+    Setting { name, kind }
+}
+
+const fn fixed(name: &'static str, is: u32, because: &'static str) -> Setting {
+    setting(name, Kind::Fixed { is: Value::Number(is), because })
+}
+
+const NO_DAEMON: &str = "connections are not synchronised";
+const NO_RATES: &str = "rates are not estimated";
+
+/// Every setting, in the order of their names.
+static SETTINGS: [Setting; 29] = [
+    setting("am_droprate", Kind::Number(|config| &config.am_droprate)),
+    setting("amemthresh", Kind::Number(|config| &config.amemthresh)),
+    fixed("backup_only", 0, NO_DAEMON),
+    fixed("cache_bypass", 0, "there are no firewall mark services"),
+    setting("conn_reuse_mode", Kind::Number(|config| &config.conn_reuse_mode)),
+    fixed("conntrack", 0, "XDP comes before netfilter, so packets have no conntrack entries"),
+    fixed("drop_entry", 0, "connections do not end early"),
+    setting("drop_packet", Kind::Mode(which::DROP_PACKET)),
+    setting("est_cpulist", Kind::Fixed { is: Value::Text(""), because: NO_RATES }),
+    fixed("est_nice", 0, NO_RATES),
+    setting("expire_nodest_conn", Kind::Switch(switch::EXPIRE_NODEST_CONN)),
+    fixed("expire_quiescent_template", 0, "there are no persistent services"),
+    fixed("ignore_tunneled", 1, "a packet that the host takes out of a tunnel does not come by XDP again"),
+    fixed("nat_icmp_send", 0, "replies without a connection are left to the host"),
+    fixed("pmtu_disc", 1, "an XDP program cannot fragment packets"),
+    fixed("run_estimation", 0, NO_RATES),
+    fixed("schedule_icmp", 0, "ICMP errors open no connections"),
+    setting("secure_tcp", Kind::Mode(which::SECURE_TCP)),
+    fixed("sloppy_sctp", 0, "there are no SCTP services"),
+    setting("sloppy_tcp", Kind::Switch(switch::SLOPPY_TCP)),
+    fixed("snat_reroute", 1, "translated replies are always routed as packets of the service's address"),
+    fixed("sync_persist_mode", 0, NO_DAEMON),
+    fixed("sync_ports", 1, NO_DAEMON),
+    fixed("sync_qlen_max", 0, NO_DAEMON),
+    fixed("sync_refresh_period", 0, NO_DAEMON),
+    fixed("sync_retries", 0, NO_DAEMON),
+    fixed("sync_sock_size", 0, NO_DAEMON),
+    setting("sync_threshold", Kind::Fixed { is: Value::Text("3 50"), because: NO_DAEMON }),
+    fixed("sync_version", 1, NO_DAEMON),
+];
+
+impl Setting {
+    /// Every setting, in the order of their names.
+    pub fn all() -> slice::Iter<'static, Self> {
+        SETTINGS.iter()
+    }
+
+    /// The setting called `name`.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::NoSetting`].
+    pub fn named(name: &str) -> Result<&'static Self, Refusal> {
+        Self::all().find(|setting| setting.name == name).ok_or_else(|| Refusal::NoSetting(name.to_owned()))
+    }
+
+    /// What it is.
+    pub fn value(&self, config: &Config) -> Value {
+        Value::Number(match self.kind {
+            Kind::Switch(bit) => (config.switches.load() & bit != 0).into(),
+            Kind::Mode(place) => config.defences[place].load(),
+            Kind::Number(word) => word(config).load(),
+            Kind::Fixed { is, .. } => return is,
+        })
+    }
+
+    /// Why it cannot be anything else, as the end of a sentence; `None` if it can.
+    pub fn fixed_because(&self) -> Option<&'static str> {
+        match self.kind {
+            Kind::Fixed { because, .. } => Some(because),
+            _ => None,
+        }
+    }
+
+    /// Sets it. Packets go by it from then on.
+    ///
+    /// The caller holds the instance's lock.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Setting`] when it cannot be that, [`Refusal::FixedSetting`] when it cannot be set. Nothing has changed
+    /// then.
+    pub fn set(&self, shared: &Shared<'_>, word: &str) -> Result<(), Refusal> {
+        let Self { name, kind } = *self;
+        let number = |greatest: u32, allowed| {
+            let number = word.parse().ok().filter(|number| *number <= greatest);
+            number.ok_or_else(|| Refusal::Setting { name, word: word.to_owned(), allowed })
+        };
+        let config = shared.config;
+        match kind {
+            Kind::Switch(bit) => {
+                let others = config.switches.load() & !bit;
+                config.switches.store(others | if number(1, "0 or 1")? == 0 { 0 } else { bit });
+            }
+            Kind::Mode(place) => config.defences[place].store(number(defence::mode::ALWAYS, "0 to 3")?),
+            Kind::Number(of) => of(config).store(number(i32::MAX as u32, "0 to 2147483647")?),
+            Kind::Fixed { is, .. } if is.to_string() == word.split_whitespace().collect::<Vec<_>>().join(" ") => {}
+            Kind::Fixed { is, because } => return Err(Refusal::FixedSetting { name, is, because }),
+        }
+        defence::settle(config, pages_left(shared));
+        // What CPUs keep about destinations may go by the setting.
+        config.epoch.store(config.epoch.load().wrapping_add(1).max(1));
+        Ok(())
+    }
+}
+
+/// Pages that are left of the flow table, as the defences count them.
+fn pages_left(shared: &Shared<'_>) -> u32 {
+    let InstanceRecord { max_flows, dests_used, .. } = lb_common::abi::Record::load(shared.instance);
+    let total = |load: &DestLoad| u64::from(active_and_total(load.connections.load()).1);
+    let used: u64 = shared.dest_loads.iter().take(dests_used as usize).map(total).sum();
+    defence::pages_left(max_flows, u32::try_from(used).unwrap_or(u32::MAX))
+}
+
 #[cfg(test)]
 mod tests {
     use bytemuck::Zeroable as _;
@@ -68,10 +257,27 @@ mod tests {
 
     fn config(hz: u32) -> Config {
         let config = Config::zeroed();
-        for (shared, ticks) in config.timeouts.iter().zip(timeout::defaults(hz)) {
-            shared.store(ticks);
-        }
+        set_defaults(&config, hz);
         config
+    }
+
+    #[test]
+    fn settings_have_their_names_and_defaults() {
+        let config = config(250);
+        let names: Vec<_> = Setting::all().map(|setting| setting.name).collect();
+        assert!(names.is_sorted(), "{names:?}");
+        for (name, value) in [
+            ("am_droprate", 10),
+            ("amemthresh", 1024),
+            ("conn_reuse_mode", 1),
+            ("drop_packet", 0),
+            ("expire_nodest_conn", 0),
+            ("secure_tcp", 0),
+            ("sloppy_tcp", 0),
+        ] {
+            let setting = Setting::named(name).expect("there");
+            assert_eq!((setting.value(&config), setting.fixed_because()), (Value::Number(value), None), "{name}");
+        }
     }
 
     #[test]

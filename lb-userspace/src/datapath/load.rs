@@ -13,12 +13,12 @@ use aya::{
 };
 use aya_obj::generated::bpf_func_id;
 use lb_common::{
-    abi::{self, AgeingRecord, Config, Instance, InstanceRecord, Record as _, Stage},
+    abi::{self, AgeingRecord, Instance, InstanceRecord, Record as _, Stage},
     hash::Seed,
-    timeout,
 };
 
 use crate::{
+    control::settings,
     datapath::{
         memory::{Access, Mapped},
         object::{self, STAGES, map, program},
@@ -30,9 +30,6 @@ use crate::{
     },
     error::Error,
 };
-
-/// ICMP errors an instance may send in a second: the kernel's own default, `net.ipv4.icmp_msgs_per_sec`.
-const ICMP_PER_SECOND: u32 = 1000;
 
 /// The programs of an instance, loaded.
 pub struct Programs {
@@ -115,7 +112,7 @@ fn create_in(nursery: &Path, capacity: &Capacity) -> Result<Programs, Error> {
     let instance: Mapped<Instance> = open::mapped(nursery, map::INSTANCE, Access::Write)?;
     instance[0].store(&record);
     let maps = Maps::in_directory(nursery, instance, Access::Write)?;
-    default_settings(&maps.config[0], record.hz);
+    settings::set_defaults(&maps.config[0], record.hz);
     Ok(programs)
 }
 
@@ -249,15 +246,6 @@ fn pin(programs: &mut Programs, stages: ProgramArray<MapData>, directory: &Path)
     // Pinned, the map keeps the programs of the stages; unpinned, it would lose them with this process.
     let path = directory.join(STAGES);
     stages.pin(&path).map_err(|source| Error::Pin { path, source })
-}
-
-/// The settings a new instance starts with: ip_vs's defaults.
-fn default_settings(config: &Config, hz: u32) {
-    let mut settings = config.load();
-    settings.timeouts = timeout::defaults(hz);
-    settings.conn_reuse_mode = 1;
-    settings.icmp_per_second = ICMP_PER_SECOND;
-    config.store(&settings);
 }
 
 /// Ticks per second of the running kernel: its coarse clocks advance by one tick at a time.

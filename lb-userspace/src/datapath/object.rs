@@ -44,6 +44,7 @@ pub mod map {
     pub const LIMITER: &str = "LIMITER";
     pub const REASONS: &str = "REASONS";
     pub const AGEING: &str = "AGEING";
+    pub const UPKEEP: &str = "UPKEEP";
 
     /// Every map that is pinned.
     pub const ALL: [&str; 20] = [
@@ -67,6 +68,7 @@ pub mod map {
         LIMITER,
         REASONS,
         AGEING,
+        UPKEEP,
     ];
 }
 

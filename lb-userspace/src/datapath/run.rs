@@ -34,6 +34,8 @@ pub enum Ending {
     Dest(u32),
     /// Those to any destination of the service in this slot.
     Service(u32),
+    /// Those to any destination that has been removed.
+    Removed,
 }
 
 /// How many connections have come to what.
@@ -125,6 +127,7 @@ impl Control {
             Ending::All => (control::FLUSH, control::ANY),
             Ending::Dest(number) => (control::FLUSH, number),
             Ending::Service(slot) => (control::FLUSH_SERVICE, slot),
+            Ending::Removed => (control::FLUSH_REMOVED, control::ANY),
         };
         let mut ended = 0;
         for first in (0..buckets).step_by(FLUSH_SLICE as usize) {

@@ -162,8 +162,9 @@ impl Executor for Host {
     }
 
     fn refill_limiter(&mut self) {
-        let Limiter { second, .. } = &self.world.tables.limiter[0];
+        let Limiter { second, drop_counter, .. } = &self.world.tables.limiter[0];
         second.store(0);
+        drop_counter.store(0);
     }
 
     fn wait_for_a_young_second(&self) {

@@ -9,9 +9,11 @@ use aya_ebpf::{
 use lb_ebpf::{
     ageing::{self, Sweep, What},
     kernel,
+    tables::Tables,
+    upkeep::{self, Round},
 };
 
-use crate::maps::{self, AGEING, Ageing, Maps};
+use crate::maps::{self, AGEING, Ageing, Maps, UPKEEP};
 
 const CLOCK_MONOTONIC: u64 = 1;
 /// What `bpf_timer_init` answers when the timer exists.
@@ -41,6 +43,17 @@ pub(crate) fn start(slice: u32, interval_ns: u64) -> Option<()> {
     }
 }
 
+/// Does what is due of [`upkeep`].
+#[inline(always)]
+fn keep_up() -> Option<()> {
+    let (config, keeping, instance) = (Maps.config()?, UPKEEP.get(0)?, maps::instance()?);
+    let due = upkeep::due(keeping, maps::clock()?, instance.dests_used.load());
+    let mut round = Round { tables: &Maps, first: due.first, connections: 0 };
+    kernel::repeat(due.count, &mut round);
+    upkeep::close(&Maps, keeping, config, due, round.connections, instance.max_flows.load());
+    Some(())
+}
+
 /// Looks at the next slice of the flow tables and arms the timer again.
 unsafe extern "C" fn tick(_map: *mut c_void, _key: *mut u32, value: *mut Ageing) -> i64 {
     // SAFETY: the kernel passes the value that the timer stands in. Only this callback writes the record while the
@@ -63,6 +76,7 @@ unsafe extern "C" fn tick(_map: *mut c_void, _key: *mut u32, value: *mut Ageing)
             record.last_ended = clock.now.0;
         }
     }
+    keep_up();
     // SAFETY: the timer stands in the value that the kernel passed.
     unsafe { bpf_timer_start(value.cast::<bpf_timer>(), record.interval_ns, 0) };
     0

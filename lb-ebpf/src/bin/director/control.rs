@@ -10,13 +10,13 @@ use aya_ebpf::{
 use lb_common::{
     abi::{
         Brought, CONNECTIONS_MAX, CONNECTIONS6_MAX, ConnectionDetails, ConnectionRecord, ConnectionRecord6,
-        ControlRequest, control,
+        ControlRequest, control, slot,
     },
     addr::{Address, Ip4, Ip6},
     sync::opaque,
 };
 use lb_ebpf::{
-    ageing::{Sweep, What},
+    ageing::{Sweep, What, of},
     bring,
     flow_table::Buckets,
     kernel::{self, XdpPacket},
@@ -51,9 +51,13 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
             0
         }
         control::CLOCK => u64::from(maps::clock()?.now.0),
-        control::FLUSH | control::FLUSH_SERVICE => {
-            let service = kernel::hide(u64::from(operation == control::FLUSH_SERVICE));
-            flush(first, count, What::Of { service, number: subject })
+        control::FLUSH | control::FLUSH_SERVICE | control::FLUSH_REMOVED => {
+            let (kind, number) = match operation {
+                control::FLUSH => (of::DEST, subject),
+                control::FLUSH_SERVICE => (of::SERVICE, subject),
+                _ => (of::STATE, u64::from(slot::REMOVED)),
+            };
+            flush(first, count, What::Of { kind: kernel::hide(kind), number: kernel::hide(number) })
         }
         control::INSERT => insert(count, CONNECTIONS_MAX, |index| bring_one(ctx, index)),
         control::INSERT6 => insert(count, CONNECTIONS6_MAX, |index| bring_one6(ctx, index)),

@@ -15,7 +15,7 @@ use lb_common::{
     abi::{
         ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Cursor, Dest,
         DestCpu, DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance,
-        JournalSlot, Limiter, NextHop, Service, Slot, Stage, View,
+        JournalSlot, Limiter, NextHop, Service, Slot, Stage, Upkeep, View,
     },
     event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
@@ -75,6 +75,8 @@ static LIMITER: Array<Limiter, 1> = Array::new();
 static REASONS: PerCpuArray<Cell<u64>, { COUNTERS as usize }> = PerCpuArray::new();
 #[btf_map]
 pub(crate) static AGEING: Array<Ageing, 1> = Array::new();
+#[btf_map]
+pub(crate) static UPKEEP: Array<Upkeep, 1, MMAPABLE> = Array::new();
 /// The program of each [`Stage`].
 #[btf_map]
 pub(crate) static STAGES: ProgramArray<{ Stage::PROGRAMS as usize }> = ProgramArray::new();
@@ -109,6 +111,12 @@ static SEED: Global<[u64; 3]> = Global::new([0; 3]);
 pub(crate) fn clock() -> Option<Clock> {
     let skew = CONFIG.get(0)?.clock_skew.load();
     Some(Clock { now: kernel::jiffies().after(skew), hz: HZ.load() })
+}
+
+/// What the instance is.
+#[inline(always)]
+pub(crate) fn instance() -> Option<&'static Instance> {
+    INSTANCE.get(0)
 }
 
 /// The kernel around a program that was given `ctx`.

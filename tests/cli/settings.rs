@@ -1,0 +1,130 @@
+//! ip_vs's own settings: what is said about them, and what the timer makes of them.
+
+use std::{thread, time::Duration};
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::{
+    running::{configure, connect, settled},
+    stage::{Said, Stage, WIRE},
+};
+
+/// What every setting is in a new instance.
+fn defaults() -> Value {
+    json!({
+        "am_droprate": 10, "amemthresh": 1024, "backup_only": 0, "cache_bypass": 0, "conn_reuse_mode": 1, "conntrack": 0,
+        "drop_entry": 0, "drop_packet": 0, "est_cpulist": "", "est_nice": 0, "expire_nodest_conn": 0,
+        "expire_quiescent_template": 0, "ignore_tunneled": 1, "nat_icmp_send": 0, "pmtu_disc": 1, "run_estimation": 0,
+        "schedule_icmp": 0, "secure_tcp": 0, "sloppy_sctp": 0, "sloppy_tcp": 0, "snat_reroute": 1,
+        "sync_persist_mode": 0, "sync_ports": 1, "sync_qlen_max": 0, "sync_refresh_period": 0, "sync_retries": 0,
+        "sync_sock_size": 0, "sync_threshold": "3 50", "sync_version": 1,
+    })
+}
+
+#[test]
+fn settings_are_shown_set_and_kept_by_new_programs() -> Result<()> {
+    let stage = Stage::with_director()?;
+    assert_eq!(stage.ask("set")?, json!({"settings": defaults()}));
+    for (name, value) in [
+        ("am_droprate", 7),
+        ("amemthresh", 0),
+        ("conn_reuse_mode", 2),
+        ("drop_packet", 3),
+        ("expire_nodest_conn", 1),
+        ("secure_tcp", 3),
+        ("sloppy_tcp", 1),
+    ] {
+        assert_eq!(stage.ok(&format!("set {name} {value}"))?, "", "{name}");
+        assert_eq!(stage.ask(&format!("set {name}"))?, json!({"settings": {name: value}}));
+        assert_eq!(stage.ok(&format!("set {name}"))?, format!("{name}  {value}\n"));
+    }
+    let set = stage.ask("set")?;
+    assert_eq!(set["settings"].as_object().map(|settings| settings.len()), defaults().as_object().map(|all| all.len()));
+    stage.ok(&format!("up {WIRE}"))?;
+    assert_eq!(stage.ask("set")?, set);
+    // What cannot be changed can be set to what it is.
+    assert_eq!(stage.ok("set conntrack 0")?, "");
+    let text = stage.ok("set")?;
+    let fixed =
+        "conntrack                  0     fixed: XDP comes before netfilter, so packets have no conntrack entries";
+    assert!(text.lines().any(|line| line == fixed), "{text}");
+    Ok(())
+}
+
+#[test]
+fn settings_that_cannot_be_are_refused_and_change_nothing() -> Result<()> {
+    let stage = Stage::with_director()?;
+    for (words, line) in [
+        ("sloppy_tpc 1", "no setting `sloppy_tpc`: see `xdpvs set`"),
+        ("sloppy_tcp 2", "setting sloppy_tcp: `2` is none of its values, use 0 or 1"),
+        ("sloppy_tcp -1", "setting sloppy_tcp: `-1` is none of its values, use 0 or 1"),
+        ("drop_packet 4", "setting drop_packet: `4` is none of its values, use 0 to 3"),
+        ("am_droprate many", "setting am_droprate: `many` is none of its values, use 0 to 2147483647"),
+        ("amemthresh 2147483648", "setting amemthresh: `2147483648` is none of its values, use 0 to 2147483647"),
+        (
+            "conntrack 1",
+            "setting conntrack is `0` and cannot be changed: XDP comes before netfilter, so packets have no conntrack \
+             entries",
+        ),
+        ("sync_version 0", "setting sync_version is `1` and cannot be changed: connections are not synchronised"),
+    ] {
+        let expected = Said { out: String::new(), err: format!("xdpvs: {line}\n"), code: Some(1) };
+        assert_eq!(stage.say(&format!("set {words}"))?, expected, "{words}");
+    }
+    assert_eq!(stage.ask("set")?, json!({"settings": defaults()}));
+    Ok(())
+}
+
+/// Waits until a setting is this, which takes the timer a pass or two.
+fn becomes(stage: &Stage, name: &str, value: u32) -> Result<()> {
+    let wanted = json!({"settings": {name: value}});
+    for _ in 0..100 {
+        if stage.ask(&format!("set {name}"))? == wanted {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    anyhow::bail!("{name} is not {value}: {}", stage.ask("set")?)
+}
+
+#[test]
+fn the_timer_rouses_the_defences_when_memory_is_low_and_lets_them_rest() -> Result<()> {
+    let stage = Stage::new()?;
+    // Seven pages of 128 connections.
+    stage.ok(&format!("up {WIRE} --max-flows 1000"))?;
+    configure(&stage)?;
+    for setting in ["amemthresh 7", "drop_packet 1", "secure_tcp 3"] {
+        stage.ok(&format!("set {setting}"))?;
+    }
+    assert_eq!(stage.ask("set")?["settings"]["drop_packet"], json!(1));
+    connect(&stage, 70)?;
+    settled(&stage, 140)?;
+    becomes(&stage, "drop_packet", 2)?;
+    // Of seven pages one is missing: every seventh packet that would open a connection is dropped.
+    assert_eq!(stage.ask("stats")?["reasons"]["drop-packet"], json!(0));
+    connect(&stage, 130)?;
+    assert!(stage.ask("stats")?["reasons"]["drop-packet"].as_u64().is_some_and(|dropped| dropped > 0));
+    stage.ok("conn flush")?;
+    becomes(&stage, "drop_packet", 1)?;
+    assert_eq!(stage.ask("set")?["settings"]["secure_tcp"], json!(3));
+    Ok(())
+}
+
+#[test]
+fn connections_of_removed_servers_end_if_that_is_wanted() -> Result<()> {
+    let stage = Stage::with_director()?;
+    configure(&stage)?;
+    connect(&stage, 6)?;
+    settled(&stage, 12)?;
+    stage.ok("dest del -t 10.9.9.9:80 -r 10.2.0.11")?;
+    assert_eq!(stage.ok("conn list --count")?, "12\n");
+    stage.ok("set expire_nodest_conn 1")?;
+    assert_eq!(stage.ok("conn list --count")?, "12\n");
+    stage.ok("dest del -t 10.9.9.9:80 -r 10.2.0.12")?;
+    assert_eq!(stage.ok("conn list --count")?, "6\n");
+    assert_eq!(stage.ok("conn list --count -t 10.9.9.9:80")?, "0\n");
+    stage.ok("ipvsadm -D -u 10.9.9.9:53")?;
+    assert_eq!(stage.ok("conn list --count")?, "0\n");
+    Ok(())
+}

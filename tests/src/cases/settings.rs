@@ -1,0 +1,273 @@
+//! What ip_vs's settings do to packets.
+
+use super::*;
+
+pub(super) fn cases(family: Family) -> Vec<Case> {
+    let mut cases = Vec::new();
+    for method in METHODS {
+        cases.extend([
+            sloppy_tcp(family, method),
+            removed_and_expired(family, method),
+            quiescent_and_expired(family, method),
+        ]);
+        cases.extend((0..=4).flat_map(|mode| STATES.map(|state| reuse(family, method, mode, state))));
+        cases.extend([secure_tcp(family, method), some_are_dropped(family, method)]);
+    }
+    cases.extend([removed_and_expired_udp(family), all_are_dropped(family), full_and_sloppy(family)]);
+    cases
+}
+
+const fn tcp(flags: &'static str) -> impl Fn(Frame) -> Vec<u8> {
+    move |frame: Frame| frame.tcp(flags, b"")
+}
+
+fn segment(family: Family, flags: &'static str) -> DestCounts {
+    DestCounts::input(&family.request().tcp(flags, b""))
+}
+
+/// A client of its own.
+fn numbered(family: Family, number: u16) -> Frame {
+    Frame { from: (cast::CLIENT, CLIENT_PORT + number), ..family.request() }
+}
+
+/// What `flags` make of a request reaches real server number `index`, and counts so for each of the servers.
+fn reaches(
+    case: Case,
+    (method, index): (Method, u8),
+    request: Frame,
+    flags: &'static str,
+    counts: &[(u8, DestCounts)],
+) -> Case {
+    let counts = counts.iter().fold(Counts::none(), |sum, (index, counts)| sum.at(*index, *counts));
+    let out = forwarded(method, index, PORT, request, tcp(flags));
+    case.arrives(Wire::Outside, request.tcp(flags, b""), INSIDE, out, counts)
+}
+
+/// Segments without SYN open connections when they may, but for those with RST.
+fn sloppy_tcp(family: Family, method: Method) -> Case {
+    let mut case = one(family, format!("{method}: sloppy_tcp"), TCP, method);
+    for flags in ["A", "FA", "PA", "F"] {
+        case = case.stops(Wire::Outside, family.request().tcp(flags, b""), Reason::NoConnection);
+    }
+    case = case.setting("sloppy_tcp", 1);
+    for flags in ["R", "RA", "SR"] {
+        case = case.stops(Wire::Outside, family.request().tcp(flags, b""), Reason::NoConnection);
+    }
+    // Established at once, or closed.
+    case = passes(case, method, numbered(family, 0), tcp("A"), segment(family, "A").opening_active());
+    case = passes(case, method, numbered(family, 1), tcp("FA"), segment(family, "FA").opening_inactive());
+    case = case.pass(60);
+    case = passes(case, method, numbered(family, 0), tcp("PA"), segment(family, "PA"));
+    case = case.setting("sloppy_tcp", 0);
+    case = passes(case, method, numbered(family, 0), tcp("A"), segment(family, "A"));
+    case.stops(Wire::Outside, numbered(family, 2).tcp("A", b""), Reason::NoConnection)
+}
+
+/// In a full table too, a segment that may open a connection takes the place of one that makes room.
+fn full_and_sloppy(family: Family) -> Case {
+    let method = Method::Route;
+    let mut case = one(family, "a full table and sloppy_tcp", TCP, method).setting("sloppy_tcp", 1);
+    for number in 0..20 {
+        case = passes(case, method, numbered(family, number), tcp("A"), segment(family, "A").opening_active());
+    }
+    case = passes(case, method, numbered(family, 7), tcp("R"), segment(family, "R").calming());
+    let counts = DestCounts { inactive: -1, ..segment(family, "A").opening_active() };
+    let counts = Counts { evicted: 1, ..Counts::none().at(0, counts) };
+    let out = forwarded(method, 0, PORT, numbered(family, 20), tcp("A"));
+    case.arrives(Wire::Outside, numbered(family, 20).tcp("A", b""), INSIDE, out, counts)
+}
+
+/// Two servers, of which number 0 is the first in turn.
+fn two(family: Family, name: String, protocol: Transport, method: Method) -> Case {
+    Case::new(family, name).service(protocol, PORT, &[(1, PORT, method, 1), (0, PORT, method, 1)])
+}
+
+fn remove(family: Family, protocol: Transport) -> impl Fn(&mut Change<'_>) + Send {
+    move |change| change.delete_dest(family.key(protocol), family.at(0, PORT)).expect("there")
+}
+
+/// Connections to a server that is removed end with their next packet, and what may opens another.
+fn removed_and_expired(family: Family, method: Method) -> Case {
+    let mut case = two(family, format!("{method}: expire_nodest_conn, a server is removed"), TCP, method);
+    for number in [0, 2] {
+        // The other server has the one between.
+        case = reaches(case, (method, 0), numbered(family, number), "S", &[(0, segment(family, "S").opening_active())]);
+        case = reaches(case, (method, 0), numbered(family, number), "A", &[(0, segment(family, "A"))]);
+        case = reaches(
+            case,
+            (method, 1),
+            numbered(family, number + 1),
+            "S",
+            &[(1, segment(family, "S").opening_active())],
+        );
+    }
+    case = case.change(remove(family, TCP));
+    case = case.stops(Wire::Outside, numbered(family, 0).tcp("A", b""), Reason::DestinationRemoved);
+    case = case.setting("expire_nodest_conn", 1);
+    let ended = DestCounts::default().ending_active();
+    let late = numbered(family, 0).tcp("A", b"");
+    let counts = Counts::of(Reason::NoConnection).at(0, ended);
+    case = case.arrives(Wire::Outside, late.clone(), Verdict::Pass, late.clone(), counts);
+    case = case.stops(Wire::Outside, late, Reason::NoConnection);
+    case =
+        reaches(case, (method, 1), numbered(family, 2), "S", &[(0, ended), (1, segment(family, "S").opening_active())]);
+    reaches(case, (method, 1), numbered(family, 1), "A", &[(1, segment(family, "A"))])
+}
+
+fn removed_and_expired_udp(family: Family) -> Case {
+    let method = Method::Masq;
+    let mut case = two(family, "expire_nodest_conn, a UDP server is removed".into(), UDP, method);
+    let build = |frame: Frame| frame.udp(b"hello");
+    let counts = DestCounts::input(&build(family.request())).opening_inactive();
+    case = passes(case, method, family.request(), build, counts)
+        .setting("expire_nodest_conn", 1)
+        .change(remove(family, UDP));
+    let counts = Counts::none().at(0, DestCounts::default().ending_inactive()).at(1, counts);
+    case.arrives(
+        Wire::Outside,
+        build(family.request()),
+        INSIDE,
+        forwarded(method, 1, PORT, family.request(), build),
+        counts,
+    )
+}
+
+/// A server with weight 0 keeps its connections, but not when their clients begin anew.
+fn quiescent_and_expired(family: Family, method: Method) -> Case {
+    let mut case = two(family, format!("{method}: expire_nodest_conn, a server gets weight 0"), TCP, method);
+    let again = |case, index, other: &[(u8, DestCounts)], opened: DestCounts| {
+        let counts = [other, &[(index, opened)]].concat();
+        reaches(case, (method, index), family.request(), "S", &counts)
+    };
+    case = again(case, 0, &[], segment(family, "S").opening_active());
+    case = reaches(case, (method, 0), family.request(), "A", &[(0, segment(family, "A"))]);
+    case = case
+        .change(move |change| change.edit_dest(family.key(TCP), family.at(0, PORT), dest(method, 0)).expect("there"));
+    case = again(case, 0, &[], segment(family, "S"));
+    case = case.setting("expire_nodest_conn", 1);
+    for flags in ["A", "PA", "A"] {
+        case = reaches(case, (method, 0), family.request(), flags, &[(0, segment(family, flags))]);
+    }
+    case = again(case, 1, &[(0, DestCounts::default().ending_active())], segment(family, "S").opening_active());
+    reaches(case, (method, 1), family.request(), "A", &[(1, segment(family, "A"))])
+}
+
+/// The client's segments that lead to a state, and those of the server between.
+struct Way {
+    name: &'static str,
+    steps: &'static [(&'static str, bool)],
+}
+
+const CLIENT: bool = true;
+const SERVER: bool = false;
+
+const STATES: [&Way; 6] = [
+    &Way { name: "SYN_RECV", steps: &[("S", CLIENT)] },
+    &Way { name: "ESTABLISHED", steps: &[("S", CLIENT), ("A", CLIENT)] },
+    // Of a server that is not seen this is FIN_WAIT.
+    &Way { name: "after FIN", steps: &[("S", CLIENT), ("A", CLIENT), ("F", CLIENT)] },
+    &Way { name: "FIN_WAIT of a server that is seen", steps: &[("S", CLIENT), ("A", CLIENT), ("F", SERVER)] },
+    &Way { name: "TIME_WAIT", steps: &[("S", CLIENT), ("F", CLIENT)] },
+    &Way { name: "CLOSE", steps: &[("S", CLIENT), ("A", CLIENT), ("R", CLIENT)] },
+];
+
+/// A SYN that meets a connection opens another one, at the next server, if mode and state say so (`docs/ipvs.md`, section 4.8).
+fn reuse(family: Family, method: Method, mode: u32, way: &'static Way) -> Case {
+    let mut case = two(family, format!("{method}: a SYN in {}, conn_reuse_mode {mode}", way.name), TCP, method);
+    case = case.setting("conn_reuse_mode", mode);
+    let mut active = false;
+    for (turn, (flags, from)) in way.steps.iter().enumerate() {
+        let closes = matches!(*flags, "F" | "R");
+        if *from == CLIENT {
+            let counts = segment(family, flags);
+            let counts = match turn {
+                0 => counts.opening_active(),
+                _ if closes => counts.calming(),
+                _ => counts,
+            };
+            case = reaches(case, (method, 0), family.request(), flags, &[(0, counts)]);
+        } else if method == Method::Masq {
+            let counts = DestCounts::output(&family.reply().tcp(flags, b"")).calming();
+            let out = family.translated_reply().tcp(flags, b"");
+            case =
+                case.arrives(Wire::Inside, family.reply().tcp(flags, b""), OUTSIDE, out, Counts::none().at(0, counts));
+        } else {
+            // It passes the director, as it may.
+            let frame = Frame { macs: from_server(0), from: (cast::VIP, PORT), ..family.reply() }.tcp(flags, b"");
+            let counts = Counts::of(Reason::ReplyObserved).at(0, DestCounts::output(&frame).calming());
+            case = case.arrives(Wire::Inside, frame.clone(), Verdict::Pass, frame, counts);
+        }
+        active = !closes;
+    }
+    let unseen_fin_wait = way.name == "after FIN" && method != Method::Masq;
+    let taken = mode != 0 && matches!(way.name, "TIME_WAIT" | "CLOSE") || mode & 2 != 0 && unseen_fin_wait;
+    if taken {
+        let counts = [(0, DestCounts::default().ending_inactive()), (1, segment(family, "S").opening_active())];
+        return reaches(case, (method, 1), family.request(), "S", &counts);
+    }
+    // It is the same connection, and is half-open again unless it was established; the server's SYN makes it SYN_SENT, which
+    // counts too.
+    let counts =
+        if active { segment(family, "S") } else { DestCounts { active: 1, inactive: -1, ..segment(family, "S") } };
+    reaches(case, (method, 0), family.request(), "S", &[(0, counts)])
+}
+
+/// Under suspicion an ACK of the client does not establish a connection of which its server has sent nothing, where servers
+/// are heard; and where they are not, the client's first SYN counts as answered.
+fn secure_tcp(family: Family, method: Method) -> Case {
+    let mut case = one(family, format!("{method}: secure_tcp"), TCP, method).setting("secure_tcp", 3);
+    case = passes(case, method, family.request(), tcp("S"), segment(family, "S").opening_active());
+    case = passes(case, method, family.request(), tcp("A"), segment(family, "A"));
+    if method == Method::Masq {
+        // Still SYN_RECV, so gone after a minute.
+        let frame = numbered(family, 1);
+        case = passes(case, method, frame, tcp("S"), segment(family, "S").opening_active());
+        let reply = Frame { to: frame.from, ..family.reply() };
+        let out = Frame { to: frame.from, ..family.translated_reply() }.tcp("A", b"");
+        case = replies(case, reply.tcp("A", b""), out).pass(62);
+        let late = family.request().tcp("A", b"");
+        let counts = Counts::of(Reason::NoConnection).at(0, DestCounts::default().ending_active());
+        case = case.arrives(Wire::Outside, late.clone(), Verdict::Pass, late, counts);
+        // The server's own established the other.
+        return passes(case, method, frame, tcp("A"), segment(family, "A"));
+    }
+    // From SYNACK, whose time is two minutes, to ESTABLISHED.
+    case = passes(case, method, numbered(family, 1), tcp("S"), segment(family, "S").opening_active()).pass(119);
+    case = passes(case, method, numbered(family, 1), tcp("R"), segment(family, "R").calming())
+        .setting("secure_tcp", 0)
+        .pass(700);
+    passes(case, method, family.request(), tcp("A"), segment(family, "A"))
+}
+
+/// One of three, beginning with the first; connections that are there are spared, and so is what opens none.
+fn some_are_dropped(family: Family, method: Method) -> Case {
+    let mut case = one(family, format!("{method}: drop_packet"), TCP, method);
+    case = passes(case, method, numbered(family, 99), tcp("S"), segment(family, "S").opening_active());
+    case = case.setting("am_droprate", 3).setting("drop_packet", 3);
+    for number in 0..7 {
+        case = if number % 3 == 0 {
+            case.stops(Wire::Outside, numbered(family, number).tcp("S", b""), Reason::DropPacket)
+        } else {
+            passes(case, method, numbered(family, number), tcp("S"), segment(family, "S").opening_active())
+        };
+        case = passes(case, method, numbered(family, 99), tcp("A"), segment(family, "A"));
+        case = case.stops(Wire::Outside, numbered(family, number + 50).tcp("A", b""), Reason::NoConnection);
+    }
+    case = case.setting("drop_packet", 0);
+    (0..7).step_by(3).fold(case, |case, number| {
+        passes(case, method, numbered(family, number), tcp("S"), segment(family, "S").opening_active())
+    })
+}
+
+/// With memory short from the outset, the automatic mode drops whatever would open a connection.
+fn all_are_dropped(family: Family) -> Case {
+    let mut case = one(family, "drop_packet when memory is low", UDP, Method::Route);
+    let build = |frame: Frame| frame.udp(b"hello");
+    let counts = DestCounts::input(&build(family.request())).opening_inactive();
+    case = passes(case, Method::Route, numbered(family, 0), build, counts).setting("drop_packet", 1);
+    for number in 1..4 {
+        case = case.stops(Wire::Outside, build(numbered(family, number)), Reason::DropPacket);
+    }
+    case = case.setting("amemthresh", 0);
+    passes(case, Method::Route, numbered(family, 1), build, counts)
+}

@@ -268,7 +268,7 @@ record! {
         pointer: u32,
         /// wrr: the weight threshold in force. As of the last change. lblc and lblcr: see [`View::cache`].
         threshold: u32,
-        /// Flags of the scheduler, [`crate::proto::sched_flag`].
+        /// Flags of the service and its scheduler, [`crate::proto::service_flag`] and [`crate::proto::sched_flag`].
         flags: u32,
         /// Creation order; later is greater.
         order: u64,
@@ -418,7 +418,7 @@ record! {
         ring_len: u32,
         /// wrr: index in the ring where the pass with threshold 1 begins.
         ring_final: u32,
-        /// Flags of the scheduler, [`crate::proto::sched_flag`].
+        /// Flags of the service and its scheduler, [`crate::proto::service_flag`] and [`crate::proto::sched_flag`].
         flags: u32,
         /// lblc and lblcr: whose entries of the cache are this service's ([`CacheEntry::owner`]).
         cache: u32,

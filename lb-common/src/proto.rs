@@ -120,6 +120,12 @@ impl Scheduler {
     }
 }
 
+/// Flags of a service, beside those of its scheduler, by ip_vs's numbers (`docs/ipvs.md`, section 1.1).
+pub mod service_flag {
+    /// Every UDP packet is scheduled by itself, and no connection is kept.
+    pub const ONE_PACKET: u32 = 1 << 2;
+}
+
 /// Flags of a service's scheduler, by ip_vs's numbers (`docs/ipvs.md`, section 1.1).
 pub mod sched_flag {
     use super::Scheduler;
@@ -130,6 +136,8 @@ pub mod sched_flag {
     pub const PORT: u32 = 1 << 4;
     /// Means nothing to any scheduler.
     pub const THIRD: u32 = 1 << 5;
+    /// All of them.
+    pub const ALL: u32 = FALLBACK | PORT | THIRD;
 
     /// The flags of `scheduler` with their names as ipvsadm shows them.
     pub const fn names(scheduler: Scheduler) -> &'static [(&'static str, u32)] {

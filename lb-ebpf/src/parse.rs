@@ -4,6 +4,7 @@ use lb_common::{
     abi::switch,
     addr::{Address, Ip4, Ip6, Port},
     checksum,
+    flow::nonzero,
     proto::Protocol,
     reason::Reason,
     tcp::flag,
@@ -398,6 +399,12 @@ impl Segment {
     #[inline(always)]
     pub const fn protocol(&self) -> Protocol {
         if self.protocol == Protocol::Tcp as u64 { Protocol::Tcp } else { Protocol::Udp }
+    }
+
+    /// 1 if the segment is UDP, 0 if it is not, found out without a branch.
+    #[inline(always)]
+    pub fn is_udp(&self) -> u64 {
+        nonzero(self.protocol ^ Protocol::Udp as u64) ^ 1
     }
 
     /// Source port.

@@ -5,7 +5,7 @@ use lb_common::{
     addr::{Address, Ip4, Port},
     event::Event,
     flow::{Entry, Key as _, Place, Word, flag},
-    proto::{Method, Protocol},
+    proto::{Method, Protocol, service_flag},
     reason::Reason,
     timeout,
 };
@@ -407,7 +407,12 @@ where
     let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
     // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
     let birth = Word(tables.hide(birth.0));
-    match flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock }) {
+    let inserted = if is_one_packet(tables, view, segment) {
+        Inserted::New
+    } else {
+        flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock })
+    };
+    match inserted {
         Inserted::New => {
             let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
             cpu.counters.connections.update(|connections| connections + 1);
@@ -417,6 +422,16 @@ where
         // Another CPU has just opened it with a packet of the same client, or is about to.
         Inserted::Contended => join::<I, T>(tables, segment, key, place, now).ok_or(Reason::FlowContended.into()),
     }
+}
+
+/// Whether a segment to the service of a view is scheduled by itself (`docs/ipvs.md`, section 4.12).
+///
+/// Verifier: hidden, or it would follow the rest of the path once for each protocol.
+#[inline(always)]
+fn is_one_packet(tables: &impl Tables, view: u32, segment: Segment) -> bool {
+    let flags = tables.view(view).map_or(0, |view| view.flags.load());
+    let one_packet = u64::from(flags & service_flag::ONE_PACKET) & segment.is_udp() << service_flag::ONE_PACKET.ilog2();
+    tables.hide(one_packet) != 0
 }
 
 /// Whether a packet that would open a connection is one of those that ip_vs's `drop_packet` drops (`docs/ipvs.md`, section

@@ -60,8 +60,6 @@ enum Lacking {
     Sctp,
     /// A destination of another address family than the service.
     MixedFamilies,
-    /// `-o`.
-    OnePacket,
     /// `--pe`.
     Engine,
     /// `--tun-type gue` and `gre`.
@@ -120,7 +118,6 @@ impl Missing {
             () if has("-f") => Lacking::Mark,
             () if has("--sctp-service") => Lacking::Sctp,
             () if is_mixed(words) => Lacking::MixedFamilies,
-            () if has("-o") => Lacking::OnePacket,
             () if has("--pe") => Lacking::Engine,
             () if matches!(after(words, &["--tun-type"]), Some("gue" | "gre")) => Lacking::TunnelType,
             () if has("--rate") && !has("--stats") => Lacking::Rates,
@@ -289,7 +286,6 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
             (Lacking::Mark, 16),
             (Lacking::Sctp, 6),
             (Lacking::MixedFamilies, 4),
-            (Lacking::OnePacket, 3),
             (Lacking::Engine, 4),
             (Lacking::TunnelType, 6),
             (Lacking::Rates, 3),

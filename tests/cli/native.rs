@@ -31,7 +31,7 @@ fn what_is_configured_is_listed() -> Result<()> {
     configure(&stage)?;
     for words in [
         "service add -u 10.9.9.9:53",
-        "service edit -u 10.9.9.9:53 -s sh -b sh-port,sh-fallback",
+        "service edit -u 10.9.9.9:53 -s sh -b sh-port,sh-fallback --ops",
         "dest add -u 10.9.9.9:53 -r 10.2.0.13 -i",
         "dest edit -u 10.9.9.9:53 -r 10.2.0.13 -w 7 -x 20 -y 10",
         "dest edit -u 10.9.9.9:53 -r 10.2.0.13 --u-threshold 30",
@@ -62,7 +62,7 @@ fn what_is_configured_is_listed() -> Result<()> {
                 },
                 {
                     "protocol": "udp", "address": "10.9.9.9:53", "scheduler": "sh",
-                    "flags": ["sh-fallback", "sh-port"],
+                    "flags": ["sh-fallback", "sh-port", "ops"],
                     "destinations": [dest("10.2.0.13:53", "ipip", 7, [30, 10]), dest("10.2.0.14:53", "nat", 1, [5, 0])],
                 },
             ],
@@ -72,12 +72,12 @@ fn what_is_configured_is_listed() -> Result<()> {
         stage.ok("list")?,
         format!(
             "Instance {} on {WIRE} (native)\n\
-             Service          Scheduler                 Destination     Method  Weight  Active  Inactive  Limits\n\
-             tcp 10.9.9.9:80  rr\n                                           \
-                                         10.2.0.11:8080  nat          1       0         0\n                                           \
+             Service          Scheduler                     Destination     Method  Weight  Active  Inactive  Limits\n\
+             tcp 10.9.9.9:80  rr\n                                               \
+                                         10.2.0.11:8080  nat          1       0         0\n                                               \
                                          10.2.0.12:80    dr           3       0         0\n\
-             udp 10.9.9.9:53  sh (sh-fallback,sh-port)\n                                           \
-                                         10.2.0.13:53    ipip         7       0         0  30 down to 10\n                                           \
+             udp 10.9.9.9:53  sh (sh-fallback,sh-port) ops\n                                               \
+                                         10.2.0.13:53    ipip         7       0         0  30 down to 10\n                                               \
                                          10.2.0.14:53    nat          1       0         0  5\n",
             stage.instance
         )
@@ -190,6 +190,16 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         refusal(
             "service add -t 10.9.9.9:81 -s rr -b sh-port",
             "scheduler rr has no flag `sh-port`: leave it out",
+            1,
+        ),
+        refusal(
+            "service add -t 10.9.9.9:81 --ops",
+            "service tcp 10.9.9.9:81: one-packet scheduling is for UDP services only: leave --ops out",
+            1,
+        ),
+        refusal(
+            "service edit -t 10.9.9.9:80 -s rr -o",
+            "service tcp 10.9.9.9:80: one-packet scheduling is for UDP services only: leave --ops out",
             1,
         ),
         refusal(
@@ -468,7 +478,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
         ("-A -t 10.9.9.9:81 -p 60", "persistence (-p) is not supported by xdpvs yet"),
         ("-A -f 7", "firewall marks (-f) are not supported by xdpvs yet"),
         ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
-        ("-A -u 10.9.9.9:81 -o", "one-packet scheduling (-o) is not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
         (
             "-a -t 10.9.9.9:80 -r 10.2.0.13 -i --tun-type gre",

@@ -234,7 +234,8 @@ pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
             protocol: service.key.protocol,
             address: service.key.address,
             scheduler: service.spec.scheduler.as_str(),
-            flags: service.spec.flag_names(),
+            flags: [service.spec.flag_names(), service.spec.is_one_packet().then_some("ops").into_iter().collect()]
+                .concat(),
             schedule: service.spec.describe(),
             destinations: dests.collect(),
         }

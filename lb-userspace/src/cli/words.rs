@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use clap::Args;
 use lb_common::{
     overload::Thresholds,
-    proto::{Method, Scheduler, sched_flag},
+    proto::{Method, Scheduler, sched_flag, service_flag},
     tcp::State,
 };
 use lb_userspace::control::{
@@ -145,12 +145,15 @@ pub(crate) struct FlagWords {
     /// Flags of the scheduler, with commas between: sh-fallback, sh-port; mh-fallback, mh-port
     #[arg(short = 'b', long = "sched-flags", value_delimiter = ',', value_name = "FLAGS")]
     flags: Vec<String>,
+    /// One-packet scheduling: every UDP packet may go to another destination, and replies are not translated
+    #[arg(short = 'o', long = "ops")]
+    one_packet: bool,
 }
 
 impl FlagWords {
-    /// The scheduler with these flags.
+    /// The scheduler with these flags, and those of the service.
     pub(crate) fn of(self, scheduler: Scheduler) -> Result<ServiceSpec, Refusal> {
-        let mut flags = 0;
+        let mut flags = if self.one_packet { service_flag::ONE_PACKET } else { 0 };
         for name in self.flags {
             let known = sched_flag::names(scheduler).iter().find(|(known, _)| *known == name);
             flags |= known.map(|(_, flag)| flag).ok_or(Refusal::SchedFlag { scheduler, name })?;

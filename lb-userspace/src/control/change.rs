@@ -17,7 +17,7 @@ use crate::{
     control::{
         compile::{self, Compiled},
         journal,
-        model::{DestSpec, Refusal, ServiceKey, ServiceSpec},
+        model::{DestSpec, Refusal, ServiceKey, ServiceSpec, Transport},
         shared::{Counters, Shared},
         state::{State, dest_address, dest_family, service_key, words},
     },
@@ -91,9 +91,10 @@ impl<'a> Change<'a> {
     ///
     /// # Errors
     ///
-    /// When it exists, or there is no room for it.
+    /// When it exists, or cannot be, or there is no room for it.
     pub fn add_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
         check_service(key)?;
+        check_flags(key, spec)?;
         let (family, addr) = words(key.address.ip());
         if self.state.by_key.contains_key(&key) {
             return Err(Refusal::ServiceExists(key));
@@ -129,6 +130,7 @@ impl<'a> Change<'a> {
     /// When it does not exist.
     pub fn edit_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
         let slot = self.service(key)?;
+        check_flags(key, spec)?;
         self.catch_up(slot);
         let top = WrrParameters::of(&self.state.weights(slot)).top;
         let order = self.next_order();
@@ -439,6 +441,11 @@ fn check_service(key: ServiceKey) -> Result<(), Refusal> {
         _ if key.address.port() == 0 => Err(Refusal::ZeroPort(key)),
         _ => Ok(()),
     }
+}
+
+fn check_flags(key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
+    let one_packet = spec.is_one_packet() && key.protocol != Transport::Udp;
+    if one_packet { Err(Refusal::OnePacket(key)) } else { Ok(()) }
 }
 
 fn check_dest(key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {

@@ -7,7 +7,7 @@ use std::{
 
 use lb_common::{
     overload::Thresholds,
-    proto::{Method, Protocol, Scheduler, sched_flag},
+    proto::{Method, Protocol, Scheduler, sched_flag, service_flag},
 };
 
 use crate::control::settings::Value;
@@ -104,7 +104,7 @@ impl Prefix {
 pub struct ServiceSpec {
     /// Who gets the next connection.
     pub scheduler: Scheduler,
-    /// Flags of the scheduler, [`sched_flag`].
+    /// Flags of the service and its scheduler, [`service_flag`] and [`sched_flag`].
     pub flags: u32,
 }
 
@@ -115,11 +115,17 @@ impl ServiceSpec {
         names.filter(|(_, flag)| self.flags & flag != 0).map(|(name, _)| *name).collect()
     }
 
-    /// The scheduler and its flags as lists show them.
+    /// Whether every UDP packet is scheduled by itself.
+    pub const fn is_one_packet(self) -> bool {
+        self.flags & service_flag::ONE_PACKET != 0
+    }
+
+    /// The scheduler and the flags as lists show them.
     pub fn describe(self) -> String {
-        match self.flags {
-            0 => self.scheduler.to_string(),
-            _ => format!("{} ({})", self.scheduler, self.flag_names().join(",")),
+        let ops = if self.is_one_packet() { " ops" } else { "" };
+        match self.flags & sched_flag::ALL {
+            0 => format!("{}{ops}", self.scheduler),
+            _ => format!("{} ({}){ops}", self.scheduler, self.flag_names().join(",")),
         }
     }
 }
@@ -218,6 +224,9 @@ pub enum Refusal {
         /// The longest that this kernel's clock allows, in seconds.
         limit: u32,
     },
+    /// One-packet scheduling of another protocol than UDP.
+    #[error("service {0}: one-packet scheduling is for UDP services only: leave --ops out")]
+    OnePacket(ServiceKey),
     /// No setting of ip_vs is called so.
     #[error("no setting `{0}`: see `xdpvs set`")]
     NoSetting(String),

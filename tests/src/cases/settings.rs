@@ -1,5 +1,8 @@
 //! What ip_vs's settings do to packets.
 
+use lb_common::proto::service_flag;
+use lb_userspace::control::model::ServiceSpec;
+
 use super::*;
 
 pub(super) fn cases(family: Family) -> Vec<Case> {
@@ -11,7 +14,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
             quiescent_and_expired(family, method),
         ]);
         cases.extend((0..=4).flat_map(|mode| STATES.map(|state| reuse(family, method, mode, state))));
-        cases.extend([secure_tcp(family, method), some_are_dropped(family, method)]);
+        cases.extend([secure_tcp(family, method), some_are_dropped(family, method), one_packet(family, method)]);
     }
     cases.extend([removed_and_expired_udp(family), all_are_dropped(family), full_and_sloppy(family)]);
     cases
@@ -270,4 +273,41 @@ fn all_are_dropped(family: Family) -> Case {
     }
     case = case.setting("amemthresh", 0);
     passes(case, Method::Route, numbered(family, 1), build, counts)
+}
+
+/// One-packet scheduling: every datagram is a connection of its own, of which nothing is left. What a masqueraded server
+/// answers is not translated.
+fn one_packet(family: Family, method: Method) -> Case {
+    let spec = |flags| ServiceSpec { flags, ..scheduled(Scheduler::Rr) };
+    let build = |frame: Frame| frame.udp(b"hello");
+    let counts = DestCounts { connections: 1, ..DestCounts::input(&build(family.request())) };
+    let mut case = Case::new(family, format!("{method}: one-packet scheduling")).change(move |change| {
+        change.add_service(family.key(UDP), spec(service_flag::ONE_PACKET)).expect("new");
+        for index in [1, 0] {
+            change.add_dest(family.key(UDP), family.at(index, PORT), dest(method, 1)).expect("new");
+        }
+    });
+    let send = |case: Case, index, counts| {
+        let out = forwarded(method, index, PORT, family.request(), build);
+        case.arrives(Wire::Outside, build(family.request()), INSIDE, out, Counts::none().at(index, counts))
+    };
+    for index in [0, 1, 0, 1] {
+        case = send(case, index, counts);
+    }
+    case = case.stops(Wire::Inside, family.reply().udp(b"x"), Reason::NotService);
+    // More of them than the table has room for, at any time.
+    for turn in 0..30 {
+        let request = numbered(family, turn);
+        let (index, out) = ((turn % 2) as u8, forwarded(method, (turn % 2) as u8, PORT, request, build));
+        case = case.arrives(Wire::Outside, build(request), INSIDE, out, Counts::none().at(index, counts));
+    }
+    // A connection that is there when the service is edited goes on at its server.
+    case = case.change(move |change| change.edit_service(family.key(UDP), spec(0)).expect("there"));
+    case = send(case, 0, DestCounts { inactive: 1, ..counts });
+    case =
+        case.change(move |change| change.edit_service(family.key(UDP), spec(service_flag::ONE_PACKET)).expect("there"));
+    for _ in 0..3 {
+        case = send(case, 0, DestCounts::input(&build(family.request())));
+    }
+    case
 }

@@ -2,7 +2,11 @@
 
 use std::io::{self, BufRead as _, stdin, stdout};
 
-use lb_common::{abi::active_and_total, overload::Thresholds, proto::Scheduler};
+use lb_common::{
+    abi::active_and_total,
+    overload::Thresholds,
+    proto::{Scheduler, service_flag},
+};
 use lb_userspace::{
     control::{
         change::{Change, Commit},
@@ -63,7 +67,6 @@ fn lacking(request: &Request) -> Option<String> {
         Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
         _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
-        _ if service && kinds.has(Kind::Ops) => "one-packet scheduling (-o) is",
         _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
         _ => return None,
     };
@@ -147,7 +150,8 @@ fn service_spec(request: &Request) -> Result<ServiceSpec, Stop> {
     let name = request.scheduler.as_str();
     let scheduler =
         Scheduler::from_name(name).ok_or_else(|| Stop::refusal("Scheduler or persistence engine not found"))?;
-    Ok(ServiceSpec { scheduler, flags: request.sched_flags })
+    let ops = if request.kinds.has(Kind::Ops) { service_flag::ONE_PACKET } else { 0 };
+    Ok(ServiceSpec { scheduler, flags: request.sched_flags | ops })
 }
 
 /// The name service, unless digits are wanted.

@@ -6,7 +6,10 @@ use std::{
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
-use lb_common::{overload::Thresholds, proto::Method};
+use lb_common::{
+    overload::Thresholds,
+    proto::{Method, sched_flag},
+};
 use lb_userspace::control::{
     connections::Connection,
     model::{Dest, Service, ServiceSpec, Transport},
@@ -169,11 +172,12 @@ pub(super) fn saved(rows: &[ServiceRow]) -> String {
             Transport::Udp => "-u",
         };
         let service = format!("{option} {}", row.address);
-        let flags = match row.spec.flags {
+        let ops = if row.spec.is_one_packet() { " -o" } else { "" };
+        let flags = match row.spec.flags & sched_flag::ALL {
             0 => String::new(),
             _ => format!(" -b {}", row.spec.flag_names().join(",")),
         };
-        text += &format!("-A {service} -s {}{flags}\n", row.spec.scheduler);
+        text += &format!("-A {service} -s {}{ops}{flags}\n", row.spec.scheduler);
         for DestRow { address, method, weight, .. } in &row.dests {
             let (method, tunnel) = match method {
                 Method::Masq => ("-m", ""),

@@ -222,6 +222,8 @@ pub mod switch {
     pub const SLOPPY_TCP: u32 = 1 << 0;
     /// Connections end when their destination is removed.
     pub const EXPIRE_NODEST_CONN: u32 = 1 << 1;
+    /// Rates are estimated.
+    pub const RUN_ESTIMATION: u32 = 1 << 2;
 }
 
 /// What the CPUs share that limits what they do: a cache line of its own, for they write it.
@@ -1042,6 +1044,33 @@ record! {
     }
 }
 
+record! {
+    /// What is known of the traffic of a destination, of a service, or of all, beside counters. Those of destinations come
+    /// first, by number, then those of services, by slot, then that of all.
+    Estimate, EstimateRecord, 128 {
+        /// Of a destination, its counters as of the last estimation; of a service and of all, what destinations have counted
+        /// since. In the order of [`Counters`], as all that follows.
+        counted: [u64; 5],
+        /// Rates: see [`crate::rate`].
+        average: [u64; 5],
+        /// The counters when they were zeroed last: lists take that off.
+        base: [u64; 5],
+        /// Another number for every time that the rates are to begin anew; odd if what has been counted begins at zero, too.
+        wish: u32,
+        /// `wish` when they last did.
+        done: u32,
+    }
+}
+
+impl Estimate {
+    /// Lets the rates begin anew with the next estimation; and the counters at zero, if they are `fresh`.
+    pub fn renew(&self, fresh: bool) {
+        let wish = self.wish.load();
+        let fresh = fresh || wish != self.done.load() && wish & 1 != 0;
+        self.wish.store((wish | 1).wrapping_add(1) | u32::from(fresh));
+    }
+}
+
 /// The value of the ageing map as the loader reads it.
 #[derive(Clone, Copy, Debug, Pod, Zeroable)]
 #[repr(C)]
@@ -1172,6 +1201,10 @@ pub mod journal {
     pub const DEST: u32 = 2;
     /// A [`super::DestRecord`] of a destination whose counters start at zero.
     pub const NEW_DEST: u32 = 3;
+    /// A [`super::ServiceRecord`] of a service that did not exist.
+    pub const NEW_SERVICE: u32 = 5;
+    /// The counters of a zeroed [`super::Estimate`] in the first five words: its base.
+    pub const BASE: u32 = 6;
     /// [`super::Instance::next_order`] in the first word, `services_used` and `dests_used` in the next two.
     pub const INSTANCE: u32 = 4;
 }
@@ -1240,6 +1273,7 @@ pub const LAYOUT: u32 = {
         size_of::<AgeingValue>(),
         size_of::<EndpointBucket6>(),
         size_of::<Upkeep>(),
+        size_of::<Estimate>(),
         size_of::<crate::flow::Bucket4>(),
         size_of::<crate::flow::Bucket6>(),
         crate::reason::Reason::ALL.len(),

@@ -26,6 +26,7 @@ pub mod interleave;
 pub mod jiffies;
 pub mod overload;
 pub mod proto;
+pub mod rate;
 pub mod reason;
 pub mod sched;
 #[expect(unsafe_code, reason = "the one place where shared memory is touched")]

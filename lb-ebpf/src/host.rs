@@ -9,9 +9,9 @@ use std::{
 use bytemuck::{Zeroable, zeroed_slice_box};
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad,
-        EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance, JournalSlot, Limiter,
-        NextHop, Record as _, Service, Slot, Stage, View, hop,
+        ADJACENCIES, Adjacency, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Counters, Cursor, Dest, DestCpu,
+        DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Estimate, Instance,
+        JournalSlot, Limiter, NextHop, Record as _, Service, Slot, Stage, View, hop,
     },
     addr::{Address, Ip4, Ip6},
     checksum,
@@ -31,6 +31,7 @@ use crate::{
     parse::{Ip4Packet, Ip6Packet},
     pipeline::{self, Stages},
     tables::{Endpoints, Tables},
+    upkeep::Objects,
     wire::Wire,
 };
 
@@ -168,6 +169,8 @@ pub struct HostTables {
     pub adjacency_cpus: Box<[NextHop]>,
     /// The budget of ICMP errors.
     pub limiter: Box<[Limiter]>,
+    /// Rates, and what lists take off counters.
+    pub estimates: Box<[Estimate]>,
     /// Packets not forwarded, by reason, and from the end backwards events.
     pub counters: Box<[Cell<u64>]>,
 }
@@ -194,7 +197,7 @@ impl HostTables {
         let tables = Self {
             instance: zeroed(1),
             config: zeroed(1),
-            journal: zeroed(sizes.services + sizes.dests + 2),
+            journal: zeroed(2 * (sizes.services + sizes.dests) + 3),
             services: zeroed(sizes.services),
             dests: zeroed(sizes.dests),
             endpoints4: zeroed(sizes.endpoint_buckets),
@@ -210,6 +213,7 @@ impl HostTables {
             adjacency: zeroed(ADJACENCIES),
             adjacency_cpus: zeroed(ADJACENCIES),
             limiter: zeroed(1),
+            estimates: zeroed(sizes.dests + sizes.services + 1),
             counters: zeroed(COUNTERS),
         };
         let mut instance = tables.instance[0].load();
@@ -219,6 +223,8 @@ impl HostTables {
         instance.endpoint_buckets = sizes.endpoint_buckets;
         instance.seed = seed;
         instance.next_order = 1;
+        instance.services = sizes.services;
+        instance.dests = sizes.dests;
         tables.instance[0].store(&instance);
         tables
     }
@@ -273,6 +279,19 @@ impl Tables for HostTables {
 
     fn count_event(&self, event: Event) {
         self.count(event as u8);
+    }
+}
+
+impl Objects for HostTables {
+    fn estimate(&self, index: u32) -> Option<&Estimate> {
+        self.estimates.get(index as usize)
+    }
+
+    fn traffic(&self, dest: u32) -> [u64; 5] {
+        self.dest_cpus.get(dest as usize).map_or([0; 5], |cpu| {
+            let Counters { connections, packets_in, bytes_in, packets_out, bytes_out } = &cpu.counters;
+            [connections, packets_in, bytes_in, packets_out, bytes_out].map(Cell::get)
+        })
     }
 }
 

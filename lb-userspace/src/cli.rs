@@ -63,7 +63,9 @@ enum Command {
     #[command(subcommand)]
     Conn(connections::ConnCommand),
     /// Show what services and destinations have carried, and why packets were not forwarded
-    Stats(output::Form),
+    Stats(stats::Stats),
+    /// Let the counters of everything, or of a service and its destinations, begin at zero, and their rates
+    Zero(stats::Zero),
     /// Show or set how long idle connections live
     #[command(subcommand)]
     Timeout(timeouts::TimeoutCommand),
@@ -121,7 +123,8 @@ fn run(instance: &str, command: Command) -> Result<ExitCode, Failure> {
         Command::Dest(command) => command.run(&place()?)?,
         Command::List(form) => config::list(&place()?, form)?,
         Command::Conn(command) => command.run(&place()?)?,
-        Command::Stats(form) => stats::stats(&place()?, form)?,
+        Command::Stats(stats) => stats.run(&place()?)?,
+        Command::Zero(zero) => zero.run(&place()?)?,
         Command::Timeout(command) => command.run(&place()?)?,
         Command::Set(set) => set.run(&place()?)?,
         Command::Realserver(command) => {

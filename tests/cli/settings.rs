@@ -1,12 +1,13 @@
 //! ip_vs's own settings: what is said about them, and what the timer makes of them.
 
-use std::{thread, time::Duration};
+use std::{net::UdpSocket, thread, time::Duration};
 
 use anyhow::Result;
 use serde_json::{Value, json};
+use xdpvs_tests::cast;
 
 use crate::{
-    running::{configure, connect, settled},
+    running::{CLIENT, configure, connect, settled},
     stage::{Said, Stage, WIRE},
 };
 
@@ -15,7 +16,7 @@ fn defaults() -> Value {
     json!({
         "am_droprate": 10, "amemthresh": 1024, "backup_only": 0, "cache_bypass": 0, "conn_reuse_mode": 1, "conntrack": 0,
         "drop_entry": 0, "drop_packet": 0, "est_cpulist": "", "est_nice": 0, "expire_nodest_conn": 0,
-        "expire_quiescent_template": 0, "ignore_tunneled": 1, "nat_icmp_send": 0, "pmtu_disc": 1, "run_estimation": 0,
+        "expire_quiescent_template": 0, "ignore_tunneled": 1, "nat_icmp_send": 0, "pmtu_disc": 1, "run_estimation": 1,
         "schedule_icmp": 0, "secure_tcp": 0, "sloppy_sctp": 0, "sloppy_tcp": 0, "snat_reroute": 1,
         "sync_persist_mode": 0, "sync_ports": 1, "sync_qlen_max": 0, "sync_refresh_period": 0, "sync_retries": 0,
         "sync_sock_size": 0, "sync_threshold": "3 50", "sync_version": 1,
@@ -32,6 +33,7 @@ fn settings_are_shown_set_and_kept_by_new_programs() -> Result<()> {
         ("conn_reuse_mode", 2),
         ("drop_packet", 3),
         ("expire_nodest_conn", 1),
+        ("run_estimation", 0),
         ("secure_tcp", 3),
         ("sloppy_tcp", 1),
     ] {
@@ -91,17 +93,17 @@ fn becomes(stage: &Stage, name: &str, value: u32) -> Result<()> {
 #[test]
 fn the_timer_rouses_the_defences_when_memory_is_low_and_lets_them_rest() -> Result<()> {
     let stage = Stage::new()?;
-    // Seven pages of 128 connections.
-    stage.ok(&format!("up {WIRE} --max-flows 1000"))?;
+    // Fifteen pages of 128 connections.
+    stage.ok(&format!("up {WIRE} --max-flows 1000 --max-flows6 1000"))?;
     configure(&stage)?;
-    for setting in ["amemthresh 7", "drop_packet 1", "secure_tcp 3"] {
+    for setting in ["amemthresh 15", "drop_packet 1", "secure_tcp 3"] {
         stage.ok(&format!("set {setting}"))?;
     }
     assert_eq!(stage.ask("set")?["settings"]["drop_packet"], json!(1));
     connect(&stage, 70)?;
     settled(&stage, 140)?;
     becomes(&stage, "drop_packet", 2)?;
-    // Of seven pages one is missing: every seventh packet that would open a connection is dropped.
+    // Of fifteen pages one is missing: every fifteenth packet that would open a connection is dropped.
     assert_eq!(stage.ask("stats")?["reasons"]["drop-packet"], json!(0));
     connect(&stage, 130)?;
     assert!(stage.ask("stats")?["reasons"]["drop-packet"].as_u64().is_some_and(|dropped| dropped > 0));
@@ -127,4 +129,111 @@ fn connections_of_removed_servers_end_if_that_is_wanted() -> Result<()> {
     stage.ok("ipvsadm -D -u 10.9.9.9:53")?;
     assert_eq!(stage.ok("conn list --count")?, "0\n");
     Ok(())
+}
+
+/// The counters that `stats` shows of a service, a destination of it, or of all.
+fn connections(stats: &Value, pointer: &str) -> Option<u64> {
+    stats.pointer(pointer).and_then(|amounts| amounts["connections"].as_u64())
+}
+
+#[test]
+fn counters_are_zeroed_as_far_as_lists_show_them() -> Result<()> {
+    let stage = Stage::with_director()?;
+    configure(&stage)?;
+    connect(&stage, 6)?;
+    settled(&stage, 12)?;
+    let shown = || -> Result<[Option<u64>; 5]> {
+        let stats = stage.ask("stats")?;
+        let pointers =
+            ["/services/0", "/services/0/destinations/0", "/services/1", "/services/1/destinations/1", "/total"];
+        Ok(pointers.map(|pointer| connections(&stats, pointer)))
+    };
+    assert_eq!(shown()?, [6, 3, 6, 3, 12].map(Some));
+    // One service; all together still count what it has carried.
+    assert_eq!(stage.ok("zero -t 10.9.9.9:80")?, "");
+    assert_eq!(shown()?, [0, 0, 6, 3, 12].map(Some));
+    assert_eq!(stage.ask("list")?["services"][0]["destinations"][0]["active"], json!(3));
+    stage.ok("ipvsadm -Z -u 10.9.9.9:53")?;
+    assert_eq!(shown()?, [0, 0, 0, 0, 12].map(Some));
+    // Datagrams are of the same connections again, but for two.
+    connect(&stage, 8)?;
+    settled(&stage, 22)?;
+    assert_eq!(shown()?, [8, 4, 2, 1, 22].map(Some));
+    stage.ok("ipvsadm --zero")?;
+    assert_eq!(shown()?, [0; 5].map(Some));
+    let stats = stage.ok("ipvsadm -Ln --stats -u 10.9.9.9:53")?;
+    let service = stats.lines().find(|line| line.starts_with("UDP")).unwrap_or_default();
+    assert_eq!(service, "UDP  10.9.9.9:53                         0        0        0        0        0");
+    stage.ok(&format!("up {WIRE}"))?;
+    assert_eq!(shown()?, [0; 5].map(Some));
+    // A destination that comes back to its service has the counters that it had, and a service that comes back has none.
+    connect(&stage, 10)?;
+    settled(&stage, 34)?;
+    stage.ok("dest del -t 10.9.9.9:80 -r 10.2.0.11")?;
+    stage.ok("dest add -t 10.9.9.9:80 -r 10.2.0.11")?;
+    assert_eq!(shown()?, [10, 5, 2, 1, 12].map(Some));
+    stage.ok("service del -t 10.9.9.9:80")?;
+    stage.ok("service add -t 10.9.9.9:80 -s rr")?;
+    assert_eq!((shown()?[0], shown()?[4]), (Some(0), Some(12)));
+    for words in ["zero -t 10.9.9.9:81", "zero -u 10.9.9.9:80"] {
+        assert_eq!(stage.say(words)?.code, Some(1), "{words}");
+    }
+    let refused = Said { out: String::new(), err: "No such service\n".into(), code: Some(255) };
+    assert_eq!(stage.say("ipvsadm -Z -t 10.9.9.9:81")?, refused);
+    assert_eq!(stage.say("ipvsadm -Z -f 7")?, refused);
+    Ok(())
+}
+
+/// 200 connections within one estimation, two seconds, are 25 a second in that, 19 in the next, and so on.
+#[test]
+fn rates_are_estimated_by_the_timer() -> Result<()> {
+    let stage = Stage::with_director()?;
+    stage.ok("service add -u 10.9.9.9:53 -s rr --ops")?;
+    stage.ok("dest add -u 10.9.9.9:53 -r 10.2.0.12")?;
+    let ask = |pointer: &str| -> Result<Option<u64>> {
+        let stats = stage.ask("stats --rate")?;
+        Ok(stats.pointer(pointer).and_then(|rates| rates["cps"].as_u64()))
+    };
+    const DEST: &str = "/services/0/destinations/0";
+    send(&stage, 200)?;
+    let mut seen = Vec::new();
+    for _ in 0..200 {
+        let cps = ask(DEST)?.unwrap_or_default();
+        if seen.last() != Some(&cps) {
+            seen.push(cps);
+        }
+        if cps == 14 {
+            break;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    seen.retain(|cps| *cps != 0);
+    assert!(seen.ends_with(&[19, 14]), "{seen:?}");
+    assert!(ask("/services/0")?.is_some_and(|cps| cps > 0) && ask("/total")?.is_some_and(|cps| cps > 0));
+    let list = stage.ok("ipvsadm -Ln --rate")?;
+    assert!(list.lines().any(|line| line.starts_with("UDP  10.9.9.9:53       ")), "{list}");
+    // New programs go on; and then nothing is estimated, and all stays as it is.
+    stage.ok(&format!("up {WIRE}"))?;
+    stage.ok("set run_estimation 0")?;
+    let frozen = ask(DEST)?;
+    assert!(frozen.is_some_and(|cps| cps > 0));
+    thread::sleep(Duration::from_millis(2500));
+    assert_eq!(ask(DEST)?, frozen);
+    stage.ok("zero")?;
+    assert_eq!([ask(DEST)?, ask("/services/0")?, ask("/total")?], [Some(0); 3]);
+    stage.ok("set run_estimation 1")?;
+    thread::sleep(Duration::from_millis(2500));
+    assert_eq!(ask(DEST)?, Some(0));
+    Ok(())
+}
+
+/// Sends so many datagrams to the UDP service.
+fn send(stage: &Stage, count: u32) -> Result<()> {
+    stage.client.enter(|| -> Result<()> {
+        let socket = UdpSocket::bind((CLIENT, 20_000))?;
+        for _ in 0..count {
+            socket.send_to(b"question", (cast::VIP, 53))?;
+        }
+        Ok(())
+    })?
 }

@@ -130,6 +130,7 @@ impl World {
             slots: &tables.slots,
             cursors: &tables.cursors,
             dest_loads: &tables.dest_loads,
+            estimates: &tables.estimates,
         }
     }
 

@@ -1,4 +1,4 @@
-//! `stats`: what has been carried, and what has not.
+//! `stats` and `zero`: what has been carried, and what has not.
 
 use std::net::SocketAddr;
 
@@ -8,23 +8,63 @@ use lb_common::{
 };
 use lb_userspace::{
     control::{
-        model::Transport,
+        model::{ServiceKey, Transport},
         session::Session,
-        traffic::{self, Traffic},
+        shared::Object,
+        state::State,
+        traffic::{self, Rates, Traffic},
     },
     datapath::{open, place::Place},
+    error::Error,
 };
 use serde::{Serialize, Serializer};
 
 use crate::cli::{
     failure::Failure,
     output::{self, Form},
+    words,
 };
 
+/// What `stats` is told.
+#[derive(clap::Args, Clone, Copy, Debug)]
+pub(crate) struct Stats {
+    /// Show how much is carried in a second, as ip_vs estimates it every two seconds
+    #[arg(long)]
+    rate: bool,
+    #[command(flatten)]
+    form: Form,
+}
+
+/// Which service is zeroed.
+#[derive(clap::Args, Clone, Copy, Debug)]
+#[group(multiple = false)]
+pub(crate) struct Zero {
+    /// Only this TCP service and its destinations
+    #[arg(short = 't', long = "tcp-service", value_name = "VIP:PORT", value_parser = words::socket)]
+    tcp: Option<SocketAddr>,
+    /// Only this UDP service and its destinations
+    #[arg(short = 'u', long = "udp-service", value_name = "VIP:PORT", value_parser = words::socket)]
+    udp: Option<SocketAddr>,
+}
+
+impl Zero {
+    /// Lets counters begin at zero.
+    pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
+        let of = |protocol| move |address| ServiceKey { protocol, address };
+        zero(place, self.tcp.map(of(Transport::Tcp)).or(self.udp.map(of(Transport::Udp))))
+    }
+}
+
+/// Lets the counters of a service begin at zero, or all.
+pub(crate) fn zero(place: &Place, key: Option<ServiceKey>) -> Result<(), Failure> {
+    let lock = place.lock()?;
+    Ok(Session::open(place)?.zero(&lock, key)?)
+}
+
 #[derive(Serialize)]
-struct Stats {
-    services: Vec<ServiceTraffic>,
-    total: Traffic,
+struct Counted {
+    #[serde(flatten)]
+    amounts: Amounts<Traffic>,
     #[serde(serialize_with = "by_reason")]
     reasons: Vec<(Reason, u64)>,
     #[serde(serialize_with = "by_event")]
@@ -32,19 +72,25 @@ struct Stats {
 }
 
 #[derive(Serialize)]
-struct ServiceTraffic {
-    protocol: Transport,
-    address: SocketAddr,
-    #[serde(flatten)]
-    traffic: Traffic,
-    destinations: Vec<DestTraffic>,
+struct Amounts<T> {
+    services: Vec<ServiceAmounts<T>>,
+    total: T,
 }
 
 #[derive(Serialize)]
-struct DestTraffic {
+struct ServiceAmounts<T> {
+    protocol: Transport,
     address: SocketAddr,
     #[serde(flatten)]
-    traffic: Traffic,
+    amounts: T,
+    destinations: Vec<DestAmounts<T>>,
+}
+
+#[derive(Serialize)]
+struct DestAmounts<T> {
+    address: SocketAddr,
+    #[serde(flatten)]
+    amounts: T,
 }
 
 fn by_reason<S: Serializer>(reasons: &[(Reason, u64)], serializer: S) -> Result<S::Ok, S::Error> {
@@ -55,49 +101,63 @@ fn by_event<S: Serializer>(events: &[(Event, u64)], serializer: S) -> Result<S::
     serializer.collect_map(events.iter().map(|(event, count)| (event.as_str(), count)))
 }
 
-/// Prints what services and destinations have carried, in the order of their addresses.
-pub(crate) fn stats(place: &Place, form: Form) -> Result<(), Failure> {
-    let mut session = Session::open(place)?;
-    let state = session.state()?;
-    let counters = session.counters();
-    let mut configured = state.configured();
-    configured.sort_by_key(|service| service.key);
-    let mut services = Vec::with_capacity(configured.len());
-    for mut service in configured {
-        service.dests.sort_by_key(|dest| dest.address);
-        let mut destinations = Vec::with_capacity(service.dests.len());
-        for dest in &service.dests {
-            destinations.push(DestTraffic { address: dest.address, traffic: Traffic::of_dest(counters, dest.number)? });
+impl Stats {
+    /// Prints what services and destinations have carried, or carry, in the order of their addresses.
+    pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
+        let mut session = Session::open(place)?;
+        let state = session.state()?;
+        let shared = session.maps().shared();
+        if self.rate {
+            let rates = Amounts::of(&state, |object| Ok(Rates::of(&shared, object)))?;
+            return self.form.print(&rates, |rates| output::table(&rates.rows(RATES, Rates::cells), &[1, 2, 3, 4, 5]));
         }
-        services.push(ServiceTraffic {
-            protocol: service.key.protocol,
-            address: service.key.address,
-            traffic: Traffic::of_service(&state, counters, service.slot)?,
-            destinations,
-        });
+        let amounts = Amounts::of(&state, |object| Traffic::of(&shared, &state, session.counters(), object))?;
+        let counted = open::reasons(place)?;
+        let (reasons, events) = (traffic::reasons(&counted)?, traffic::events(&counted)?);
+        self.form.print(&Counted { amounts, reasons, events }, text)
     }
-    let mut total = Traffic::default();
-    for slot in state.services.keys() {
-        total += Traffic::of_service(&state, counters, *slot)?;
-    }
-    let counted = open::reasons(place)?;
-    let (reasons, events) = (traffic::reasons(&counted)?, traffic::events(&counted)?);
-    form.print(&Stats { services, total, reasons, events }, text)
 }
 
-fn text(stats: &Stats) -> String {
-    let heading = ["", "Connections", "Packets in", "Packets out", "Bytes in", "Bytes out"];
-    let row = |name: String, traffic: &Traffic| {
-        let Traffic { connections, packets_in, packets_out, bytes_in, bytes_out } = traffic;
-        let numbers = [connections, packets_in, packets_out, bytes_in, bytes_out].map(u64::to_string);
-        [name].into_iter().chain(numbers).collect::<Vec<_>>()
-    };
-    let mut rows = vec![heading.map(str::to_owned).to_vec()];
-    for ServiceTraffic { protocol, address, traffic, destinations } in &stats.services {
-        rows.push(row(format!("{protocol} {address}"), traffic));
-        rows.extend(destinations.iter().map(|dest| row(format!("  -> {}", dest.address), &dest.traffic)));
+impl<T> Amounts<T> {
+    /// What there is of everything that is configured.
+    fn of(state: &State, of: impl Fn(Object) -> Result<T, Error>) -> Result<Self, Failure> {
+        let mut configured = state.configured();
+        configured.sort_by_key(|service| service.key);
+        let mut services = Vec::with_capacity(configured.len());
+        for mut service in configured {
+            service.dests.sort_by_key(|dest| dest.address);
+            let mut destinations = Vec::with_capacity(service.dests.len());
+            for dest in &service.dests {
+                destinations.push(DestAmounts { address: dest.address, amounts: of(Object::Dest(dest.number))? });
+            }
+            let ServiceKey { protocol, address } = service.key;
+            let amounts = of(Object::Service(service.slot))?;
+            services.push(ServiceAmounts { protocol, address, amounts, destinations });
+        }
+        Ok(Self { services, total: of(Object::All)? })
     }
-    rows.push(row("total".into(), &stats.total));
+
+    /// The cells of a table.
+    fn rows(&self, heading: [&str; 6], cells: impl Fn(&T) -> [u64; 5]) -> Vec<Vec<String>> {
+        let row = |name: String, amounts: &T| {
+            [name].into_iter().chain(cells(amounts).map(|cell| cell.to_string())).collect::<Vec<_>>()
+        };
+        let mut rows = vec![heading.map(str::to_owned).to_vec()];
+        for ServiceAmounts { protocol, address, amounts, destinations } in &self.services {
+            rows.push(row(format!("{protocol} {address}"), amounts));
+            rows.extend(destinations.iter().map(|dest| row(format!("  -> {}", dest.address), &dest.amounts)));
+        }
+        rows.push(row("total".into(), &self.total));
+        rows
+    }
+}
+
+/// The heading of what has been carried.
+const AMOUNTS: [&str; 6] = ["", "Connections", "Packets in", "Packets out", "Bytes in", "Bytes out"];
+/// The heading of what is carried in a second.
+const RATES: [&str; 6] = ["In a second", "Connections", "Packets in", "Packets out", "Bytes in", "Bytes out"];
+
+fn text(stats: &Counted) -> String {
     let met = stats.reasons.iter().filter(|(_, count)| *count > 0);
     let reasons: Vec<Vec<String>> = met
         .map(|(reason, count)| {
@@ -112,7 +172,7 @@ fn text(stats: &Stats) -> String {
     let events: Vec<Vec<String>> = done
         .map(|(event, count)| vec![event.as_str().to_owned(), count.to_string(), event.describe().to_owned()])
         .collect();
-    let mut text = output::table(&rows, &[1, 2, 3, 4, 5]);
+    let mut text = output::table(&stats.amounts.rows(AMOUNTS, Traffic::cells), &[1, 2, 3, 4, 5]);
     for (heading, rows) in [("Not forwarded:", reasons), ("Besides:", events)] {
         if !rows.is_empty() {
             text.push_str(&format!("\n{heading}\n{}", output::table(&rows, &[1])));

@@ -219,7 +219,8 @@ fn method(word: &str) -> Result<Method, String> {
     found.ok_or_else(|| "no such method, use dr, nat or ipip".into())
 }
 
-fn socket(word: &str) -> Result<SocketAddr, String> {
+/// An address and port.
+pub(crate) fn socket(word: &str) -> Result<SocketAddr, String> {
     let Host { address, port } = host(word)?;
     let written = if address.is_ipv4() { "ADDRESS:PORT" } else { "[ADDRESS]:PORT" };
     let port = port.ok_or_else(|| format!("a service has a port, write {written}"))?;

@@ -16,10 +16,11 @@ use lb_common::{
 use crate::{
     control::{
         compile::{self, Compiled},
-        journal,
+        journal::{self, Plan},
         model::{DestSpec, Refusal, ServiceKey, ServiceSpec, Transport},
-        shared::{Counters, Shared},
+        shared::{Counters, Object, Shared},
         state::{State, dest_address, dest_family, service_key, words},
+        traffic,
     },
     error::Error,
 };
@@ -33,14 +34,10 @@ pub struct Change<'a> {
     shared: Shared<'a>,
     state: State,
     now_s: u32,
-    /// Slots of services whose records change.
-    services: BTreeSet<u32>,
+    /// What is to be written.
+    plan: Plan,
     /// Slots of services whose views are compiled anew.
     views: BTreeSet<u32>,
-    /// Numbers of destinations whose records change.
-    dests: BTreeSet<u32>,
-    /// Numbers of destinations whose counters start at zero.
-    cleared: BTreeSet<u32>,
     /// Whether destinations are removed.
     removes: bool,
 }
@@ -67,10 +64,8 @@ impl<'a> Change<'a> {
             shared,
             state: State::load(&shared),
             now_s,
-            services: BTreeSet::new(),
+            plan: Plan::default(),
             views: BTreeSet::new(),
-            dests: BTreeSet::new(),
-            cleared: BTreeSet::new(),
             removes: false,
         };
         change.forget(counters)?;
@@ -118,7 +113,8 @@ impl<'a> Change<'a> {
         self.state.services.insert(slot, record);
         self.state.by_key.insert(key, slot);
         self.state.lists.insert(slot, Vec::new());
-        self.services.insert(slot);
+        self.plan.services.insert(slot);
+        self.plan.created.insert(slot);
         self.views.insert(slot);
         Ok(())
     }
@@ -162,7 +158,7 @@ impl<'a> Change<'a> {
         if let Some(record) = self.state.services.get_mut(&slot) {
             record.state = slot::REMOVED;
         }
-        self.services.insert(slot);
+        self.plan.services.insert(slot);
         Ok(())
     }
 
@@ -192,7 +188,7 @@ impl<'a> Change<'a> {
             None => (self.free_dest()?, true),
         };
         if fresh {
-            self.cleared.insert(number);
+            self.plan.cleared.insert(number);
         }
         self.catch_up(service);
         let masqueraded = self.state.dests.get(&number).map_or(0, |old| old.masqueraded);
@@ -213,7 +209,7 @@ impl<'a> Change<'a> {
         };
         self.state.dests.insert(number, record);
         self.state.lists.entry(service).or_default().insert(0, number);
-        self.dests.insert(number);
+        self.plan.dests.insert(number);
         self.scheduler_sees(service, Touch::Added);
         Ok(())
     }
@@ -238,7 +234,7 @@ impl<'a> Change<'a> {
             }
             record.masqueraded |= u32::from(spec.method == Method::Masq);
         }
-        self.dests.insert(number);
+        self.plan.dests.insert(number);
         self.scheduler_sees(service, Touch::Edited);
         Ok(())
     }
@@ -262,17 +258,47 @@ impl<'a> Change<'a> {
         Ok(())
     }
 
+    /// Lets the counters of a service and its destinations begin at zero, as far as lists show them, and their rates; or
+    /// those of everything (`docs/ipvs.md`, section 8.3).
+    ///
+    /// # Errors
+    ///
+    /// When there is no such service, or the kernel does not tell a counter.
+    pub fn zero(&mut self, key: Option<ServiceKey>, counters: &impl Counters) -> Result<(), Commit> {
+        let slots = match key {
+            Some(key) => vec![self.service(key)?],
+            None => self.state.by_key.values().copied().collect(),
+        };
+        for slot in slots {
+            for number in self.state.list(slot).to_vec() {
+                self.plan.bases.insert(Object::Dest(number), counters.read(number)?);
+            }
+            let carried = traffic::carried(&self.state, counters, slot)?;
+            self.plan.bases.insert(Object::Service(slot), carried);
+        }
+        if key.is_none() {
+            self.plan.bases.insert(Object::All, traffic::carried_by_all(&self.state, counters)?);
+        }
+        Ok(())
+    }
+
+    /// What lists take off the counters of an object.
+    fn base(&self, object: Object) -> [u64; 5] {
+        let in_force = || self.shared.estimate(object).map_or([0; 5], |estimate| estimate.load().base);
+        self.plan.bases.get(&object).copied().unwrap_or_else(in_force)
+    }
+
     /// Puts the planned configuration in force, all of it or nothing.
     ///
     /// # Errors
     ///
     /// [`Commit::Refused`] when there is no room for it: nothing has changed then.
     pub fn commit(self, counters: &mut impl Counters) -> Result<(), Commit> {
-        if self.services.is_empty() && self.dests.is_empty() {
+        if self.plan.services.is_empty() && self.plan.dests.is_empty() && self.plan.bases.is_empty() {
             return Ok(());
         }
         let compiled = self.compile()?;
-        journal::write(&self.shared, &self.state, &self.services, &self.dests, &self.cleared);
+        journal::write(&self.shared, &self.state, &self.plan);
         journal::carry_out(&self.shared, counters, &compiled)?;
         Ok(())
     }
@@ -336,7 +362,7 @@ impl<'a> Change<'a> {
             record.removed_at = now_s;
         }
         self.removes = true;
-        self.dests.insert(number);
+        self.plan.dests.insert(number);
     }
 
     /// Forgets removed destinations without connections, and removed services without destinations.
@@ -357,9 +383,9 @@ impl<'a> Change<'a> {
                 for (retired, counter) in service.retired.iter_mut().zip(traffic) {
                     *retired += counter;
                 }
-                self.services.insert(record.service);
+                self.plan.services.insert(record.service);
             }
-            self.dests.insert(number);
+            self.plan.dests.insert(number);
         }
         let occupied: BTreeSet<u32> = self.state.dests.values().map(|record| record.service).collect();
         let empty = |(slot, record): (&u32, &ServiceRecord)| {
@@ -367,8 +393,13 @@ impl<'a> Change<'a> {
         };
         let empty: Vec<u32> = self.state.services.iter().filter_map(empty).collect();
         for slot in empty {
-            self.state.services.remove(&slot);
-            self.services.insert(slot);
+            if let Some(record) = self.state.services.remove(&slot) {
+                // What it has carried goes on counting among all.
+                let base = self.base(Object::All);
+                let without = std::array::from_fn(|index| base[index].wrapping_sub(record.retired[index]));
+                self.plan.bases.insert(Object::All, without);
+            }
+            self.plan.services.insert(slot);
         }
         Ok(())
     }
@@ -376,7 +407,7 @@ impl<'a> Change<'a> {
     /// Takes over where the data plane's scheduler stands, before anything is changed that it looks at; and gives the
     /// service another view to be compiled into.
     fn catch_up(&mut self, slot: u32) {
-        self.services.insert(slot);
+        self.plan.services.insert(slot);
         if !self.views.insert(slot) {
             return;
         }

@@ -4,41 +4,53 @@
 //! store that makes it say how many steps follow, the change is a fact, and [`carry_out`] does the rest: the very code
 //! that finishes a change for a process that was killed, for every step may be taken twice.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 use bytemuck::Zeroable as _;
-use lb_common::abi::{DestRecord, JournalRecord, Record as _, ServiceRecord, journal as kind};
+use lb_common::abi::{DestRecord, Estimate, JournalRecord, Record as _, ServiceRecord, journal as kind};
 
 use crate::{
     control::{
         compile::{self, Compiled},
-        shared::{Counters, Shared},
+        shared::{Counters, Object, Shared},
         state::State,
     },
     error::Error,
 };
 
+/// What a change writes.
+#[derive(Default)]
+pub struct Plan {
+    /// Slots of services whose records change.
+    pub services: BTreeSet<u32>,
+    /// Numbers of destinations whose records change.
+    pub dests: BTreeSet<u32>,
+    /// Numbers of destinations whose counters start at zero.
+    pub cleared: BTreeSet<u32>,
+    /// Slots of services that did not exist.
+    pub created: BTreeSet<u32>,
+    /// What lists take off counters from now on.
+    pub bases: BTreeMap<Object, [u64; 5]>,
+}
+
 /// Writes down a change and makes it count.
-pub fn write(
-    shared: &Shared<'_>,
-    state: &State,
-    services: &BTreeSet<u32>,
-    dests: &BTreeSet<u32>,
-    cleared: &BTreeSet<u32>,
-) {
+pub fn write(shared: &Shared<'_>, state: &State, plan: &Plan) {
+    let Plan { services, dests, cleared, created, bases } = plan;
     let used = [u64::from(state.services_used), u64::from(state.dests_used)];
     let instance = step(kind::INSTANCE, 0, &[state.next_order, used[0], used[1]]);
     let services = services.iter().map(|slot| {
         let record = state.services.get(slot).copied().unwrap_or_else(ServiceRecord::zeroed);
-        step(kind::SERVICE, *slot, bytemuck::cast_slice(&[record]))
+        let kind = if created.contains(slot) { kind::NEW_SERVICE } else { kind::SERVICE };
+        step(kind, *slot, bytemuck::cast_slice(&[record]))
     });
     let dests = dests.iter().map(|number| {
         let record = state.dests.get(number).copied().unwrap_or_else(DestRecord::zeroed);
         let kind = if cleared.contains(number) { kind::NEW_DEST } else { kind::DEST };
         step(kind, *number, bytemuck::cast_slice(&[record]))
     });
+    let bases = bases.iter().map(|(object, base)| step(kind::BASE, shared.index(*object), base));
     let mut steps = 0;
-    for record in std::iter::once(instance).chain(dests).chain(services) {
+    for record in std::iter::once(instance).chain(dests).chain(services).chain(bases) {
         steps += 1;
         if let Some(slot) = shared.journal.get(steps) {
             slot.store(&record);
@@ -102,14 +114,25 @@ fn take_steps(shared: &Shared<'_>, counters: &mut impl Counters) -> Result<(), E
     for slot in shared.journal.iter().skip(1).take(steps) {
         let JournalRecord { kind, index, words } = slot.load();
         match kind {
-            kind::SERVICE => {
+            kind::SERVICE | kind::NEW_SERVICE => {
+                if kind == kind::NEW_SERVICE {
+                    begin_at_zero(shared, Object::Service(index));
+                }
                 if let Some(service) = shared.services.get(index as usize) {
                     service.store(bytemuck::from_bytes(bytemuck::bytes_of(&words)));
+                }
+            }
+            kind::BASE => {
+                if let Some(estimate) = shared.estimates.get(index as usize) {
+                    store_base(estimate, &words);
+                    estimate.renew(false);
                 }
             }
             kind::DEST | kind::NEW_DEST => {
                 if kind == kind::NEW_DEST {
                     counters.clear(index)?;
+                    // After that: an estimation between the two begins anew once more.
+                    begin_at_zero(shared, Object::Dest(index));
                 }
                 if let Some(dest) = shared.dests.get(index as usize) {
                     let (record, _) = bytemuck::bytes_of(&words).split_at(size_of::<DestRecord>());
@@ -129,6 +152,19 @@ fn take_steps(shared: &Shared<'_>, counters: &mut impl Counters) -> Result<(), E
         }
     }
     Ok(())
+}
+
+fn begin_at_zero(shared: &Shared<'_>, object: Object) {
+    if let Some(estimate) = shared.estimate(object) {
+        store_base(estimate, &[0; 5]);
+        estimate.renew(true);
+    }
+}
+
+fn store_base(estimate: &Estimate, base: &[u64]) {
+    for (shared, counter) in estimate.base.iter().zip(base) {
+        shared.store(*counter);
+    }
 }
 
 /// Lets readers know that the records change.

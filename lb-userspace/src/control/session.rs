@@ -11,6 +11,7 @@ use crate::{
     control::{
         change::{Change, Commit},
         journal,
+        model::ServiceKey,
         shared::Counters,
         state::State,
     },
@@ -122,6 +123,18 @@ impl Session {
             self.expire()?;
         }
         Ok(result)
+    }
+
+    /// [`Change::zero`], for a caller that holds the lock.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Change::zero`] and [`Change::commit`].
+    pub fn zero(&mut self, lock: &Lock, key: Option<ServiceKey>) -> Result<(), Commit> {
+        self.recover(lock)?;
+        let mut change = Change::begin(self.maps.shared(), &self.counters, seconds_since_boot())?;
+        change.zero(key, &self.counters)?;
+        change.commit(&mut self.counters)
     }
 
     /// Ends the connections of removed destinations, if ip_vs's `expire_nodest_conn` says so. Of those that are left when

@@ -23,7 +23,7 @@ pub fn set_defaults(config: &Config, hz: u32) {
     }
     config.icmp_per_second.store(ICMP_PER_SECOND);
     config.conn_reuse_mode.store(1);
-    config.switches.store(0);
+    config.switches.store(switch::RUN_ESTIMATION);
     for mode in &config.defences {
         mode.store(defence::mode::OFF);
     }
@@ -141,7 +141,7 @@ const fn fixed(name: &'static str, is: u32, because: &'static str) -> Setting {
 }
 
 const NO_DAEMON: &str = "connections are not synchronised";
-const NO_RATES: &str = "rates are not estimated";
+const NO_THREADS: &str = "the timer that ages connections estimates rates";
 
 /// Every setting, in the order of their names.
 static SETTINGS: [Setting; 29] = [
@@ -153,14 +153,14 @@ static SETTINGS: [Setting; 29] = [
     fixed("conntrack", 0, "XDP comes before netfilter, so packets have no conntrack entries"),
     fixed("drop_entry", 0, "connections do not end early"),
     setting("drop_packet", Kind::Mode(which::DROP_PACKET)),
-    setting("est_cpulist", Kind::Fixed { is: Value::Text(""), because: NO_RATES }),
-    fixed("est_nice", 0, NO_RATES),
+    setting("est_cpulist", Kind::Fixed { is: Value::Text(""), because: NO_THREADS }),
+    fixed("est_nice", 0, NO_THREADS),
     setting("expire_nodest_conn", Kind::Switch(switch::EXPIRE_NODEST_CONN)),
     fixed("expire_quiescent_template", 0, "there are no persistent services"),
     fixed("ignore_tunneled", 1, "a packet that the host takes out of a tunnel does not come by XDP again"),
     fixed("nat_icmp_send", 0, "replies without a connection are left to the host"),
     fixed("pmtu_disc", 1, "an XDP program cannot fragment packets"),
-    fixed("run_estimation", 0, NO_RATES),
+    setting("run_estimation", Kind::Switch(switch::RUN_ESTIMATION)),
     fixed("schedule_icmp", 0, "ICMP errors open no connections"),
     setting("secure_tcp", Kind::Mode(which::SECURE_TCP)),
     fixed("sloppy_sctp", 0, "there are no SCTP services"),
@@ -243,10 +243,10 @@ impl Setting {
 
 /// Pages that are left of the flow table, as the defences count them.
 fn pages_left(shared: &Shared<'_>) -> u32 {
-    let InstanceRecord { max_flows, dests_used, .. } = lb_common::abi::Record::load(shared.instance);
+    let InstanceRecord { max_flows, max_flows6, dests_used, .. } = lb_common::abi::Record::load(shared.instance);
     let total = |load: &DestLoad| u64::from(active_and_total(load.connections.load()).1);
     let used: u64 = shared.dest_loads.iter().take(dests_used as usize).map(total).sum();
-    defence::pages_left(max_flows, u32::try_from(used).unwrap_or(u32::MAX))
+    defence::pages_left(max_flows + max_flows6, u32::try_from(used).unwrap_or(u32::MAX))
 }
 
 #[cfg(test)]
@@ -272,6 +272,7 @@ mod tests {
             ("conn_reuse_mode", 1),
             ("drop_packet", 0),
             ("expire_nodest_conn", 0),
+            ("run_estimation", 1),
             ("secure_tcp", 0),
             ("sloppy_tcp", 0),
         ] {

@@ -1,7 +1,8 @@
 //! The maps of an instance that the control plane reads and writes, wherever their memory is.
 
 use lb_common::abi::{
-    Config, Cursor, Dest, DestLoad, EndpointBucket4, EndpointBucket6, Instance, JournalSlot, Service, Slot, View,
+    Config, Cursor, Dest, DestLoad, EndpointBucket4, EndpointBucket6, Estimate, Instance, JournalSlot, Service, Slot,
+    View,
 };
 
 use crate::{datapath::open::Maps, error::Error};
@@ -21,6 +22,35 @@ pub struct Shared<'a> {
     pub slots: &'a [Slot],
     pub cursors: &'a [Cursor],
     pub dest_loads: &'a [DestLoad],
+    pub estimates: &'a [Estimate],
+}
+
+/// Something that is counted.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Object {
+    /// The destination with this number.
+    Dest(u32),
+    /// The service in this slot.
+    Service(u32),
+    /// All together.
+    All,
+}
+
+impl Shared<'_> {
+    /// Where [`Shared::estimates`] has an object.
+    pub fn index(&self, object: Object) -> u32 {
+        let dests = self.dests.len() as u32;
+        match object {
+            Object::Dest(number) => number,
+            Object::Service(slot) => dests + slot,
+            Object::All => dests + self.services.len() as u32,
+        }
+    }
+
+    /// What is known of the traffic of an object.
+    pub fn estimate(&self, object: Object) -> Option<&Estimate> {
+        self.estimates.get(self.index(object) as usize)
+    }
 }
 
 impl Maps {
@@ -38,6 +68,7 @@ impl Maps {
             slots: &self.slots,
             cursors: &self.cursors,
             dest_loads: &self.dest_loads,
+            estimates: &self.estimates,
         }
     }
 }

@@ -1,12 +1,18 @@
 //! What services and destinations have carried, and what became of the packets that were not forwarded.
 
-use std::ops::AddAssign;
-
-use lb_common::{abi::ServiceRecord, event::Event, reason::Reason};
+use lb_common::{
+    abi::{Estimate, EstimateRecord, Record as _, ServiceRecord},
+    event::Event,
+    rate,
+    reason::Reason,
+};
 use serde::Serialize;
 
 use crate::{
-    control::{shared::Counters, state::State},
+    control::{
+        shared::{Counters, Object, Shared},
+        state::State,
+    },
     datapath::open::PerCpu,
     error::Error,
 };
@@ -33,38 +39,92 @@ impl From<[u64; 5]> for Traffic {
     }
 }
 
-impl AddAssign for Traffic {
-    fn add_assign(&mut self, other: Self) {
-        self.connections += other.connections;
-        self.packets_in += other.packets_in;
-        self.packets_out += other.packets_out;
-        self.bytes_in += other.bytes_in;
-        self.bytes_out += other.bytes_out;
+/// What the service in `slot` has carried since it exists, by destinations of which some may be gone.
+///
+/// # Errors
+///
+/// When the kernel does not say.
+pub fn carried(state: &State, counters: &impl Counters, slot: u32) -> Result<[u64; 5], Error> {
+    let mut sum = state.services.get(&slot).map_or([0; 5], |record: &ServiceRecord| record.retired);
+    for number in state.counted(slot) {
+        add(&mut sum, counters.read(number)?);
+    }
+    Ok(sum)
+}
+
+/// What all services have carried that are remembered.
+///
+/// # Errors
+///
+/// When the kernel does not say.
+pub fn carried_by_all(state: &State, counters: &impl Counters) -> Result<[u64; 5], Error> {
+    let mut sum = [0; 5];
+    for slot in state.services.keys() {
+        add(&mut sum, carried(state, counters, *slot)?);
+    }
+    Ok(sum)
+}
+
+fn add(sum: &mut [u64; 5], counters: [u64; 5]) {
+    for (sum, counter) in sum.iter_mut().zip(counters) {
+        *sum += counter;
     }
 }
 
 impl Traffic {
-    /// What a destination has carried.
-    ///
-    /// # Errors
-    ///
-    /// When the kernel does not say.
-    pub fn of_dest(counters: &impl Counters, number: u32) -> Result<Self, Error> {
-        counters.read(number).map(Self::from)
+    /// They, in the order of lists.
+    pub const fn cells(&self) -> [u64; 5] {
+        [self.connections, self.packets_in, self.packets_out, self.bytes_in, self.bytes_out]
     }
 
-    /// What the service in `slot` has carried, by destinations of which some may be gone.
+    /// What an object has carried since it was zeroed.
     ///
     /// # Errors
     ///
     /// When the kernel does not say.
-    pub fn of_service(state: &State, counters: &impl Counters, slot: u32) -> Result<Self, Error> {
-        let retired = state.services.get(&slot).map_or([0; 5], |record: &ServiceRecord| record.retired);
-        let mut sum = Self::from(retired);
-        for number in state.counted(slot) {
-            sum += Self::of_dest(counters, number)?;
+    pub fn of(shared: &Shared<'_>, state: &State, counters: &impl Counters, object: Object) -> Result<Self, Error> {
+        let carried = match object {
+            Object::Dest(number) => counters.read(number)?,
+            Object::Service(slot) => carried(state, counters, slot)?,
+            Object::All => carried_by_all(state, counters)?,
+        };
+        let base = shared.estimate(object).map_or([0; 5], |estimate| estimate.load().base);
+        Ok(std::array::from_fn(|index| carried[index].wrapping_sub(base[index])).into())
+    }
+}
+
+/// What is carried in a second, as ip_vs estimates it (`docs/ipvs.md`, section 8.2), by ipvsadm's names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct Rates {
+    /// Connections.
+    pub cps: u64,
+    /// Packets from clients.
+    pub inpps: u64,
+    /// Packets from servers.
+    pub outpps: u64,
+    /// Bytes from clients.
+    pub inbps: u64,
+    /// Bytes from servers.
+    pub outbps: u64,
+}
+
+impl Rates {
+    /// They, in the order of lists.
+    pub const fn cells(&self) -> [u64; 5] {
+        [self.cps, self.inpps, self.outpps, self.inbps, self.outbps]
+    }
+
+    /// Those of an object as of its last estimation.
+    pub fn of(shared: &Shared<'_>, object: Object) -> Self {
+        let Some(EstimateRecord { average, wish, done, .. }) = shared.estimate(object).map(Estimate::load) else {
+            return Self::default();
+        };
+        if wish != done {
+            // They begin anew with the next estimation.
+            return Self::default();
         }
-        Ok(sum)
+        let [cps, inpps, inbps, outpps, outbps] = std::array::from_fn(|index| rate::per_second(index, average[index]));
+        Self { cps, inpps, outpps, inbps, outbps }
     }
 }
 

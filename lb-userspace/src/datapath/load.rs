@@ -203,6 +203,7 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
         (map::DEST_CPUS, record.dests),
         (map::FLOWS4, record.flow_buckets),
         (map::FLOWS6, record.flow_buckets6),
+        (map::ESTIMATES, record.dests + record.services + 1),
     ] {
         loader.map_max_entries(name, entries);
     }

@@ -45,9 +45,10 @@ pub mod map {
     pub const REASONS: &str = "REASONS";
     pub const AGEING: &str = "AGEING";
     pub const UPKEEP: &str = "UPKEEP";
+    pub const ESTIMATES: &str = "ESTIMATES";
 
     /// Every map that is pinned.
-    pub const ALL: [&str; 20] = [
+    pub const ALL: [&str; 22] = [
         INSTANCE,
         CONFIG,
         JOURNAL,
@@ -69,6 +70,7 @@ pub mod map {
         REASONS,
         AGEING,
         UPKEEP,
+        ESTIMATES,
     ];
 }
 

@@ -5,8 +5,8 @@ use std::path::Path;
 use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     abi::{
-        self, AgeingValue, Config, Cursor, Dest, DestCpuRecord, DestLoad, EndpointBucket4, EndpointBucket6, Instance,
-        InstanceRecord, JournalSlot, Record as _, Service, Slot, View,
+        self, AgeingValue, Config, Cursor, Dest, DestCpuRecord, DestLoad, EndpointBucket4, EndpointBucket6, Estimate,
+        Instance, InstanceRecord, JournalSlot, Record as _, Service, Slot, View,
     },
     flow::{Bucket4, Bucket6},
 };
@@ -44,6 +44,8 @@ pub struct Maps {
     pub cursors: Mapped<Cursor>,
     /// Connections of destinations.
     pub dest_loads: Mapped<DestLoad>,
+    /// Rates, and what lists take off counters.
+    pub estimates: Mapped<Estimate>,
     /// The IPv4 flow table.
     pub flows4: Mapped<Bucket4>,
     /// The IPv6 flow table.
@@ -80,6 +82,7 @@ impl Maps {
             slots: mapped(directory, map::SLOTS, access)?,
             cursors: mapped(directory, map::CURSORS, access)?,
             dest_loads: mapped(directory, map::DEST_LOADS, access)?,
+            estimates: mapped(directory, map::ESTIMATES, access)?,
             flows4: mapped(directory, map::FLOWS4, Access::Read)?,
             flows6: mapped(directory, map::FLOWS6, Access::Read)?,
         })

@@ -74,9 +74,10 @@ impl Capacity {
         2 * self.dests + RING_SLOTS
     }
 
-    /// Records of the journal: one change may touch everything. The first holds their number.
+    /// Records of the journal: one change may touch everything and zero it. The first holds their number, and one more is
+    /// about the instance, and one about the counters of all.
     pub const fn journal(&self) -> u32 {
-        self.services + self.dests + 2
+        2 * (self.services + self.dests) + 3
     }
 }
 

@@ -6,11 +6,12 @@ use aya_ebpf::{
     bindings::bpf_timer,
     helpers::generated::{bpf_timer_init, bpf_timer_set_callback, bpf_timer_start},
 };
+use lb_common::abi::switch;
 use lb_ebpf::{
     ageing::{self, Sweep, What},
     kernel,
     tables::Tables,
-    upkeep::{self, Round},
+    upkeep::{self, Extent, Round},
 };
 
 use crate::maps::{self, AGEING, Ageing, Maps, UPKEEP};
@@ -47,10 +48,13 @@ pub(crate) fn start(slice: u32, interval_ns: u64) -> Option<()> {
 #[inline(always)]
 fn keep_up() -> Option<()> {
     let (config, keeping, instance) = (Maps.config()?, UPKEEP.get(0)?, maps::instance()?);
-    let due = upkeep::due(keeping, maps::clock()?, instance.dests_used.load());
-    let mut round = Round { tables: &Maps, first: due.first, connections: 0 };
+    let extent = Extent::of(instance);
+    let due = upkeep::due(keeping, maps::clock()?, extent.objects());
+    let estimates = config.switches.load() & switch::RUN_ESTIMATION != 0;
+    let mut round = Round { tables: &Maps, first: due.first, extent, estimates, connections: 0 };
     kernel::repeat(due.count, &mut round);
-    upkeep::close(&Maps, keeping, config, due, round.connections, instance.max_flows.load());
+    let max = instance.max_flows.load() + instance.max_flows6.load();
+    upkeep::close(&Maps, keeping, config, due, round.connections, max);
     Some(())
 }
 

@@ -3,29 +3,31 @@
 //! A map's name is the name of its pin. The sizes written here are placeholders: the loader sets the real ones from its
 //! options, except those of one record.
 
-use core::cell::Cell;
+use core::{cell::Cell, ffi::c_void};
 
 use aya_ebpf::{
     Global,
     bindings::{bpf_timer, xdp_md},
     btf_maps::{Array, PerCpuArray, ProgramArray},
+    helpers::generated::bpf_map_lookup_percpu_elem,
     macros::btf_map,
 };
 use lb_common::{
     abi::{
-        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Cursor, Dest,
-        DestCpu, DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Instance,
-        JournalSlot, Limiter, NextHop, Service, Slot, Stage, Upkeep, View,
+        ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Counters,
+        Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6,
+        Estimate, Instance, JournalSlot, Limiter, NextHop, Service, Slot, Stage, Upkeep, View,
     },
     event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
     hash::Seed,
 };
 use lb_ebpf::{
-    env::Clock,
+    env::{Clock, Scan},
     flow_table::Buckets,
     kernel::{self, Kernel},
     tables::{Endpoints, Tables},
+    upkeep::Objects,
 };
 
 use crate::overload;
@@ -77,6 +79,8 @@ static REASONS: PerCpuArray<Cell<u64>, { COUNTERS as usize }> = PerCpuArray::new
 pub(crate) static AGEING: Array<Ageing, 1> = Array::new();
 #[btf_map]
 pub(crate) static UPKEEP: Array<Upkeep, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static ESTIMATES: Array<Estimate, 1, MMAPABLE> = Array::new();
 /// The program of each [`Stage`].
 #[btf_map]
 pub(crate) static STAGES: ProgramArray<{ Stage::PROGRAMS as usize }> = ProgramArray::new();
@@ -200,6 +204,45 @@ impl Tables for Maps {
 fn increment(index: u32) {
     if let Some(counter) = REASONS.get(index) {
         counter.set(counter.get() + 1);
+    }
+}
+
+impl Objects for Maps {
+    #[inline(always)]
+    fn estimate(&self, index: u32) -> Option<&Estimate> {
+        ESTIMATES.get(index)
+    }
+
+    #[inline(always)]
+    fn traffic(&self, dest: u32) -> [u64; 5] {
+        let mut sum = OverCpus { dest, sum: [0; 5] };
+        kernel::repeat(CPUS_MAX, &mut sum);
+        sum.sum
+    }
+}
+
+/// More CPUs than any kernel has.
+const CPUS_MAX: u32 = 1 << 14;
+
+/// Adds up the counters of a destination on one CPU after the other.
+struct OverCpus {
+    dest: u32,
+    sum: [u64; 5],
+}
+
+impl Scan for OverCpus {
+    #[inline(always)]
+    fn visit(&mut self, cpu: u32) -> bool {
+        let map = (&raw const DEST_CPUS).cast_mut().cast::<c_void>();
+        // SAFETY: the map's values are of this type, and the kernel gives none for a CPU that there is not.
+        let value =
+            unsafe { bpf_map_lookup_percpu_elem(map, (&raw const self.dest).cast(), cpu).cast::<DestCpu>().as_ref() };
+        let Some(DestCpu { counters, .. }) = value else { return false };
+        let Counters { connections, packets_in, bytes_in, packets_out, bytes_out } = counters;
+        for (sum, counter) in self.sum.iter_mut().zip([connections, packets_in, bytes_in, packets_out, bytes_out]) {
+            *sum += counter.get();
+        }
+        true
     }
 }
 

@@ -13,13 +13,14 @@ use lb_userspace::{
         model::{DestSpec, Refusal, Service, ServiceKey, ServiceSpec, Transport},
         session::Session,
         settings::Timeouts,
-        traffic::Traffic,
+        shared::Object,
+        traffic::{Rates, Traffic},
     },
     datapath::{ipv6, place::Place},
 };
 
 use super::{
-    super::{connections, failure::Failure, lines::Lines, output, timeouts},
+    super::{connections, failure::Failure, lines::Lines, output, stats, timeouts},
     NAME, NOT_LISTED, Stop,
     names::{Names, System},
     options::{Command, Kind, Tunnel},
@@ -49,6 +50,7 @@ fn run(place: &Place, request: &Request) -> Result<(), Stop> {
             let [tcp, tcpfin, udp] = request.timeouts;
             Ok(timeouts::set(place, Timeouts { tcp, tcpfin, udp })?)
         }
+        Command::Zero => zero(place, request),
         Command::StopDaemon => Err(Stop::refusal("No daemon is running")),
         _ => change(place, request),
     }
@@ -60,9 +62,7 @@ fn lacking(request: &Request) -> Option<String> {
     let service = matches!(request.command, Command::Add | Command::Edit);
     let dest = matches!(request.command, Command::AddDest | Command::EditDest);
     let what = match request.command {
-        Command::Zero => "zeroing of counters (-Z) is",
         Command::StartDaemon => "connection synchronisation (--start-daemon) is",
-        Command::List if kinds.has(Kind::Rate) && !kinds.has(Kind::Stats) => "rates (--rate) are",
         Command::Add if matches!(request.service, Some(Identity::Mark(_))) => "firewall marks (-f) are",
         Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
         _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
@@ -146,6 +146,17 @@ fn plan(change: &mut Change<'_>, request: &Request) -> Result<(), Stop> {
     }
 }
 
+fn zero(place: &Place, request: &Request) -> Result<(), Stop> {
+    let wanted = key(request);
+    if request.service.is_some() && wanted.is_none() {
+        return Err(Stop::refusal("No such service"));
+    }
+    stats::zero(place, wanted).map_err(|failure| match failure {
+        Failure::Commit(Commit::Refused(why)) => refusal(request.command, &why),
+        other => other.into(),
+    })
+}
+
 fn service_spec(request: &Request) -> Result<ServiceSpec, Stop> {
     let name = request.scheduler.as_str();
     let scheduler =
@@ -173,6 +184,7 @@ fn list(place: &Place, request: &Request) -> Result<(), Stop> {
     }
     let format = match () {
         () if kinds.has(Kind::Stats) => Format::Stats { exact: kinds.has(Kind::Exact) },
+        () if kinds.has(Kind::Rate) => Format::Rate { exact: kinds.has(Kind::Exact) },
         () if kinds.has(Kind::Thresholds) => Format::Thresholds,
         () if kinds.has(Kind::PersistentConn) => Format::PersistentConn,
         () if kinds.has(Kind::TunInfo) => Format::TunInfo,
@@ -201,7 +213,7 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
     if !request.kinds.has(Kind::NoSort) {
         print::sort(&mut services);
     }
-    let (names, counters) = (names(request), session.counters());
+    let (names, counters, shared) = (names(request), session.counters(), session.maps().shared());
     let row = |service: &Service| -> Result<ServiceRow, Stop> {
         let datagram = service.key.protocol == Transport::Udp;
         let mut dests = Vec::with_capacity(service.dests.len());
@@ -214,14 +226,16 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
                 weight: dest.spec.weight,
                 thresholds: dest.spec.thresholds,
                 connections: [active, total.saturating_sub(active)],
-                traffic: Traffic::of_dest(counters, dest.number)?,
+                traffic: Traffic::of(&shared, &state, counters, Object::Dest(dest.number))?,
+                rates: Rates::of(&shared, Object::Dest(dest.number)),
             });
         }
         Ok(ServiceRow {
             protocol: service.key.protocol,
             address: print::address(service.key.address, datagram, names),
             spec: service.spec,
-            traffic: Traffic::of_service(&state, counters, service.slot)?,
+            traffic: Traffic::of(&shared, &state, counters, Object::Service(service.slot))?,
+            rates: Rates::of(&shared, Object::Service(service.slot)),
             dests,
         })
     };

@@ -14,7 +14,7 @@ use lb_userspace::control::{
     connections::Connection,
     model::{Dest, Service, ServiceSpec, Transport},
     settings::Timeouts,
-    traffic::Traffic,
+    traffic::{Rates, Traffic},
 };
 
 use super::{super::lines::Lines, names::Names};
@@ -41,6 +41,7 @@ pub(super) fn help() -> String {
 pub(super) enum Format {
     Default,
     Stats { exact: bool },
+    Rate { exact: bool },
     Thresholds,
     PersistentConn,
     TunInfo,
@@ -54,6 +55,7 @@ pub(super) struct ServiceRow {
     pub(super) address: String,
     pub(super) spec: ServiceSpec,
     pub(super) traffic: Traffic,
+    pub(super) rates: Rates,
     pub(super) dests: Vec<DestRow>,
 }
 
@@ -68,6 +70,7 @@ pub(super) struct DestRow {
     /// Active and inactive connections.
     pub(super) connections: [u32; 2],
     pub(super) traffic: Traffic,
+    pub(super) rates: Rates,
 }
 
 /// A list of services; `all` of them, or the one that was asked for.
@@ -77,7 +80,8 @@ pub(super) fn services(rows: &[ServiceRow], format: Format, all: bool) -> String
     for row in rows {
         let name = format!("{:<4} {}", upper(row.protocol), row.address);
         text += &match format {
-            Format::Stats { exact } => format!("{}{}\n", column(&name, 33), amounts(&row.traffic, exact)),
+            Format::Stats { exact } => format!("{}{}\n", column(&name, 33), amounts(row.traffic.cells(), exact)),
+            Format::Rate { exact } => format!("{}{}\n", column(&name, 33), amounts(row.rates.cells(), exact)),
             _ => format!("{} {}\n", cut(&name, 33), row.spec.describe()),
         };
         for dest in &row.dests {
@@ -100,6 +104,10 @@ fn titles(format: Format) -> String {
             "{name:<33} {:>8} {:>8} {:>8} {:>8} {:>8}\n  -> RemoteAddress:Port\n",
             "Conns", "InPkts", "OutPkts", "InBytes", "OutBytes"
         ),
+        Format::Rate { .. } => format!(
+            "{name:<33} {:>8} {:>8} {:>8} {:>8} {:>8}\n  -> RemoteAddress:Port\n",
+            "CPS", "InPPS", "OutPPS", "InBPS", "OutBPS"
+        ),
         Format::Thresholds => format!(
             "{name:<33} {:<10} {:<10} {:<10} {:<10}\n  -> RemoteAddress:Port\n",
             "Uthreshold", "Lthreshold", "ActiveConn", "InActConn"
@@ -112,14 +120,18 @@ fn titles(format: Format) -> String {
 }
 
 fn dest_cells(dest: &DestRow, format: Format) -> String {
-    let DestRow { method, weight, thresholds, connections: [active, inactive], traffic, .. } = dest;
+    let DestRow { method, weight, thresholds, connections: [active, inactive], traffic, rates, .. } = dest;
     let Thresholds { upper, lower } = thresholds;
     let method = method.column();
     // No connection is a persistence template.
     let none = 0;
     match format {
         Format::Default => format!(" {method:<7} {weight:<6} {active:<10} {inactive:<10}"),
-        Format::Stats { exact } => amounts(traffic, exact),
+        Format::Stats { exact } => amounts(traffic.cells(), exact),
+        Format::Rate { exact } => {
+            let Rates { cps, inpps, outpps, inbps, outbps } = rates;
+            format!(" {cps:>8} {inpps:>8} {outpps:>8}") + &[*inbps, *outbps].map(|value| amount(value, exact)).concat()
+        }
         Format::Thresholds => format!(" {upper:<10} {lower:<10} {active:<10} {inactive:<10}"),
         Format::PersistentConn => format!(" {weight:<9} {none:<11} {active:<10} {inactive:<10}"),
         Format::TunInfo => {
@@ -145,9 +157,8 @@ const fn upper(protocol: Transport) -> &'static str {
     }
 }
 
-fn amounts(traffic: &Traffic, exact: bool) -> String {
-    let Traffic { connections, packets_in, packets_out, bytes_in, bytes_out } = *traffic;
-    [connections, packets_in, packets_out, bytes_in, bytes_out].map(|value| amount(value, exact)).concat()
+fn amounts(cells: [u64; 5], exact: bool) -> String {
+    cells.map(|value| amount(value, exact)).concat()
 }
 
 /// A number in nine columns, unless it is to be exact.
@@ -295,6 +306,7 @@ mod tests {
             address: "192.168.100.200:443".into(),
             spec: ServiceSpec { scheduler: Scheduler::Rr, flags: 0 },
             traffic: traffic(1_234_567_890),
+            rates: Rates { cps: 123_456_789, inpps: 2, outpps: 3, inbps: 123_456_789, outbps: 4 },
             dests: vec![
                 DestRow {
                     address: "10.1.1.1:443".into(),
@@ -303,6 +315,7 @@ mod tests {
                     thresholds: Thresholds::default(),
                     connections: [0, 0],
                     traffic: traffic(0),
+                    rates: Rates::default(),
                 },
                 DestRow {
                     address: "10.1.1.2:8443".into(),
@@ -311,6 +324,7 @@ mod tests {
                     thresholds: Thresholds { upper: 100, lower: 50 },
                     connections: [12, 34],
                     traffic: traffic(5),
+                    rates: Rates { cps: 123_456_789, inpps: 2, outpps: 3, inbps: 123_456_789, outbps: 4 },
                 },
             ],
         }
@@ -342,6 +356,15 @@ mod tests {
              TCP  192.168.100.200:443             1234M 99999999  100000K     123T   99999M\n  \
                -> 10.1.1.1:443                        0 99999999  100000K     123T   99999M\n  \
                -> 10.1.1.2:8443                       5 99999999  100000K     123T   99999M\n"
+        );
+        // Servers' connections and packets are never cut short.
+        assert_eq!(
+            services(&[row()], Format::Rate { exact: false }, false),
+            "Prot LocalAddress:Port                 CPS    InPPS   OutPPS    InBPS   OutBPS\n  \
+               -> RemoteAddress:Port\n\
+             TCP  192.168.100.200:443           123456K        2        3  123456K        4\n  \
+               -> 10.1.1.1:443                        0        0        0        0        0\n  \
+               -> 10.1.1.2:8443               123456789        2        3  123456K        4\n"
         );
         assert_eq!(
             saved(&[row()]),

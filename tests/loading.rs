@@ -35,8 +35,15 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("control", 170_000),
     ("neighbour", 40),
 ];
-const BENCH_BUDGETS: &[(&str, u32)] =
-    &[("reset", 290), ("floor_transmit", 3), ("floor_push", 235), ("floor_pass", 3), ("touch", 130)];
+const BENCH_BUDGETS: &[(&str, u32)] = &[
+    ("reset", 290),
+    ("reset6", 290),
+    ("floor_transmit", 3),
+    ("floor_push", 235),
+    ("floor_push6", 340),
+    ("floor_pass", 3),
+    ("touch", 130),
+];
 const REALSERVER_BUDGETS: &[(&str, u32)] = &[("decapsulate", 2_300)];
 
 fn load(program: &mut Program) -> ProgramInfo {

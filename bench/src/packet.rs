@@ -29,7 +29,8 @@ use serde::Serialize;
 use xdpvs_tests::{
     bulk::{Bulk, Clients},
     cast,
-    frames::Frame,
+    family::Family,
+    frames::{ETHERNET, Frame},
 };
 
 use crate::site::{SINGLE, Site, port};
@@ -71,6 +72,7 @@ pub(crate) struct Options {
 pub(crate) enum Floor {
     Transmit,
     Push,
+    Push6,
     Pass,
 }
 
@@ -80,6 +82,7 @@ impl Floor {
         match self {
             Self::Transmit => "floor_transmit",
             Self::Push => "floor_push",
+            Self::Push6 => "floor_push6",
             Self::Pass => "floor_pass",
         }
     }
@@ -173,8 +176,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn measure(site: &Site, cases: &[Case], options: &Options) -> Result<()> {
     let control = Control::open(&site.place)?;
     let session = Session::open(&site.place)?;
-    let buckets = session.maps().instance().flow_buckets;
-    let mut bench = Bench::new(site, buckets)?;
+    let instance = session.maps().instance();
+    let mut bench = Bench::new(site, instance.flow_buckets)?;
+    let buckets = instance.buckets();
     let mut stdout = std::io::stdout().lock();
     for case in cases {
         control.flush(buckets, Ending::All)?;
@@ -205,7 +209,7 @@ impl Bench {
     /// When the kernel refuses.
     pub(crate) fn new(site: &Site, buckets: u32) -> Result<Self> {
         let lines = buckets * (size_of::<Bucket4>() / CACHE_LINE) as u32;
-        let programs = ["floor_transmit", "floor_push", "floor_pass", TOUCH];
+        let programs = ["floor_transmit", "floor_push", "floor_push6", "floor_pass", TOUCH];
         let bulk = Bulk::new(site.wire, lines, &programs)?;
         let pinned = aya::programs::ProgramInfo::from_pin(site.place.programs()?.join("xdpvs"))?;
         let director =
@@ -259,13 +263,12 @@ impl Bench {
     /// fits.
     fn establish(&mut self, case: &Case) -> Result<()> {
         self.put(None)?;
-        let port = if case.reply {
-            u16::from_be_bytes([case.frame[34], case.frame[35]])
-        } else {
-            u16::from_be_bytes([case.frame[36], case.frame[37]])
-        };
+        let family = Family::of(&case.frame).context("no IP")?;
+        let ports = ETHERNET + family.header();
+        let port = ports + if case.reply { 0 } else { 2 };
+        let port = u16::from_be_bytes([case.frame[port], case.frame[port + 1]]);
         for flags in ["S", "A", "A"] {
-            let frame = request_frame(port, flags);
+            let frame = request_frame(family, port, flags);
             self.bulk.begin_with(0);
             self.bulk.set_up(&frame, Clients { order: pick::SEQUENTIAL, reply: false, ..case.clients() });
             self.bulk.repeat(&frame, case.flows)?;
@@ -285,8 +288,14 @@ fn check(case: &Case, result: u32, frame: &[u8]) -> Result<()> {
     ensure!(result == case.result, "returned {result} instead of {}", case.result);
     ensure!(frame.len() == case.len, "left {} bytes instead of {}", frame.len(), case.len);
     if case.result == XDP_TX && case.kind != Kind::Line {
-        ensure!(checksum::fold(checksum::sum(&frame[14..34])) == 0xffff, "has a wrong IP checksum");
-        ensure!(frame[22] == 63, "has TTL {} instead of 63", frame[22]);
+        let ttl = match Family::of(frame) {
+            Some(Family::Six) => frame[21],
+            _ => {
+                ensure!(checksum::fold(checksum::sum(&frame[14..34])) == 0xffff, "has a wrong IP checksum");
+                frame[22]
+            }
+        };
+        ensure!(ttl == 63, "has TTL {ttl} instead of 63");
     }
     Ok(())
 }
@@ -294,8 +303,9 @@ fn check(case: &Case, result: u32, frame: &[u8]) -> Result<()> {
 const CLIENT_MACS: ([u8; 6], [u8; 6]) = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
 
 /// A segment of a client to a port of the service address.
-pub(crate) fn request_frame(port: u16, flags: &'static str) -> Vec<u8> {
-    Frame::new(CLIENT_MACS, (cast::CLIENT, 1024), (cast::VIP, port)).tcp(flags, b"GET / ")
+pub(crate) fn request_frame(family: Family, port: u16, flags: &'static str) -> Vec<u8> {
+    let frame = Frame::new(CLIENT_MACS, (cast::CLIENT, 1024), (cast::VIP, port));
+    Frame { family, ..frame }.tcp(flags, b"GET / ")
 }
 
 /// The cases that are measured with this number of flows.
@@ -311,27 +321,37 @@ fn cases(flows: u32) -> Vec<Case> {
         floor: Floor::Transmit,
         result: XDP_TX,
     };
-    let established = |name: &str, port: u16| case(name, Kind::Established, request_frame(port, "A"));
-    let reply = Frame::new(to_client, (cast::server(0), SINGLE), (cast::CLIENT, 1024)).tcp("A", b"HTTP/1");
-    let mut cases = vec![
-        established("dr/v4/tcp/established", port(Method::Route, Scheduler::Sh)),
-        established("nat-in/v4/tcp/established", port(Method::Masq, Scheduler::Sh)),
-        Case { reply: true, ..case("nat-out/v4/tcp/established", Kind::Established, reply) },
-    ];
-    let mut tunnel = established("ipip/v4/tcp/established", port(Method::Tunnel, Scheduler::Sh));
-    tunnel.floor = Floor::Push;
-    tunnel.len += 20;
-    cases.push(tunnel);
+    let mut cases = Vec::new();
+    for (family, tunnel, floor) in [(Family::Four, "ipip/v4", Floor::Push), (Family::Six, "ip6ip6/v6", Floor::Push6)] {
+        // The IPv6 table is made for no more.
+        if family == Family::Six && flows > NEW {
+            break;
+        }
+        let version = &tunnel[tunnel.len() - 2..];
+        let established = |name: String, method: Method| {
+            case(&name, Kind::Established, request_frame(family, port(method, Scheduler::Sh), "A"))
+        };
+        let reply = Frame::new(to_client, (cast::server(0), SINGLE), (cast::CLIENT, 1024));
+        let reply = Frame { family, ..reply }.tcp("A", b"HTTP/1");
+        let name = format!("nat-out/{version}/tcp/established");
+        cases.extend([
+            established(format!("dr/{version}/tcp/established"), Method::Route),
+            established(format!("nat-in/{version}/tcp/established"), Method::Masq),
+            Case { reply: true, ..case(&name, Kind::Established, reply) },
+        ]);
+        let tunnel = established(format!("{tunnel}/tcp/established"), Method::Tunnel);
+        cases.push(Case { floor, len: tunnel.len + family.header(), ..tunnel });
+    }
     if flows == NEW {
         for &scheduler in Scheduler::ALL {
-            let frame = request_frame(port(Method::Route, scheduler), "S");
+            let frame = request_frame(Family::Four, port(Method::Route, scheduler), "S");
             cases.push(case(&format!("dr/v4/tcp/new/{scheduler}"), Kind::New, frame));
         }
     }
-    let line = request_frame(port(Method::Route, Scheduler::Sh), "A");
+    let line = request_frame(Family::Four, port(Method::Route, Scheduler::Sh), "A");
     cases.push(case("one-cache-line", Kind::Line, line));
     if flows == 1 {
-        let frame = request_frame(9, "A");
+        let frame = request_frame(Family::Four, 9, "A");
         cases.push(Case { floor: Floor::Pass, result: XDP_PASS, ..case("not-service/v4/tcp", Kind::Foreign, frame) });
     }
     cases

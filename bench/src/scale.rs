@@ -33,6 +33,7 @@ use lb_userspace::{
 use serde::Serialize;
 use xdpvs_tests::{
     bulk::Clients,
+    family::Family,
     world::{at, service},
 };
 
@@ -229,7 +230,7 @@ impl<'a> Scale<'a> {
 
     fn established(&mut self, flows: u32) -> Result<Line> {
         ensure!(self.next == flows, "{} of {} connections found no room", self.next - flows, self.next);
-        let frame = request_frame(port(Method::Route, Scheduler::Sh), "A");
+        let frame = request_frame(Family::Four, port(Method::Route, Scheduler::Sh), "A");
         let clients = self.clients();
         let [mut floors, mut figures, mut lines] = [const { Vec::new() }; 3];
         for _ in 0..self.options.rounds {
@@ -276,7 +277,7 @@ impl<'a> Scale<'a> {
     }
 
     fn insert(&mut self, flows: u32, fill_percent: u32) -> Result<Line> {
-        let frame = request_frame(port(Method::Route, Scheduler::Rr), "S");
+        let frame = request_frame(Family::Four, port(Method::Route, Scheduler::Rr), "S");
         let [mut floors, mut figures] = [const { Vec::new() }; 2];
         let (mut tried, mut found_room) = (0, 0);
         // Few enough that the table stays as full as it is said to be.

@@ -18,8 +18,9 @@ use lb_userspace::{
 };
 use xdpvs_tests::{
     cast,
+    family::Family,
     lab::{End, NetNs, cable, mac, sweep_instances},
-    world::{at, dest, scheduled, service},
+    world::{dest, scheduled},
 };
 
 /// A director to measure.
@@ -43,6 +44,9 @@ pub(crate) const fn port(method: Method, scheduler: Scheduler) -> u16 {
     1000 + 100 * method as u16 + scheduler as u16
 }
 
+/// Most connections that the IPv6 table is made for.
+const FLOWS6_MAX: u32 = 1 << 17;
+
 /// The port of the masqueraded service that has one real server, `cast::server(0)`.
 pub(crate) const SINGLE: u16 = 1999;
 
@@ -59,8 +63,8 @@ pub(crate) enum Failure {
 }
 
 impl Site {
-    /// Makes a director with a flow table for `flows` connections, a service for each method and scheduler, and
-    /// [`SINGLE`].
+    /// Makes a director with a flow table for `flows` IPv4 connections, one for as many IPv6 connections or [`FLOWS6_MAX`], a
+    /// service for each method, scheduler and family, and [`SINGLE`].
     ///
     /// # Errors
     ///
@@ -72,7 +76,8 @@ impl Site {
         sweep_instances(INSTANCES)?;
         let place = Place::find(&format!("{INSTANCES}{}", std::process::id()))?;
         let lock = place.lock()?;
-        load::create(&place, &lock, &Capacity { flows, ..Capacity::default() })?;
+        let flows6 = flows.min(FLOWS6_MAX);
+        load::create(&place, &lock, &Capacity { flows, flows6, ..Capacity::default() })?;
         drop(lock);
         let wire = namespace.enter(|| interface("wire"))??.index;
         let site = Self { place, namespace, wire };
@@ -93,31 +98,39 @@ fn services(change: &mut Change<'_>) -> Result<(), Failure> {
     for &method in Method::ALL {
         for &scheduler in Scheduler::ALL {
             let port = port(method, scheduler);
-            let key = service(Transport::Tcp, port);
-            change.add_service(key, scheduled(scheduler))?;
-            for index in 0..SERVERS {
-                change.add_dest(key, at(index, port), dest(method, 1 + u32::from(index % 4)))?;
+            for family in Family::ALL {
+                let key = family.service(Transport::Tcp, port);
+                change.add_service(key, scheduled(scheduler))?;
+                for index in 0..SERVERS {
+                    change.add_dest(key, family.at(index, port), dest(method, 1 + u32::from(index % 4)))?;
+                }
             }
         }
     }
-    let single = service(Transport::Tcp, SINGLE);
-    change.add_service(single, scheduled(Scheduler::Rr))?;
-    change.add_dest(single, at(0, SINGLE), dest(Method::Masq, 1)).map_err(Failure::from)
+    for family in Family::ALL {
+        let single = family.service(Transport::Tcp, SINGLE);
+        change.add_service(single, scheduled(Scheduler::Rr))?;
+        change.add_dest(single, family.at(0, SINGLE), dest(Method::Masq, 1))?;
+    }
+    Ok(())
 }
 
 /// One interface for clients and servers alike, so that packets leave where they came in. Both ends of its cable are in
 /// the one namespace: nobody listens, but routes and neighbours are real.
 fn lay_cable(namespace: &NetNs) -> Result<()> {
-    namespace.sysctl("net.ipv4.conf.lo.forwarding", "1")?;
-    let end = |name, mac, address| End { namespace, name, mac, address };
-    cable(end("wire", cast::DIRECTOR_INSIDE_MAC, Some("10.0.0.1/24")), end("others", [2, 0, 0, 0, 1, 1], None))?;
-    namespace.ip("address add 10.2.0.1/24 dev wire")?;
-    let gateway = cast::CLIENT_GATEWAY;
-    namespace.ip(&format!("neigh add {gateway} lladdr {} dev wire nud permanent", mac(cast::CLIENT_MAC)))?;
-    for index in 0..SERVERS {
-        let (server, address) = (cast::server(index), mac(cast::server_mac(index)));
-        namespace.ip(&format!("neigh add {server} lladdr {address} dev wire nud permanent"))?;
+    let end = |name, mac| End { namespace, name, mac, address: None };
+    cable(end("wire", cast::DIRECTOR_INSIDE_MAC), end("others", [2, 0, 0, 0, 1, 1]))?;
+    namespace.give("wire", cast::DIRECTOR_OUTSIDE, 3)?;
+    namespace.give("wire", cast::DIRECTOR_INSIDE, 3)?;
+    for family in Family::ALL {
+        namespace.sysctl(&format!("net.{}.conf.lo.forwarding", family.sysctl()), "1")?;
+        let gateway = family.address(cast::CLIENT_GATEWAY);
+        namespace.ip(&format!("neigh add {gateway} lladdr {} dev wire nud permanent", mac(cast::CLIENT_MAC)))?;
+        for index in 0..SERVERS {
+            let (server, address) = (family.address(cast::server(index)), mac(cast::server_mac(index)));
+            namespace.ip(&format!("neigh add {server} lladdr {address} dev wire nud permanent"))?;
+        }
+        namespace.ip(&format!("route add {} via {gateway}", family.network(cast::CLIENT, 1)))?;
     }
-    namespace.ip(&format!("route add 10.0.0.0/8 via {gateway}"))?;
     Ok(())
 }

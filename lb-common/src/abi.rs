@@ -1213,12 +1213,14 @@ pub mod journal {
 pub mod bench {
     use super::{Pod, Record, Word, Zeroable};
 
-    /// Bytes of the frame that are restored before every run.
+    /// Bytes of an IPv4 frame that are restored before every run: its headers, and four bytes more.
     pub const HEAD: usize = 58;
+    /// Bytes of an IPv6 frame that are: its headers.
+    pub const HEAD6: usize = 74;
 
     record! {
         /// The frame that every run begins with, and how runs differ.
-        Setup, SetupRecord, 92 {
+        Setup, SetupRecord, 108 {
             /// Length of the frame in bytes.
             len: u32,
             /// One of [`pick`].
@@ -1227,14 +1229,14 @@ pub mod bench {
             flows: u32,
             /// The flow of the next run, or the state of the generator that draws it.
             next_flow: u32,
-            /// Address of the first client, in host order. Sixty-four flows have the same.
+            /// Address of the first client, in host order; of an IPv6 one, its last four bytes. Sixty-four flows have the same.
             first_addr: u32,
             /// Whether the client is the destination of the frame: 0 or 1.
             reply: u32,
-            /// Folded sum of the IP header without checksum and client address.
+            /// Folded sum of the IPv4 header without checksum and client address.
             header_sum: u32,
             /// The first bytes of the frame, less the two of its type: the words that programs read.
-            head: [u32; 14],
+            head: [u32; 18],
             /// The two bytes of the frame's type.
             frame_type: u32,
             /// Cache lines in the table of the program that looks at one.

@@ -21,16 +21,28 @@ use lb_common::{
 };
 use lb_userspace::datapath::memory::{Access, Mapped};
 
+use crate::family::Family;
+
 /// The object with the wrapper and other programs that measure.
 pub static OBJECT: &[u8] = include_bytes_aligned!(env!("XDPVS_BENCH_OBJECT"));
 
-/// The wrapper's name.
-const RESET: &str = "reset";
+/// The wrapper's name, for frames of a family.
+const fn reset(family: Family) -> &'static str {
+    match family {
+        Family::Four => "reset",
+        Family::Six => "reset6",
+    }
+}
+
+/// The family of a frame, which has to be IP.
+fn family_of(frame: &[u8]) -> Family {
+    Family::of(frame).expect("an IP frame")
+}
 
 /// Clients that frames are from. Sixty-four of them have the same address.
 #[derive(Clone, Copy, Debug)]
 pub struct Clients {
-    /// The first address.
+    /// The first address. Of IPv6, addresses differ from the frame's own in their last four bytes, which are these.
     pub first: Ipv4Addr,
     /// Their number.
     pub number: u32,
@@ -78,7 +90,7 @@ impl Bulk {
     /// When the kernel refuses.
     pub fn new(wire: u32, lines: u32, programs: &[&str]) -> Result<Self> {
         let mut ebpf = EbpfLoader::new().map_max_entries("LINES", lines).load(OBJECT)?;
-        for program in [RESET].iter().chain(programs) {
+        for program in Family::ALL.map(reset).iter().chain(programs) {
             xdp(&mut ebpf, program)?.load()?;
         }
         let setup = ebpf.take_map("SETUP").context("map SETUP")?;
@@ -110,8 +122,10 @@ impl Bulk {
     /// Lets runs begin with `frame`, from or to `clients`. The order goes on where it was.
     pub fn set_up(&self, frame: &[u8], clients: Clients) {
         let mut header: [u8; 20] = frame[14..34].try_into().expect("twenty bytes");
-        header[10..12].fill(0);
-        header[if clients.reply { 16..20 } else { 12..16 }].fill(0);
+        if family_of(frame) == Family::Four {
+            header[10..12].fill(0);
+            header[if clients.reply { 16..20 } else { 12..16 }].fill(0);
+        }
         let next_flow = self.setup[0].next_flow.load();
         self.setup[0].store(&SetupRecord {
             len: frame.len() as u32,
@@ -141,7 +155,7 @@ impl Bulk {
         let mut out = vec![0; 2048];
         // struct xdp_md: data, data_end, data_meta, ingress_ifindex, rx_queue_index, egress_ifindex.
         let context = [0, frame.len() as u32, 0, self.wire, 0, 0].map(u32::to_ne_bytes).concat();
-        let result = xdp(&mut self.ebpf, RESET)?.test_run(TestRunOptions {
+        let result = xdp(&mut self.ebpf, reset(family_of(frame)))?.test_run(TestRunOptions {
             data_in: Some(frame),
             data_out: Some(&mut out),
             ctx_in: Some(&context),
@@ -160,8 +174,8 @@ fn xdp<'a>(ebpf: &'a mut Ebpf, name: &str) -> Result<&'a mut Xdp> {
 }
 
 /// The first words of a frame, less its type.
-fn head(frame: &[u8]) -> [u32; 14] {
-    let mut head = [0; 14];
+fn head(frame: &[u8]) -> [u32; 18] {
+    let mut head = [0; 18];
     let words = frame[..12].chunks_exact(4).chain(frame[14..].chunks_exact(4));
     for (head, word) in head.iter_mut().zip(words) {
         *head = u32::from_ne_bytes(word.try_into().expect("four bytes"));

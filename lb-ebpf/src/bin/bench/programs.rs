@@ -39,9 +39,21 @@ pub(crate) fn reset(ctx: XdpContext) -> u32 {
     xdp_action::XDP_ABORTED
 }
 
+/// [`reset`] of an IPv6 frame.
+#[xdp]
+pub(crate) fn reset6(ctx: XdpContext) -> u32 {
+    if restore6(&ctx).is_none() {
+        return xdp_action::XDP_ABORTED;
+    }
+    // SAFETY: the program in the slot takes the same context.
+    unsafe { MEASURED.tail_call(&ctx, 0) };
+    xdp_action::XDP_ABORTED
+}
+
+/// Gives the frame the length that it had. Returns it, and the address and port of the next client as they stand in a
+/// packet.
 #[inline(always)]
-fn restore(ctx: &XdpContext) -> Option<()> {
-    let setup = SETUP.get(0)?;
+fn begin(ctx: &XdpContext, setup: &Setup) -> Option<(XdpPacket, u32, u32)> {
     let grown = XdpPacket::new(ctx.ctx).len() as i32 - setup.len.load() as i32;
     if grown != 0 {
         // SAFETY: a helper call with the program's own context.
@@ -49,7 +61,6 @@ fn restore(ctx: &XdpContext) -> Option<()> {
             return None;
         }
     }
-    let mut packet = XdpPacket::new(ctx.ctx);
     let (flow, flows) = (setup.next_flow.load(), setup.flows.load());
     let (flow, next) = match setup.order.load() {
         pick::SAME => (0, 0),
@@ -63,6 +74,19 @@ fn restore(ctx: &XdpContext) -> Option<()> {
     setup.next_flow.store(next);
     let addr = (setup.first_addr.load().wrapping_add(flow >> 6)).to_be();
     let port = (1024 + ((flow & 63) << 4) as u16).to_be();
+    Some((XdpPacket::new(ctx.ctx), addr, u32::from(port)))
+}
+
+/// The ports of a frame that has these, with the client's in its place.
+#[inline(always)]
+fn with_port(ports: u32, port: u32, reply: bool) -> u32 {
+    if reply { ports & 0xffff | port << 16 } else { ports & 0xffff_0000 | port }
+}
+
+#[inline(always)]
+fn restore(ctx: &XdpContext) -> Option<()> {
+    let setup = SETUP.get(0)?;
+    let (mut packet, addr, port) = begin(ctx, setup)?;
     let check = !checksum::fold(u64::from(setup.header_sum.load()) + u64::from(addr));
 
     // In the units that programs read: a load that spans two stores which have not reached the cache yet waits for both,
@@ -70,9 +94,6 @@ fn restore(ctx: &XdpContext) -> Option<()> {
     let word = |index: usize| setup.head[index].load();
     let reply = setup.reply.load() != 0;
     let (source, destination) = if reply { (word(6), addr) } else { (addr, word(7)) };
-    let ports = word(8);
-    let port = u32::from(port);
-    let ports = if reply { ports & 0xffff | port << 16 } else { ports & 0xffff_0000 | port };
     packet.write_words(0, [word(0), word(1), word(2)])?;
     packet.write(12, setup.frame_type.load() as u16)?;
     packet.write_words(
@@ -83,12 +104,43 @@ fn restore(ctx: &XdpContext) -> Option<()> {
             word(5) & 0xffff | u32::from(check) << 16,
             source,
             destination,
-            ports,
+            with_port(word(8), port, reply),
             word(9),
             word(10),
             word(11),
             word(12),
             word(13),
+        ],
+    )
+}
+
+#[inline(always)]
+fn restore6(ctx: &XdpContext) -> Option<()> {
+    let setup = SETUP.get(0)?;
+    let (mut packet, addr, port) = begin(ctx, setup)?;
+    let word = |index: usize| setup.head[index].load();
+    let reply = setup.reply.load() != 0;
+    let (source, destination) = if reply { (word(8), addr) } else { (addr, word(12)) };
+    packet.write_words(0, [word(0), word(1), word(2)])?;
+    packet.write(12, setup.frame_type.load() as u16)?;
+    packet.write_words(
+        14,
+        [
+            word(3),
+            word(4),
+            word(5),
+            word(6),
+            word(7),
+            source,
+            word(9),
+            word(10),
+            word(11),
+            destination,
+            with_port(word(13), port, reply),
+            word(14),
+            word(15),
+            word(16),
+            word(17),
         ],
     )
 }
@@ -130,6 +182,16 @@ pub(crate) fn floor_pass(_ctx: XdpContext) -> u32 {
 pub(crate) fn floor_push(ctx: XdpContext) -> u32 {
     let mut packet = XdpPacket::new(ctx.ctx);
     match packet.grow_head(20).and_then(|()| packet.write(0, [0u16; 17])) {
+        Some(()) => xdp_action::XDP_TX,
+        None => xdp_action::XDP_ABORTED,
+    }
+}
+
+/// The cheapest program that puts 40 bytes before a frame, writes two headers and sends it back.
+#[xdp]
+pub(crate) fn floor_push6(ctx: XdpContext) -> u32 {
+    let mut packet = XdpPacket::new(ctx.ctx);
+    match packet.grow_head(40).and_then(|()| packet.write(0, [0u16; 27])) {
         Some(()) => xdp_action::XDP_TX,
         None => xdp_action::XDP_ABORTED,
     }

@@ -8,9 +8,11 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use lb_common::proto::Method;
+use lb_userspace::control::model::Transport;
 use serde_json::Value;
 use xdpvs_tests::{
     cast,
+    family::Family,
     lab::NetNs,
     network::{Network, SERVERS, Shape},
     program::Director,
@@ -47,32 +49,43 @@ pub(crate) fn show(method: Method, interrupt: &Interrupt) -> Result<()> {
     let webs = (0..SERVERS).zip(&network.servers).map(|(index, server)| Web::start(server, PORT, &page(index)));
     let _webs: Vec<Web> = webs.collect::<Result<_>>()?;
     if let Some(role) = role(method) {
-        for index in 0..SERVERS {
-            println!("server{index}$ xdpvs realserver up eth0 --vip {} --method {role}", cast::VIP);
+        for (index, family) in (0..SERVERS).flat_map(|index| Family::ALL.map(|family| (index, family))) {
+            let vip = family.address(cast::VIP);
+            println!("server{index}$ xdpvs realserver up eth0 --vip {vip} --method {role}");
         }
     }
-    let service = format!("-t {}:{PORT}", cast::VIP);
     println!("director$ xdpvs up {}", network.interfaces().join(" "));
     let director = Director::up(&network.director, network.interfaces(), &[])?;
-    say(&director, &format!("service add {service} -s wrr"))?;
-    for (index, weight) in (0..).zip(WEIGHTS) {
-        say(&director, &format!("dest add {service} -r {}:{PORT} {option} -w {weight}", cast::server(index)))?;
+    for family in Family::ALL {
+        let service = format!("-t {}", family.service(Transport::Tcp, PORT).address);
+        say(&director, &format!("service add {service} -s wrr"))?;
+        for (index, weight) in (0..).zip(WEIGHTS) {
+            say(&director, &format!("dest add {service} -r {} {option} -w {weight}", family.at(index, PORT)))?;
+        }
     }
-    interrupt.check()?;
-    let served = request(&network.client, interrupt)?;
-    println!("\n{:<22} {:>6} {:>9} {:>7}", "real server", "weight", "expected", "served");
-    for (index, (weight, served)) in WEIGHTS.iter().zip(served).enumerate() {
-        println!("{:<22} {weight:>6} {:>9} {served:>7}", cast::server(index as u8), expected(index));
+    for family in Family::ALL {
+        interrupt.check()?;
+        println!();
+        let served = request(&network.client, family, interrupt)?;
+        println!("\n{:<42} {:>6} {:>9} {:>7}", "real server", "weight", "expected", "served");
+        for (index, (weight, served)) in WEIGHTS.iter().zip(served).enumerate() {
+            let server = family.address(cast::server(index as u8)).to_string();
+            println!("{server:<42} {weight:>6} {:>9} {served:>7}", expected(index));
+        }
+        for (index, served) in served.into_iter().enumerate() {
+            let (server, expected) = (family.address(cast::server(index as u8)), expected(index));
+            ensure!(served == expected, "{name}: {server} served {served} requests instead of {expected}");
+        }
     }
     println!();
     say(&director, "list")?;
     println!();
     say(&director, "stats")?;
-    for (index, served) in served.into_iter().enumerate() {
-        let (server, expected) = (cast::server(index as u8), expected(index));
-        ensure!(served == expected, "{name}: {server} served {served} requests instead of {expected}");
-    }
-    check(&director.ask("stats")?, method).with_context(|| format!("{name}: what `xdpvs stats` says"))
+    let stats = director.ask("stats")?;
+    Family::ALL
+        .into_iter()
+        .try_for_each(|family| check(&stats, family, method))
+        .with_context(|| format!("{name}: what `xdpvs stats` says"))
 }
 
 fn page(index: u8) -> String {
@@ -99,8 +112,9 @@ fn say(director: &Director<'_>, words: &str) -> Result<()> {
 }
 
 /// Makes the requests, one after the other. Returns how many of them each server answered.
-fn request(client: &NetNs, interrupt: &Interrupt) -> Result<[u32; SERVERS as usize]> {
-    let url = format!("http://{}:{PORT}/?[1-{REQUESTS}]", cast::VIP);
+fn request(client: &NetNs, family: Family, interrupt: &Interrupt) -> Result<[u32; SERVERS as usize]> {
+    // An IPv6 address is in brackets, which is how curl writes ranges, too; it knows one from the other.
+    let url = format!("http://{}/?[1-{REQUESTS}]", family.service(Transport::Tcp, PORT).address);
     println!("client$ curl '{url}'");
     let mut command = client.command("curl");
     command
@@ -149,11 +163,15 @@ fn request(client: &NetNs, interrupt: &Interrupt) -> Result<[u32; SERVERS as usi
 }
 
 /// Compares what the director counted with what was done.
-fn check(stats: &Value, method: Method) -> Result<()> {
-    let destinations = stats["services"][0]["destinations"].as_array().context("there are no destinations")?;
+fn check(stats: &Value, family: Family, method: Method) -> Result<()> {
+    let service = family.service(Transport::Tcp, PORT).address.to_string();
+    let services = stats["services"].as_array().context("there are no services")?;
+    let found = services.iter().find(|found| found["address"] == service.as_str());
+    let found = found.with_context(|| format!("{service} is missing"))?;
+    let destinations = found["destinations"].as_array().context("there are no destinations")?;
     ensure!(destinations.len() == WEIGHTS.len(), "there are {} destinations", destinations.len());
     for (index, _) in WEIGHTS.iter().enumerate() {
-        let address = format!("{}:{PORT}", cast::server(index as u8));
+        let address = family.at(index as u8, PORT).to_string();
         let found = destinations.iter().find(|destination| destination["address"] == address.as_str());
         let found = found.with_context(|| format!("{address} is missing"))?;
         let count = |field: &str| found[field].as_u64().with_context(|| format!("{address} has no {field}"));

@@ -12,7 +12,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use lb_common::proto::Method;
-use xdpvs_tests::{lab, program};
+use xdpvs_tests::{cast, family::Family, lab, program};
 
 use crate::{child::Child, interrupt::Interrupt};
 
@@ -50,6 +50,10 @@ fn demo(interrupt: &Interrupt) -> Result<()> {
     // What a demo that was killed could not clear up.
     lab::sweep_instances("xdpvs-")?;
     println!("{PICTURE}");
+    println!(
+        "\nEach has IPv6 addresses of the same numbers, too: the service's is {}.",
+        Family::Six.address(cast::VIP)
+    );
     for method in [Method::Masq, Method::Route, Method::Tunnel] {
         forwarding::show(method, interrupt)?;
     }

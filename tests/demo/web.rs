@@ -24,7 +24,7 @@ pub(crate) struct Web {
 }
 
 impl Web {
-    /// Starts it at this port of a namespace, and waits until it answers.
+    /// Starts it at this port of a namespace, for IPv4 and IPv6, and waits until it answers.
     pub(crate) fn start(namespace: &NetNs, port: u16, page: &str) -> Result<Self> {
         let files = TempDir::with_prefix("xdpvs-demo-").context("make a directory for nginx")?;
         let directory = files.path().display().to_string();
@@ -35,7 +35,7 @@ impl Web {
              events {{}}
              http {{
                  access_log off; keepalive_timeout 0; default_type text/plain;
-                 server {{ listen {port}; root {directory}; index page; }}
+                 server {{ listen {port}; listen [::]:{port}; root {directory}; index page; }}
              }}"
         );
         let log = files.path().join("error.log");

@@ -295,15 +295,15 @@ fn wdh_goes_by_the_service_s_address(executor: &mut impl Executor) {
     assert!(picks[0].is_some() && picks.iter().all(|pick| *pick == picks[0]), "{picks:?}");
     let server = picks[0].expect("a server");
     // Of weight 0 it gets none, and with its weight its own again.
-    let weight = |executor: &mut dyn FnMut(&dyn Fn(&mut Change<'_>)), weight| {
-        executor(&|change| {
+    let weigh = |executor: &mut _, weight| {
+        Executor::change(executor, &|change| {
             change.edit_dest(key(), at(server, PORT), dest(Method::Masq, weight)).expect("there");
         });
     };
-    weight(&mut |plan| executor.change(plan), 0);
+    weigh(executor, 0);
     let other = send(executor, 100, "S");
     assert!(other.is_some() && other != Some(server), "{other:?}");
-    weight(&mut |plan| executor.change(plan), [1, 1, 2][usize::from(server)]);
+    weigh(executor, [1, 1, 2][usize::from(server)]);
     assert_eq!(send(executor, 101, "S"), Some(server));
 }
 

@@ -288,6 +288,6 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
             (Lacking::MissingService, 1),
         ]
     );
-    assert_eq!(replayed, 125);
+    assert_eq!(replayed, 126);
     Ok(())
 }

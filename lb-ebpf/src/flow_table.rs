@@ -422,7 +422,7 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Result<C
 #[inline(always)]
 pub fn has_room<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock) -> bool {
     // How long UDP connections have been idle is of no importance here.
-    !candidate(tables, place.hash(), clock.now.0, clock.hz, 0).evicts()
+    !candidate(tables, place, clock, 0).evicts()
 }
 
 /// Creates the connection, which [`find`] did not find, in place of the one that shall make room first, unless there is
@@ -445,7 +445,7 @@ fn displace_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idl
     let (clock, place) = (insert.clock, insert.place);
     let tag = E::tag(insert.key, place.hash());
     for _ in 0..CLAIM_ATTEMPTS {
-        let candidate = Candidate(tables.hide(candidate(tables, place.hash(), clock.now.0, clock.hz, idle).0));
+        let candidate = Candidate(tables.hide(candidate(tables, place, clock, idle).0));
         if candidate == Candidate::NONE {
             return Inserted::Full;
         }
@@ -467,23 +467,29 @@ fn displace_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idl
     Inserted::Contended
 }
 
-/// The entry to be used for a connection with this hash.
-///
-/// A function of its own, with numbers for arguments, so that it takes up no stack of its caller.
-#[inline(never)]
-fn candidate<E: Entry>(tables: &impl Buckets<E>, hash: u64, now: u32, hz: u32, idle: u32) -> Candidate {
-    let (place, clock) = (Place::of(hash), Clock { now: Jiffies(now), hz });
+/// The entry to be used for a connection with this place.
+#[inline(always)]
+fn candidate<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock, idle: u32) -> Candidate {
     let buckets = tables.buckets();
+    let of_bucket = |number| candidate_of_bucket(tables, number, clock.now.0, clock.hz, idle);
+    let (first, second) = (of_bucket(place.first(buckets)), of_bucket(place.second(buckets)));
+    if second == Candidate::NONE { first } else { first.min(Candidate(second.0 + Claim::new(true, 0).0)) }
+}
+
+/// The entry to be used of the bucket with this number, with its index in the bucket.
+///
+/// A function of its own, with numbers for arguments, so that it takes up no stack of its caller; and of one bucket, so that it
+/// takes up little of its own.
+#[inline(never)]
+fn candidate_of_bucket<E: Entry>(tables: &impl Buckets<E>, number: u32, now: u32, hz: u32, idle: u32) -> Candidate {
+    let clock = Clock { now: Jiffies(now), hz };
     let mut best = Candidate::NONE;
-    for second in [false, true] {
-        let number = if second { place.second(buckets) } else { place.first(buckets) };
-        let Some(bucket) = tables.bucket(number) else { break };
-        for index in 0..turns(ENTRIES_PER_BUCKET) {
-            let Some(entry) = bucket.entry(index) else { break };
-            let this = consider(Claim::new(second, index).0, Word(entry.word().load()), clock, idle);
-            // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
-            best = Candidate(tables.hide(best.min(this).0));
-        }
+    let Some(bucket) = tables.bucket(number) else { return best };
+    for index in 0..turns(ENTRIES_PER_BUCKET) {
+        let Some(entry) = bucket.entry(index) else { break };
+        let this = consider(index, Word(entry.word().load()), clock, idle);
+        // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
+        best = Candidate(tables.hide(best.min(this).0));
     }
     best
 }

@@ -8,31 +8,31 @@ use std::collections::BTreeMap;
 
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{Program, ProgramInfo},
+    programs::{Program, ProgramError, ProgramInfo},
 };
 use lb_userspace::datapath::object;
 use xdpvs_tests::{bulk, lab::require_root};
 
 /// How many instructions the verifier may go through for each program: a fifth more than when this was written, of the
-/// kernel whose verifier goes through the most. Kernels differ by as much as three times; `cargo xtask vm` shows it.
+/// kernel whose verifier goes through the most. Kernels differ by as much as four times; `cargo xtask vm` shows it.
 const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
-    ("xdpvs", 42_000),
-    ("request", 18_600),
-    ("open", 132_000),
-    ("overflow", 112_000),
-    ("reply", 43_200),
-    ("observe", 5_800),
-    ("icmp", 85_500),
-    ("unusual", 49_000),
-    ("six", 80_000),
-    ("request6", 18_600),
-    ("open6", 257_000),
-    ("overflow6", 380_000),
-    ("reply6", 60_000),
-    ("observe6", 9_000),
-    ("icmp6", 80_000),
-    ("unusual6", 90_000),
-    ("control", 170_000),
+    ("xdpvs", 44_200),
+    ("request", 17_500),
+    ("open", 143_300),
+    ("overflow", 157_300),
+    ("reply", 43_800),
+    ("observe", 6_600),
+    ("icmp", 81_500),
+    ("unusual", 47_600),
+    ("six", 76_700),
+    ("request6", 17_100),
+    ("open6", 355_700),
+    ("overflow6", 369_100),
+    ("reply6", 60_800),
+    ("observe6", 10_700),
+    ("icmp6", 90_900),
+    ("unusual6", 83_300),
+    ("control", 484_500),
     ("neighbour", 40),
 ];
 const BENCH_BUDGETS: &[(&str, u32)] = &[
@@ -44,15 +44,14 @@ const BENCH_BUDGETS: &[(&str, u32)] = &[
     ("floor_pass", 3),
     ("touch", 130),
 ];
-const REALSERVER_BUDGETS: &[(&str, u32)] = &[("decapsulate", 2_300)];
+const REALSERVER_BUDGETS: &[(&str, u32)] = &[("decapsulate", 2_700)];
 
-fn load(program: &mut Program) -> ProgramInfo {
+fn load(program: &mut Program) -> Result<ProgramInfo, ProgramError> {
     match program {
         Program::Xdp(xdp) => xdp.load().and_then(|()| xdp.info()),
         Program::SchedClassifier(classifier) => classifier.load().and_then(|()| classifier.info()),
         _ => panic!("a program of a kind that this test does not know"),
     }
-    .expect("the kernel takes the program")
 }
 
 /// Loads every program of an object. Nothing of it stays when this returns.
@@ -60,11 +59,18 @@ fn check(object: &[u8], budgets: &[(&str, u32)]) {
     require_root().expect("root");
     let mut ebpf: Ebpf = EbpfLoader::new().load(object).expect("the kernel takes the maps");
     let mut counts = BTreeMap::new();
+    let mut refused = Vec::new();
     for (name, program) in ebpf.programs_mut() {
-        let count = load(program).verified_instruction_count().expect("kernels since 5.16 count them");
-        println!("{name}: {count} instructions verified");
-        counts.insert(name.to_owned(), count);
+        match load(program) {
+            Ok(info) => {
+                let count = info.verified_instruction_count().expect("kernels since 5.16 count them");
+                println!("{name}: {count} instructions verified");
+                counts.insert(name.to_owned(), count);
+            }
+            Err(error) => refused.push(format!("{name}: {error:?}")),
+        }
     }
+    assert!(refused.is_empty(), "the kernel refuses programs\n{}", refused.join("\n"));
     let known: Vec<&str> = counts.keys().map(String::as_str).collect();
     let mut expected: Vec<&str> = budgets.iter().map(|(name, _)| *name).collect();
     expected.sort_unstable();

@@ -356,7 +356,7 @@ fn fib_lookup<A: Address>(ctx: *mut xdp_md, destination: &A, source: &A, hop: &N
     // An IPv4 address is the first word.
     let ([from, from_rest], [to, to_rest]) = (halves(source.words()), halves(destination.words()));
     // Verifier: word by word, so that all is aligned, and opaque, or the compiler would call a function to write zeros. That one
-    // would have a stack frame, and Linux before 6.9 counts at least 32 bytes for each.
+    // would have a stack frame, and Linux 6.1 counts at least 32 bytes for each.
     let mut query = [u64::from(A::FAMILY), u64::from(LOOPBACK), from, from_rest, to, to_rest, opaque(0), opaque(0)];
     // SAFETY: a plain C struct of this size, for which any bytes are a value, and which is aligned to less.
     let query = unsafe { &mut *query.as_mut_ptr().cast::<FibLookup>() };

@@ -62,7 +62,7 @@ impl Selection {
     /// and clients speak to servers by every method. The first packet has a way of its own, which kernels before 6.6 have
     /// only in an older form.
     pub(crate) fn usual() -> Vec<Self> {
-        ["loading", "cases", "traffic:smoke", "traffic:the_first_packet"].map(Self::parse).to_vec()
+        ["loading", "cases:kernel", "traffic:smoke", "traffic:the_first_packet"].map(Self::parse).to_vec()
     }
 
     /// What is said, if anything is.

@@ -197,7 +197,7 @@ fn act(executor: &mut impl Executor, family: Family, action: &Action) -> Option<
 
 fn has(executor: &impl Executor, family: Family, udp: bool, port: usize, number: u8) -> bool {
     let state = State::load(&executor.shared());
-    let slot = state.by_key.get(&family.service(transport(udp), PORTS[port])).copied().expect("a service");
+    let slot = state.by_key.get(&family.service(transport(udp), PORTS[port]).into()).copied().expect("a service");
     let address = family.at(server(number), PORTS[port]);
     state.list(slot).iter().any(|number| dest_address(&state.dests[number]) == address)
 }

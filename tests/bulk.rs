@@ -112,7 +112,14 @@ fn flush(place: &Place, selection: Selection) -> Result<u64, Refusal> {
 
 fn reader<'a>(maps: &'a Maps, control: &Control) -> Reader<'a> {
     let now = control.clock().expect("the control program runs");
-    Reader { flows4: &maps.flows4, flows6: &maps.flows6, dests: &maps.dests, now, hz: maps.instance().hz }
+    Reader {
+        flows4: &maps.flows4,
+        flows6: &maps.flows6,
+        services: &maps.services,
+        dests: &maps.dests,
+        now,
+        hz: maps.instance().hz,
+    }
 }
 
 fn connections(place: &Place) -> Vec<Connection> {
@@ -194,9 +201,9 @@ fn what_there_is_no_room_for_is_told() {
 fn the_connections_of_a_service_or_destination_are_ended() {
     let site = site("bulkflush", 200);
     let fill = || insert(site.place(), both(0..600));
-    let [tcp6, udp6] = PROTOCOLS.map(|protocol| Some(Family::Six.service(protocol, PORT)));
+    let [tcp6, udp6] = PROTOCOLS.map(|protocol| Some(Family::Six.service(protocol, PORT).into()));
     let server6 = |index| Family::Six.at(index, PORT).ip();
-    let [tcp, udp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT)));
+    let [tcp, udp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT).into()));
     let server = |index| IpAddr::V4(cast::server(index));
     for (selection, ended) in [
         (Selection { service: tcp, dest: None }, 300),
@@ -210,7 +217,7 @@ fn the_connections_of_a_service_or_destination_are_ended() {
         fill();
         let is_meant = |connection: &Connection| {
             let key = ServiceKey { protocol: connection.protocol, address: connection.service };
-            selection.service.is_none_or(|service| service == key)
+            selection.service.is_none_or(|service| service == key.into())
                 && selection.dest.is_none_or(|(address, _)| address == connection.destination.ip())
         };
         assert_eq!(connections(site.place()).iter().filter(|connection| is_meant(connection)).count(), ended);
@@ -219,7 +226,7 @@ fn the_connections_of_a_service_or_destination_are_ended() {
         assert!(left.len() == 1200 - ended && !left.iter().any(is_meant), "{selection:?} left {left:?}");
         assert_eq!(audited(&site).values().map(|(_, total)| *total as usize).sum::<usize>(), 1200 - ended);
     }
-    let elsewhere = service(Transport::Tcp, 81);
+    let elsewhere = service(Transport::Tcp, 81).into();
     assert_eq!(
         flush(site.place(), Selection { service: Some(elsewhere), dest: None }),
         Err(Refusal::NoService(elsewhere))

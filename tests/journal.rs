@@ -328,7 +328,9 @@ fn a_change_that_is_killed_anywhere_is_made_whole_or_not_at_all() {
 fn packets_never_see_a_mixture() {
     for scenario in SCENARIOS {
         let servers = |world: &World, port: u16| -> Vec<Ipv4Addr> {
-            let of_port = |service: &Service| service.key.address.port() == port && service.key.address.is_ipv4();
+            let of_port = |service: &Service| {
+                service.key.port() == port && service.key.family() == lb_userspace::control::model::Family::Ipv4
+            };
             let services = configured(world);
             let dests = services.iter().filter(|service| of_port(service)).flat_map(|service| &service.dests);
             let address = |dest: &lb_userspace::control::model::Dest| match dest.address {

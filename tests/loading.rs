@@ -24,6 +24,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("observe", 6_600),
     ("icmp", 81_500),
     ("unusual", 47_600),
+    ("mark", 130_000),
     ("six", 76_700),
     ("request6", 17_100),
     ("open6", 355_700),
@@ -32,6 +33,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("observe6", 10_700),
     ("icmp6", 90_900),
     ("unusual6", 83_300),
+    ("mark6", 260_000),
     ("control", 484_500),
     ("neighbour", 40),
 ];

@@ -181,7 +181,7 @@ impl<'a> Scale<'a> {
         let mut session = Session::open(&site.place)?;
         let buckets = session.maps().instance().flow_buckets;
         let new = service(Transport::Tcp, port(Method::Route, Scheduler::Rr));
-        let new_service = *session.state()?.by_key.get(&new).context("the service of new connections")?;
+        let new_service = *session.state()?.by_key.get(&new.into()).context("the service of new connections")?;
         Ok(Self {
             site,
             options,
@@ -267,8 +267,14 @@ impl<'a> Scale<'a> {
         for _ in 0..3 {
             let begun = Instant::now();
             let now = self.control.clock()?;
-            let reader =
-                Reader { flows4: &maps.flows4, flows6: &maps.flows6, dests: &maps.dests, now, hz: maps.instance().hz };
+            let reader = Reader {
+                flows4: &maps.flows4,
+                flows6: &maps.flows6,
+                services: &maps.services,
+                dests: &maps.dests,
+                now,
+                hz: maps.instance().hz,
+            };
             let found = reader.connections().count();
             ensure!(found == self.flows as usize, "{found} of {} connections are read", self.flows);
             least = least.min(begun.elapsed().as_secs_f64() * 1000.0);

@@ -136,6 +136,8 @@ macro_rules! record {
     };
 }
 
+pub(crate) use record;
+
 record! {
     /// What an instance is: written once when it is created, read by every command before anything else.
     Instance, InstanceRecord, 96 {
@@ -211,8 +213,11 @@ record! {
         amemthresh: u32,
         /// ip_vs's `am_droprate`.
         am_droprate: u32,
+        /// 1 when there may be connections to services of marks, else 0: whether more is to be found out about a packet that is
+        /// to no service's address and port.
+        marks: u32,
         /// Zero.
-        reserved: [u32; 4],
+        reserved: [u32; 3],
     }
 }
 
@@ -257,9 +262,10 @@ record! {
         state: u32,
         /// Address family: 2 (IPv4) or 10 (IPv6).
         family: u32,
-        /// Address as loaded from a packet; IPv4 in the first word.
+        /// Address as loaded from a packet; IPv4 in the first word. The mark, in the first word, of a service of packets with
+        /// one.
         addr: [u32; 4],
-        /// Port as loaded from a packet in the low half, protocol number in bits 16-23.
+        /// Port as loaded from a packet in the low half, protocol number in bits 16-23. 0 for a service of a mark.
         port_protocol: u32,
         /// Number of the scheduler.
         scheduler: u32,
@@ -790,6 +796,8 @@ pub trait EndpointKey: Copy + Eq + core::hash::Hash + core::fmt::Debug + 'static
     fn new(addr: Self::Addr, port: Port, protocol: Protocol) -> Self;
     /// The entry that marks `addr` as the address of a service.
     fn address(addr: Self::Addr) -> Self;
+    /// The entry of the service of packets with this mark.
+    fn mark(mark: u32) -> Self;
     /// The bucket searched first, of a power of two.
     fn bucket(&self, seed: &Seed, buckets: u32) -> u32;
     /// Reads a key; all 0 where there has never been one.
@@ -810,6 +818,8 @@ const fn port_protocol(port: Port, protocol: Protocol) -> u64 {
 
 /// What stands for port and protocol in the key that marks an address.
 const ADDRESS: u64 = 1 << 24;
+/// What stands for port and protocol in the key of a mark, which stands for the address.
+const MARK: u64 = 1 << 25;
 
 /// An IPv4 endpoint: address in bits 0-31, port in bits 32-47, both as loaded from a packet, protocol number in bits 48-55.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -827,6 +837,11 @@ impl EndpointKey for EndpointKey4 {
     #[inline(always)]
     fn address(addr: Ip4) -> Self {
         Self(addr.raw() as u64 | ADDRESS << 32)
+    }
+
+    #[inline(always)]
+    fn mark(mark: u32) -> Self {
+        Self(mark as u64 | MARK << 32)
     }
 
     #[inline(always)]
@@ -874,6 +889,11 @@ impl EndpointKey for EndpointKey6 {
     fn address(addr: Ip6) -> Self {
         let [high, low] = addr.raw();
         Self([high, low, ADDRESS])
+    }
+
+    #[inline(always)]
+    fn mark(mark: u32) -> Self {
+        Self([mark as u64, 0, MARK])
     }
 
     #[inline(always)]
@@ -965,14 +985,16 @@ pub enum Stage {
     Overflow,
     /// An IPv6 packet: a stage of IPv4, for every frame is taken for IPv4 first.
     Six,
+    /// A packet of no service's address and port and of no masqueraded server, while there are services of marks.
+    Mark,
 }
 
 impl Stage {
     /// Every stage that both families have, in the order of their numbers.
-    pub const COMMON: [Self; 7] =
-        [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open, Self::Overflow];
+    pub const COMMON: [Self; 8] =
+        [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open, Self::Overflow, Self::Mark];
     /// Stages of IPv4, and entries of the map of stages.
-    const OF_ONE_FAMILY: u32 = 8;
+    const OF_ONE_FAMILY: u32 = 9;
     /// Entries of the map of stages.
     pub const PROGRAMS: u32 = 2 * Self::OF_ONE_FAMILY;
 
@@ -1001,6 +1023,7 @@ impl Stage {
             Self::Open => ["open", "open6"],
             Self::Overflow => ["overflow", "overflow6"],
             Self::Six => ["six", "six"],
+            Self::Mark => ["mark", "mark6"],
         }
     }
 }
@@ -1276,6 +1299,10 @@ pub const LAYOUT: u32 = {
         size_of::<EndpointBucket6>(),
         size_of::<Upkeep>(),
         size_of::<Estimate>(),
+        size_of::<crate::mark::Marks>(),
+        size_of::<crate::mark::Rule>(),
+        size_of::<crate::mark::Start>(),
+        crate::mark::RULES as usize,
         size_of::<crate::flow::Bucket4>(),
         size_of::<crate::flow::Bucket6>(),
         crate::reason::Reason::ALL.len(),
@@ -1344,7 +1371,10 @@ mod tests {
         for protocol in [Protocol::Tcp, Protocol::Udp] {
             assert_ne!(EndpointKey4::address(four), EndpointKey4::new(four, Port::new(0), protocol));
             assert_ne!(EndpointKey6::address(six), EndpointKey6::new(six, Port::new(0), protocol));
+            assert_ne!(EndpointKey4::mark(four.raw()), EndpointKey4::new(four, Port::new(0), protocol));
         }
+        assert_ne!(EndpointKey4::mark(four.raw()), EndpointKey4::address(four));
+        assert!(EndpointKey6::mark(1).is_some() && EndpointKey6::mark(1) != EndpointKey6::mark(2));
     }
 
     #[test]

@@ -63,6 +63,9 @@ pub trait Address: Copy + Eq + core::hash::Hash + Default + core::fmt::Debug + '
     /// The address as an unsigned number in host byte order, as ip_vs folds it for hashing (`docs/ipvs.md`, section 3.0).
     fn number(self) -> u32;
 
+    /// The address as a number of 128 bits in host byte order, the higher half first. IPv4 addresses are below 2^32.
+    fn halves(self) -> [u64; 2];
+
     /// Whether the address is one of the host's own that is never sent over a link.
     fn is_loopback(self) -> bool;
 
@@ -117,6 +120,11 @@ impl Address for Ip4 {
     #[inline(always)]
     fn number(self) -> u32 {
         u32::from_be(self.0)
+    }
+
+    #[inline(always)]
+    fn halves(self) -> [u64; 2] {
+        [0, self.number().into()]
     }
 
     /// Whether the address lies in 127.0.0.0/8.
@@ -193,6 +201,11 @@ impl Address for Ip6 {
         u32::from_be(folded as u32 ^ (folded >> 32) as u32)
     }
 
+    #[inline(always)]
+    fn halves(self) -> [u64; 2] {
+        [u64::from_be(self.high), u64::from_be(self.low)]
+    }
+
     /// Whether the address is ::1.
     #[inline(always)]
     fn is_loopback(self) -> bool {
@@ -243,6 +256,8 @@ mod tests {
         assert!(!six("::").is_host() && !six("ff02::1").is_host());
         assert!(six("::1").is_loopback() && !six("::").is_loopback() && !six("1::1").is_loopback());
         assert_eq!(six("2001:db8::1").number(), 0x2001_0db8 ^ 1);
+        assert_eq!(six("2001:db8::1").halves(), [0x2001_0db8 << 32, 1]);
+        assert_eq!(Ip4::new([10, 0, 0, 1]).halves(), [0, 0x0a00_0001]);
         assert!(Ip4::new([127, 1, 2, 3]).is_loopback() && !Ip4::new([224, 0, 0, 1]).is_host());
     }
 }

@@ -24,6 +24,7 @@ pub mod hash;
 #[cfg(all(feature = "interleave", not(target_arch = "bpf")))]
 pub mod interleave;
 pub mod jiffies;
+pub mod mark;
 pub mod overload;
 pub mod proto;
 pub mod rate;

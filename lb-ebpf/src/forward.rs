@@ -59,6 +59,7 @@ impl Halt {
             6 => Some(Stage::Open),
             7 => Some(Stage::Overflow),
             8 => Some(Stage::Six),
+            9 => Some(Stage::Mark),
             _ => None,
         }
     }

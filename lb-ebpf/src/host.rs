@@ -19,6 +19,7 @@ use lb_common::{
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
     hash::{Seed, mix},
     jiffies::Jiffies,
+    mark::{self, Marks, Rule, Start},
     reason::Reason,
 };
 use network_types::eth::EthHdr;
@@ -167,6 +168,12 @@ pub struct HostTables {
     pub adjacency: Box<[Adjacency]>,
     /// What the CPU knows of next hops towards clients.
     pub adjacency_cpus: Box<[NextHop]>,
+    /// Which mark rules are in force.
+    pub marks: Box<[Marks]>,
+    /// The mark rules.
+    pub mark_rules: Box<[Rule]>,
+    /// Where pieces of the addresses begin that mark rules are for.
+    pub mark_starts: Box<[Start]>,
     /// The budget of ICMP errors.
     pub limiter: Box<[Limiter]>,
     /// Rates, and what lists take off counters.
@@ -212,6 +219,9 @@ impl HostTables {
             flows6: zeroed(sizes.flow_buckets6),
             adjacency: zeroed(ADJACENCIES),
             adjacency_cpus: zeroed(ADJACENCIES),
+            marks: zeroed(1),
+            mark_rules: zeroed(mark::BANKS * mark::RULES),
+            mark_starts: zeroed(mark::BANKS * mark::FAMILIES * mark::STARTS),
             limiter: zeroed(1),
             estimates: zeroed(sizes.dests + sizes.services + 1),
             counters: zeroed(COUNTERS),
@@ -255,7 +265,13 @@ impl Tables for HostTables {
         self.limiter.first()
     }
 
+    fn marks(&self) -> Option<&Marks> {
+        self.marks.first()
+    }
+
     getters! {
+        mark_rule, mark_rules, Rule;
+        mark_start, mark_starts, Start;
         view, views, View;
         cursor, cursors, Cursor;
         cache, cache, CacheEntry;

@@ -510,6 +510,16 @@ const fn inside_tunnel<I: Wrap>(mtu: u32) -> u32 {
     if mtu > I::MTU_MIN + overhead { mtu - overhead } else { mtu }
 }
 
+/// Whether there may be connections at an end of a quoted packet: it is `known` to be one of a service's or server's, or there
+/// are services of marks, whose ends nobody knows.
+///
+/// Verifier: hidden, or it would follow the rest once for each reason.
+#[inline(always)]
+fn may_be_ours(tables: &impl Tables, known: bool) -> bool {
+    let marks = tables.config().map_or(0, |config| config.marks.load());
+    tables.hide(u64::from(known) | u64::from(marks)) != 0
+}
+
 /// Relays an error about what a service has sent to the server that sent it (`docs/ipvs.md`, section 5.3). `None` when it is
 /// not about that.
 #[inline(always)]
@@ -527,7 +537,8 @@ where
     E: Env,
 {
     let (vaddr, vport) = quoted.source;
-    if !endpoint::find(tables, EndpointOf::<I>::new(vaddr, vport, quoted.protocol)).is_service() {
+    let known = endpoint::find(tables, EndpointOf::<I>::new(vaddr, vport, quoted.protocol));
+    if !may_be_ours(tables, known.is_service()) {
         return None;
     }
     let key = KeyOf::<I>::new(quoted.protocol, quoted.destination, quoted.source);
@@ -565,7 +576,8 @@ where
     E: Env,
 {
     let (server, port) = quoted.destination;
-    if !endpoint::find(tables, EndpointOf::<I>::new(server, port, quoted.protocol)).has(Target::SERVER) {
+    let known = endpoint::find(tables, EndpointOf::<I>::new(server, port, quoted.protocol));
+    if !may_be_ours(tables, known.has(Target::SERVER)) {
         return None;
     }
     // What the server would have answered.

@@ -36,6 +36,7 @@ pub mod icmp;
 #[cfg(target_arch = "bpf")]
 #[expect(unsafe_code, reason = "packet memory and helper calls of the kernel")]
 pub mod kernel;
+pub mod mark;
 pub mod nat;
 pub mod overload;
 pub mod packet;

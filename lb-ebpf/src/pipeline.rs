@@ -16,6 +16,7 @@ use crate::{
     flow_table::{self, Found, Insert, Inserted},
     forward::{self, Exit, Halt},
     icmp::{self, Complaint, Messages},
+    mark::{self, Marked},
     nat::{self, End},
     packet::Packet,
     parse::{self, Ip, Ip4Packet, Ip6Packet, Segment},
@@ -50,6 +51,11 @@ where
     /// [`icmp::answer`].
     fn answer(&self, packet: &mut P, tables: &T, complaint: Complaint) -> Option<Exit> {
         icmp::answer::<I, P>(packet, tables, self, complaint)
+    }
+
+    /// [`mark::service`].
+    fn marked(&self, packet: &P, tables: &T) -> Marked {
+        mark::service::<I, P, T, Self>(packet, tables, self)
     }
 }
 
@@ -86,6 +92,7 @@ where
         Stage::Unusual => unusual::<I, P, T, E>(packet, tables, env),
         Stage::Open => open::<I, P, T, E>(packet, tables, env),
         Stage::Overflow => overflow::<I, P, T, E>(packet, tables, env),
+        Stage::Mark => marked::<I, P, T, E>(packet, tables, env),
         // Not of this family.
         Stage::Six => Err(Reason::Impossible.into()),
     };
@@ -185,7 +192,16 @@ where
     if from.is_service() {
         return Err(Halt::go_on(Stage::Observe));
     }
-    Err(Reason::NotService.into())
+    Err(unless_marked(tables))
+}
+
+/// What becomes of a packet of no service's address and port and of no masqueraded server.
+#[inline(always)]
+fn unless_marked(tables: &impl Tables) -> Halt {
+    match tables.config() {
+        Some(config) if config.marks.load() != 0 => Halt::go_on(Stage::Mark),
+        _ => Reason::NotService.into(),
+    }
 }
 
 /// The settings and the time while a packet is handled.
@@ -277,12 +293,33 @@ where
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let key = request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
-    let Some(found) = flow_table::find(tables, &key, place) else {
-        return Err(Halt::go_on(Stage::Open));
-    };
+    match flow_table::find(tables, &key, place) {
+        Some(found) => to_known_server(packet, tables, env, (ip, segment), &found, now),
+        None => Err(Halt::go_on(Stage::Open)),
+    }
+}
+
+/// A packet of a client on the connection that was found, as far as the way to its destination is known. Its header checksum has
+/// been looked at.
+#[inline(always)]
+fn to_known_server<I, P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    parsed: (&I, Segment),
+    found: &Found<'_, EntryOf<I>>,
+    now: &Now<'_>,
+) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Env,
+{
+    let (ip, segment) = parsed;
     let cpu = tables.dest_cpu(found.dest).ok_or(Reason::Impossible)?;
     if forward::is_known(now.config, cpu, now.clock)
-        && let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now)
+        && let Ok(word) = track::step(tables, found, (segment.flags(), From::Client), now)
     {
         let connection = Connection::of(word, found.dest);
         rewrite_to_server(packet, ip, Some(segment), connection, cpu)?;
@@ -335,7 +372,7 @@ where
     I: Family,
     P: Packet + HandOver,
     T: TablesOf<I::Addr>,
-    E: Env,
+    E: Stages<I, P, T>,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let connection = open_connection::<I, P, T, E>(packet, tables, env, now)?;
@@ -371,10 +408,11 @@ fn join<I: Ip, T: TablesOf<I::Addr>>(
 fn open_connection<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
 where
     I: Family,
-    P: Packet,
+    P: Packet + HandOver,
     T: TablesOf<I::Addr>,
-    E: Env,
+    E: Stages<I, P, T>,
 {
+    let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
     let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let key = &request_key(ip, segment);
@@ -382,8 +420,7 @@ where
     if !segment.opens(now.config.switches.load()) {
         return Err(Halt::go_on(Stage::Overflow));
     }
-    let to = endpoint::find(tables, EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol()));
-    let view = to.view().ok_or(Reason::NotService)?;
+    let view = view_for(tables, marked, ip, segment)?.ok_or(Reason::NotService)?;
     if is_dropped(tables, now.config) {
         return Err(Reason::DropPacket.into());
     }
@@ -434,6 +471,36 @@ fn is_one_packet(tables: &impl Tables, view: u32, segment: Segment) -> bool {
     tables.hide(one_packet) != 0
 }
 
+/// The service of the mark of a packet, if there are services of marks.
+///
+/// Verifier: before the packet is parsed, so that nothing of it takes up stack meanwhile.
+#[inline(always)]
+fn service_of_mark<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Marked
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    if now.config.marks.load() == 0 { Marked::NONE } else { env.marked(packet, tables) }
+}
+
+/// The index of the view in force of the service that a new connection is to: that of the packet's mark, else that of its
+/// destination.
+#[inline(always)]
+fn view_for<I: Ip>(
+    tables: &impl TablesOf<I::Addr>,
+    marked: Marked,
+    ip: &I,
+    segment: Segment,
+) -> Result<Option<u32>, Reason> {
+    if marked != Marked::NONE {
+        return marked.view();
+    }
+    let key = EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol());
+    Ok(endpoint::find(tables, key).view())
+}
+
 /// Whether a packet that would open a connection is one of those that ip_vs's `drop_packet` drops (`docs/ipvs.md`, section
 /// 4.11).
 ///
@@ -469,7 +536,7 @@ where
     I: Family,
     P: Packet + HandOver,
     T: TablesOf<I::Addr>,
-    E: Env,
+    E: Stages<I, P, T>,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let connection = make_room::<I, P, T, E>(packet, tables, env, now)?;
@@ -488,10 +555,11 @@ where
 fn make_room<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
 where
     I: Family,
-    P: Packet,
+    P: Packet + HandOver,
     T: TablesOf<I::Addr>,
-    E: Env,
+    E: Stages<I, P, T>,
 {
+    let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
     let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let key = &request_key(ip, segment);
@@ -502,8 +570,8 @@ where
     if !opens && (is_strange || flow_table::has_room(tables, place, now.clock)) {
         return Err(Reason::NoConnection.into());
     }
-    let to = endpoint::find(tables, EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol()));
-    let view = to.view().ok_or(if opens { Reason::NotService } else { Reason::NoConnection })?;
+    let view = view_for(tables, marked, ip, segment)?;
+    let view = view.ok_or(if opens { Reason::NotService } else { Reason::NoConnection })?;
     let number = match schedule::pick_alike(tables, env, view, Parties::of(key), EntryOf::<I>::common_hash(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
@@ -775,6 +843,46 @@ fn rewrite_to_client<I: Family>(
     count_out(tables, dest, ip.len());
     let hops = if local { 0 } else { 1 };
     nat::translate(packet, ip, Some(segment), End::Source, service, hops).ok_or(Reason::Impossible.into())
+}
+
+/// A packet of no service's address and port and of no masqueraded server, while there are services of marks: one of a
+/// connection to such a service, or one that may open one.
+///
+/// # Errors
+///
+/// [`Reason::NotService`] when it is neither, or else why it does not get where it is to go, or where its path goes on.
+#[inline(always)]
+fn marked<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let key = request_key(ip, segment);
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
+    if let Some(found) = flow_table::find(tables, &key, place) {
+        if !ip.checksum_holds(packet) {
+            return Err(Reason::IpChecksum.into());
+        }
+        let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+        return to_known_server(packet, tables, env, (ip, segment), &found, now);
+    }
+    if let Some((found, key)) = find_masqueraded::<I, T>(tables, ip.source(), ip.destination(), segment) {
+        return established_reply(packet, tables, env, (ip, segment), (&found, &key));
+    }
+    let client = (ip.destination(), segment.destination());
+    let key = KeyOf::<I>::new(segment.protocol(), client, (ip.source(), segment.source()));
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
+    if flow_table::find::<EntryOf<I>>(tables, &key, place).is_some() {
+        return Err(Halt::go_on(Stage::Observe));
+    }
+    if env.marked(packet, tables).view()?.is_none() {
+        return Err(Reason::NotService.into());
+    }
+    if ip.checksum_holds(packet) { Err(Halt::go_on(Stage::Open)) } else { Err(Reason::IpChecksum.into()) }
 }
 
 /// The masqueraded connection between the server that sent `segment` from `server` and `client`.

@@ -8,6 +8,7 @@ use lb_common::{
     addr::Address,
     event::Event,
     hash::Seed,
+    mark,
 };
 
 use crate::{flow_table::Buckets, overload};
@@ -43,6 +44,13 @@ pub trait Tables {
     fn adjacency(&self, index: u32) -> Option<&Adjacency>;
     /// What this CPU knows of a next hop towards clients.
     fn adjacency_cpu(&self, index: u32) -> Option<&NextHop>;
+
+    /// Which mark rules are in force.
+    fn marks(&self) -> Option<&mark::Marks>;
+    /// A mark rule.
+    fn mark_rule(&self, index: u32) -> Option<&mark::Rule>;
+    /// Where a piece of the addresses begins that mark rules are for.
+    fn mark_start(&self, index: u32) -> Option<&mark::Start>;
 
     /// 1 when destination number `number`, which has thresholds, takes no new connections, else 0.
     fn is_overloaded(&self, number: u32) -> u64

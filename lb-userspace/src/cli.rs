@@ -9,6 +9,7 @@ mod failure;
 mod instance;
 mod ipvsadm;
 mod lines;
+mod marks;
 mod output;
 mod realserver;
 mod settings;
@@ -57,6 +58,9 @@ enum Command {
     /// Add, change or remove the destinations (real servers) of a service
     #[command(subcommand)]
     Dest(config::DestCommand),
+    /// Say which packets have which mark, for services of marks (`service add -f N`)
+    #[command(subcommand)]
+    Mark(marks::MarkCommand),
     /// Show services and destinations with weights and connections
     List(output::Form),
     /// Show or end connections
@@ -121,6 +125,7 @@ fn run(instance: &str, command: Command) -> Result<ExitCode, Failure> {
         Command::Status(form) => instance::status(&place()?, form)?,
         Command::Service(command) => command.run(&place()?)?,
         Command::Dest(command) => command.run(&place()?)?,
+        Command::Mark(command) => command.run(&place()?)?,
         Command::List(form) => config::list(&place()?, form)?,
         Command::Conn(command) => command.run(&place()?)?,
         Command::Stats(stats) => stats.run(&place()?)?,

@@ -11,6 +11,7 @@ pub mod change;
 pub mod compile;
 pub mod connections;
 pub mod journal;
+pub mod marks;
 pub mod model;
 pub mod session;
 pub mod settings;

@@ -4,7 +4,7 @@ use std::{io, path::Path, path::PathBuf};
 
 use aya::{EbpfError, maps::MapError, pin::PinError, programs::ProgramError, programs::links::LinkError};
 
-use crate::{control::model::ServiceKey, netlink::Mode};
+use crate::{control::model::Identity, netlink::Mode};
 
 /// Why a command cannot be carried out. Nothing has been changed then, unless the variant says so.
 #[derive(Debug, thiserror::Error)]
@@ -76,7 +76,7 @@ pub enum Error {
     #[error("service {service}: {why}")]
     NoIpv6 {
         /// The service.
-        service: ServiceKey,
+        service: Identity,
         /// Why, and what to do about it.
         why: &'static str,
     },

@@ -309,7 +309,7 @@ impl Pair {
     /// The record and the number of a destination that is configured.
     fn record(&self, key: ServiceKey, server: spec::Server) -> Option<(u32, DestRecord)> {
         let state = Configured::load(&self.world.shared());
-        let slot = state.by_key.get(&product_key(key))?;
+        let slot = state.by_key.get(&product_key(key).into())?;
         let numbers = state.list(*slot).iter();
         numbers
             .map(|number| (*number, state.dests[number]))

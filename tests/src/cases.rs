@@ -16,7 +16,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     change::Change,
-    model::{ServiceKey, Transport},
+    model::{Rule, ServiceKey, Transport},
     settings as settings_of_ip_vs,
 };
 
@@ -32,6 +32,7 @@ mod errors;
 mod foreign;
 mod forwarding;
 mod life;
+mod marks;
 mod settings;
 mod way;
 
@@ -42,7 +43,7 @@ pub fn all() -> Vec<Case> {
 
 /// Every case of a family.
 fn of(family: Family) -> Vec<Case> {
-    [forwarding::cases, way::cases, life::cases, errors::cases, foreign::cases, settings::cases]
+    [forwarding::cases, way::cases, life::cases, errors::cases, foreign::cases, marks::cases, settings::cases]
         .into_iter()
         .flat_map(|cases| cases(family))
         .collect()
@@ -64,6 +65,7 @@ enum Step {
     Change(Plan),
     Set(Setting),
     Setting(&'static str, String),
+    Rules(Vec<Rule>),
     Forwarding(bool),
     Pass(u32),
     YoungSecond,
@@ -93,6 +95,14 @@ impl Step {
             Self::Setting(name, value) => {
                 let setting = settings_of_ip_vs::Setting::named(name).expect("a setting");
                 setting.set(&executor.shared(), value).expect("a value");
+            }
+            Self::Rules(rules) => {
+                let mut rules = rules.clone();
+                for interface in rules.iter_mut().filter_map(|rule| rule.matches.interface.as_mut()) {
+                    let wire = Wire::ALL.into_iter().find(|wire| format!("{wire:?}") == interface.name);
+                    interface.index = executor.ifindex(wire.expect("an interface of the director"));
+                }
+                lb_userspace::control::marks::put_in_force(&executor.shared(), &rules).expect("there is room");
             }
             Self::Forwarding(on) => executor.set_forwarding(*on),
             Self::Pass(seconds) => executor.pass(*seconds),
@@ -157,6 +167,12 @@ impl Case {
     /// Sets one of ip_vs's settings.
     fn setting(mut self, name: &'static str, value: impl ToString) -> Self {
         self.steps.push(Step::Setting(name, value.to_string()));
+        self
+    }
+
+    /// Puts mark rules in the place of all that there are.
+    fn rules(mut self, rules: Vec<Rule>) -> Self {
+        self.steps.push(Step::Rules(rules));
         self
     }
 

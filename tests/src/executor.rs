@@ -14,7 +14,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     change::Change,
-    settings,
+    marks, settings,
     shared::Shared,
     state::{State, dest_address},
 };
@@ -180,6 +180,9 @@ pub trait Executor {
         audit::check(self.flows(), self.flows6(), self.shared().dest_loads)
     }
 
+    /// Index of an interface.
+    fn ifindex(&self, wire: Wire) -> u32;
+
     /// The data plane's clock.
     fn now(&self) -> Jiffies;
 
@@ -224,6 +227,7 @@ pub trait Executor {
     fn reset(&mut self) {
         self.set_forwarding(true);
         self.change(&|change| change.flush());
+        marks::put_in_force(&self.shared(), &[]).expect("no rules are not too many");
         self.end_connections();
         // Late enough for every removed destination to be forgotten.
         self.change_later(1 << 20, &|_| ());

@@ -131,6 +131,9 @@ impl World {
             cursors: &tables.cursors,
             dest_loads: &tables.dest_loads,
             estimates: &tables.estimates,
+            marks: &tables.marks[0],
+            mark_rules: &tables.mark_rules,
+            mark_starts: &tables.mark_starts,
         }
     }
 

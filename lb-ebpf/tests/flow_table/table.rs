@@ -11,6 +11,7 @@ use lb_common::{
     flow::{Bucket, Endpoint, Entry, Entry4, Key as _, Key4, Place, Word},
     hash::Seed,
     jiffies::Jiffies,
+    mark::{Marks, Rule, Start},
     proto::{Method, Protocol},
     tcp, timeout,
 };
@@ -233,6 +234,15 @@ impl<E: Entry> Tables for Table<E> {
         None
     }
     fn adjacency_cpu(&self, _: u32) -> Option<&NextHop> {
+        None
+    }
+    fn marks(&self) -> Option<&Marks> {
+        None
+    }
+    fn mark_rule(&self, _: u32) -> Option<&Rule> {
+        None
+    }
+    fn mark_start(&self, _: u32) -> Option<&Start> {
         None
     }
     fn hide(&self, value: u64) -> u64 {

@@ -1,6 +1,6 @@
 //! `service`, `dest`, `list`: the configuration.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, num::NonZeroU32};
 
 use clap::Subcommand;
 use lb_common::{
@@ -11,7 +11,7 @@ use lb_common::{
 use lb_userspace::{
     control::{
         change::Change,
-        model::{DestSpec, Refusal, ServiceKey, Transport},
+        model::{DestSpec, Family, Identity, MarkKey, Refusal, ServiceKey, Transport},
         session::Session,
     },
     datapath::{
@@ -130,7 +130,7 @@ impl ServiceCommand {
                 Ok(())
             }
         })?;
-        if let Some(key) = added.filter(|key| key.address.is_ipv6()) {
+        if let Some(key) = added.filter(|key| key.family() == Family::Ipv6) {
             let attachments = attach::attachments(place)?;
             if !ipv6::is_taken(attachments.iter().map(|attachment| attachment.interface.as_str())) {
                 complain(&format!("service {key}: no packet will come for it: {}", ipv6::why_not()));
@@ -169,11 +169,28 @@ impl DestCommand {
 }
 
 /// How a destination is set now.
-fn find(change: &Change<'_>, key: ServiceKey, address: SocketAddr) -> Result<DestSpec, Refusal> {
+fn find(change: &Change<'_>, key: Identity, address: SocketAddr) -> Result<DestSpec, Refusal> {
     let services = change.state().configured();
     let service = services.into_iter().find(|service| service.key == key).ok_or(Refusal::NoService(key))?;
     let dest = service.dests.into_iter().find(|dest| dest.address == address);
     dest.map(|dest| dest.spec).ok_or(Refusal::NoDest(key, address))
+}
+
+/// What tells a service apart: protocol and address, or mark and address family.
+#[derive(Serialize)]
+#[serde(untagged)]
+pub(crate) enum Name {
+    Address { protocol: Transport, address: SocketAddr },
+    Mark { mark: NonZeroU32, family: Family },
+}
+
+impl From<Identity> for Name {
+    fn from(identity: Identity) -> Self {
+        match identity {
+            Identity::Address(ServiceKey { protocol, address }) => Self::Address { protocol, address },
+            Identity::Mark(MarkKey { mark, family }) => Self::Mark { mark, family },
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -185,12 +202,12 @@ struct List<'a> {
 
 #[derive(Serialize)]
 struct ListedService {
-    protocol: Transport,
-    address: SocketAddr,
+    #[serde(flatten)]
+    name: Name,
     scheduler: &'static str,
     flags: Vec<&'static str>,
     #[serde(skip)]
-    schedule: String,
+    schedule: [String; 2],
     destinations: Vec<ListedDest>,
 }
 
@@ -231,12 +248,11 @@ pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
             }
         });
         ListedService {
-            protocol: service.key.protocol,
-            address: service.key.address,
+            name: service.key.into(),
             scheduler: service.spec.scheduler.as_str(),
             flags: [service.spec.flag_names(), service.spec.is_one_packet().then_some("ops").into_iter().collect()]
                 .concat(),
-            schedule: service.spec.describe(),
+            schedule: [service.key.to_string(), service.spec.describe()],
             destinations: dests.collect(),
         }
     });
@@ -251,8 +267,8 @@ fn text(list: &List<'_>) -> String {
     let head = format!("Instance {} on {modes}\n", list.instance);
     let heading = ["Service", "Scheduler", "Destination", "Method", "Weight", "Active", "Inactive", "Limits"];
     let mut rows = vec![heading.map(str::to_owned).to_vec()];
-    for ListedService { protocol, address, schedule, destinations, .. } in &list.services {
-        rows.push(vec![format!("{protocol} {address}"), schedule.clone()]);
+    for ListedService { schedule, destinations, .. } in &list.services {
+        rows.push(schedule.to_vec());
         for dest in destinations {
             let ListedDest { address, method, weight, active, inactive, .. } = dest;
             let (address, method) = (address.to_string(), (*method).to_owned());

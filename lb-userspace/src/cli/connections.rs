@@ -71,7 +71,14 @@ fn flush(place: &Place, selection: &Selection) -> Result<(), Failure> {
 /// What the flow tables of a running instance are read with.
 pub(crate) fn reader<'a>(place: &Place, maps: &'a Maps) -> Result<Reader<'a>, Failure> {
     let now = Control::open(place)?.clock()?;
-    Ok(Reader { flows4: &maps.flows4, flows6: &maps.flows6, dests: &maps.dests, now, hz: maps.instance().hz })
+    Ok(Reader {
+        flows4: &maps.flows4,
+        flows6: &maps.flows6,
+        services: &maps.services,
+        dests: &maps.dests,
+        now,
+        hz: maps.instance().hz,
+    })
 }
 
 #[derive(Serialize)]
@@ -97,7 +104,7 @@ fn json<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connectio
     for connection in connections {
         out.text(comma).end()?;
         comma = ",";
-        let Connection { protocol, client, service, destination, state, expires, method } = connection;
+        let Connection { protocol, client, service, destination, state, expires, method, mark } = connection;
         // No word or address has anything that JSON escapes.
         out.text("{\"protocol\":\"").text(protocol.protocol().as_str());
         out.text("\",\"client\":\"").socket(client);
@@ -105,7 +112,11 @@ fn json<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connectio
         out.text("\",\"destination\":\"").socket(destination);
         out.text("\",\"state\":\"").text(state);
         out.text("\",\"expires_ms\":").number(expires);
-        out.text(",\"method\":\"").text(method.as_str()).text("\"}");
+        out.text(",\"method\":\"").text(method.as_str()).text("\"");
+        if let Some(mark) = mark {
+            out.text(",\"mark\":").number(mark.get().into());
+        }
+        out.text("}");
     }
     out.end()?;
     out.text("]}").end()?;
@@ -122,7 +133,7 @@ fn text<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connectio
     }
     out.text("Method").end()?;
     for connection in connections {
-        let Connection { protocol, client, service, destination, state, expires, method } = connection;
+        let Connection { protocol, client, service, destination, state, expires, method, .. } = connection;
         out.text(protocol.protocol().as_str()).cell(protocol_width, GAP);
         out.clock(expires).cell(expires_width, GAP);
         out.text(state).cell(state_width, GAP);
@@ -136,6 +147,8 @@ fn text<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connectio
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
     use lb_common::proto::Method;
     use lb_userspace::control::model::Transport;
     use serde_json::{Value, json};
@@ -151,6 +164,7 @@ mod tests {
             state: "ESTABLISHED",
             expires: 899_900,
             method: Method::Masq,
+            mark: NonZeroU32::new(last.into()).filter(|mark| mark.get() > 1),
         })
     }
 
@@ -164,7 +178,9 @@ mod tests {
         };
         let written = json(Lines::new(Vec::new()), connections())?;
         let found: Value = serde_json::from_slice(&written)?;
-        assert_eq!(found, json!({"connections": [connection("10.1.0.1:54321"), connection("10.1.0.2:54321")]}));
+        let mut marked = connection("10.1.0.2:54321");
+        marked["mark"] = 2.into();
+        assert_eq!(found, json!({"connections": [connection("10.1.0.1:54321"), marked]}));
         assert_eq!(written.iter().filter(|byte| **byte == b'\n').count(), 4);
         let none: Value = serde_json::from_slice(&json(Lines::new(Vec::new()), std::iter::empty())?)?;
         assert_eq!(none, json!({"connections": []}));

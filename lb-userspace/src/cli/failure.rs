@@ -21,6 +21,17 @@ pub(crate) enum Failure {
     /// This host could not be made a real server, or be one no longer.
     #[error(transparent)]
     RealServer(#[from] realserver::Error),
+    /// What it is to read cannot be read.
+    #[error("read standard input: {0}")]
+    Input(std::io::Error),
+    /// What it has read makes no sense.
+    #[error("line {number}: {why}")]
+    Line {
+        /// The number of the line, from 1.
+        number: usize,
+        /// What is wrong.
+        why: String,
+    },
     /// Its answer could not be written.
     #[error("write to standard output: {0}")]
     Output(std::io::Error),

@@ -8,7 +8,7 @@ use lb_common::{
 };
 use lb_userspace::{
     control::{
-        model::{ServiceKey, Transport},
+        model::Identity,
         session::Session,
         shared::Object,
         state::State,
@@ -20,6 +20,7 @@ use lb_userspace::{
 use serde::{Serialize, Serializer};
 
 use crate::cli::{
+    config::Name,
     failure::Failure,
     output::{self, Form},
     words,
@@ -37,26 +38,21 @@ pub(crate) struct Stats {
 
 /// Which service is zeroed.
 #[derive(clap::Args, Clone, Copy, Debug)]
-#[group(multiple = false)]
 pub(crate) struct Zero {
-    /// Only this TCP service and its destinations
-    #[arg(short = 't', long = "tcp-service", value_name = "VIP:PORT", value_parser = words::socket)]
-    tcp: Option<SocketAddr>,
-    /// Only this UDP service and its destinations
-    #[arg(short = 'u', long = "udp-service", value_name = "VIP:PORT", value_parser = words::socket)]
-    udp: Option<SocketAddr>,
+    /// Only this service and its destinations
+    #[command(flatten)]
+    service: words::MaybeServiceWords,
 }
 
 impl Zero {
     /// Lets counters begin at zero.
     pub(crate) fn run(self, place: &Place) -> Result<(), Failure> {
-        let of = |protocol| move |address| ServiceKey { protocol, address };
-        zero(place, self.tcp.map(of(Transport::Tcp)).or(self.udp.map(of(Transport::Udp))))
+        zero(place, self.service.key())
     }
 }
 
 /// Lets the counters of a service begin at zero, or all.
-pub(crate) fn zero(place: &Place, key: Option<ServiceKey>) -> Result<(), Failure> {
+pub(crate) fn zero(place: &Place, key: Option<Identity>) -> Result<(), Failure> {
     let lock = place.lock()?;
     Ok(Session::open(place)?.zero(&lock, key)?)
 }
@@ -79,8 +75,10 @@ struct Amounts<T> {
 
 #[derive(Serialize)]
 struct ServiceAmounts<T> {
-    protocol: Transport,
-    address: SocketAddr,
+    #[serde(flatten)]
+    name: Name,
+    #[serde(skip)]
+    identity: Identity,
     #[serde(flatten)]
     amounts: T,
     destinations: Vec<DestAmounts<T>>,
@@ -130,9 +128,9 @@ impl<T> Amounts<T> {
             for dest in &service.dests {
                 destinations.push(DestAmounts { address: dest.address, amounts: of(Object::Dest(dest.number))? });
             }
-            let ServiceKey { protocol, address } = service.key;
+            let identity = service.key;
             let amounts = of(Object::Service(service.slot))?;
-            services.push(ServiceAmounts { protocol, address, amounts, destinations });
+            services.push(ServiceAmounts { name: identity.into(), identity, amounts, destinations });
         }
         Ok(Self { services, total: of(Object::All)? })
     }
@@ -143,8 +141,8 @@ impl<T> Amounts<T> {
             [name].into_iter().chain(cells(amounts).map(|cell| cell.to_string())).collect::<Vec<_>>()
         };
         let mut rows = vec![heading.map(str::to_owned).to_vec()];
-        for ServiceAmounts { protocol, address, amounts, destinations } in &self.services {
-            rows.push(row(format!("{protocol} {address}"), amounts));
+        for ServiceAmounts { identity, amounts, destinations, .. } in &self.services {
+            rows.push(row(identity.to_string(), amounts));
             rows.extend(destinations.iter().map(|dest| row(format!("  -> {}", dest.address), &dest.amounts)));
         }
         rows.push(row("total".into(), &self.total));

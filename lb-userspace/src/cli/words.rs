@@ -1,6 +1,9 @@
 //! The words that stand for services and destinations on the command line.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+};
 
 use clap::Args;
 use lb_common::{
@@ -11,31 +14,53 @@ use lb_common::{
 use lb_userspace::control::{
     bulk::Selection,
     connections::UDP,
-    model::{Prefix, Refusal, ServiceKey, ServiceSpec, Transport},
+    model::{Family, Identity, MarkKey, Prefix, Refusal, RuleProtocol, ServiceKey, ServiceSpec, Transport},
 };
 
 /// Which service.
 #[derive(Args, Clone, Copy, Debug)]
-#[group(required = true, multiple = false)]
+#[command(group = clap::ArgGroup::new("one").args(["tcp", "udp", "mark"]).required(true))]
 pub(crate) struct ServiceWords {
+    #[command(flatten)]
+    which: MaybeServiceWords,
+}
+
+/// Which service, if one is named.
+#[derive(Args, Clone, Copy, Debug)]
+#[command(group = clap::ArgGroup::new("at_most_one").args(["tcp", "udp", "mark"]))]
+pub(crate) struct MaybeServiceWords {
     /// A TCP service, by address and port (1 to 65535)
     #[arg(short = 't', long = "tcp-service", value_name = "VIP:PORT", value_parser = socket)]
     tcp: Option<SocketAddr>,
     /// A UDP service, by address and port (1 to 65535)
     #[arg(short = 'u', long = "udp-service", value_name = "VIP:PORT", value_parser = socket)]
     udp: Option<SocketAddr>,
+    /// The service of packets with this mark, 1 to 4294967295: see `xdpvs mark`
+    #[arg(short = 'f', long = "fwmark-service", visible_alias = "mark", value_name = "N", value_parser = mark)]
+    mark: Option<NonZeroU32>,
+    /// The service of IPv6 packets with that mark
+    #[arg(short = '6', long, requires = "mark")]
+    ipv6: bool,
 }
 
 impl ServiceWords {
     /// The service.
-    pub(crate) fn key(self) -> ServiceKey {
-        let (protocol, address) = match (self.tcp, self.udp) {
-            (Some(address), _) => (Transport::Tcp, address),
-            (None, Some(address)) => (Transport::Udp, address),
-            (None, None) => unreachable!("clap requires one of the group"),
-        };
-        ServiceKey { protocol, address }
+    pub(crate) fn key(self) -> Identity {
+        self.which.key().unwrap_or_else(|| unreachable!("clap requires one of the group"))
     }
+}
+
+impl MaybeServiceWords {
+    /// The service, if one is named.
+    pub(crate) fn key(self) -> Option<Identity> {
+        let Self { tcp, udp, mark, ipv6 } = self;
+        let of = |protocol| move |address| Identity::from(ServiceKey { protocol, address });
+        tcp.map(of(Transport::Tcp)).or(udp.map(of(Transport::Udp))).or(mark.map(of_mark(ipv6)))
+    }
+}
+
+fn of_mark(ipv6: bool) -> impl Fn(NonZeroU32) -> Identity {
+    move |mark| MarkKey { mark, family: if ipv6 { Family::Ipv6 } else { Family::Ipv4 } }.into()
 }
 
 /// Which destination of which service.
@@ -50,9 +75,9 @@ pub(crate) struct DestWords {
 
 impl DestWords {
     /// The service, and the destination's address.
-    pub(crate) fn keys(self) -> (ServiceKey, SocketAddr) {
+    pub(crate) fn keys(self) -> (Identity, SocketAddr) {
         let key = self.service.key();
-        let port = self.server.port.unwrap_or(key.address.port());
+        let port = self.server.port.unwrap_or(key.port());
         (key, SocketAddr::new(self.server.address, port))
     }
 }
@@ -69,6 +94,15 @@ pub(crate) struct SelectionWords {
     /// Only those to this UDP service
     #[arg(short = 'u', long = "udp-service", group = "of_service", value_name = "VIP:PORT", value_parser = socket)]
     udp: Option<SocketAddr>,
+    /// Only those to the service of this mark
+    #[arg(
+        short = 'f', long = "fwmark-service", visible_alias = "mark", group = "of_service", value_name = "N",
+        value_parser = mark
+    )]
+    mark: Option<NonZeroU32>,
+    /// Only those to the service of IPv6 packets with that mark
+    #[arg(short = '6', long, requires = "mark")]
+    ipv6: bool,
     /// Only those to this destination; with no port, at any
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = host)]
     dest: Option<Host>,
@@ -78,8 +112,9 @@ impl SelectionWords {
     /// What has been said.
     pub(crate) fn selection(self) -> Selection {
         let of = |protocol| move |address| ServiceKey { protocol, address };
+        let key = self.service.or(self.tcp.map(of(Transport::Tcp))).or(self.udp.map(of(Transport::Udp)));
         Selection {
-            service: self.service.or(self.tcp.map(of(Transport::Tcp))).or(self.udp.map(of(Transport::Udp))),
+            service: key.map(Identity::from).or(self.mark.map(of_mark(self.ipv6))),
             dest: self.dest.map(|Host { address, port }| (address, port)),
         }
     }
@@ -196,7 +231,34 @@ fn service(word: &str) -> Result<ServiceKey, String> {
     Ok(ServiceKey { protocol, address: socket(address)? })
 }
 
-fn prefix(word: &str) -> Result<Prefix, String> {
+/// A mark.
+pub(crate) fn mark(word: &str) -> Result<NonZeroU32, String> {
+    word.parse().map_err(|_| "use a number from 1 to 4294967295".into())
+}
+
+/// A port, or a lowest and a highest one.
+pub(crate) fn ports(word: &str) -> Result<(u16, u16), String> {
+    let (low, high) = word.split_once('-').unwrap_or((word, word));
+    let port = |word: &str| word.parse::<u16>().map_err(|_| format!("`{word}` is no port, use 0 to 65535"));
+    let (low, high) = (port(low)?, port(high)?);
+    if low <= high { Ok((low, high)) } else { Err(format!("write {high}-{low}, the lowest port first")) }
+}
+
+/// A protocol that rules ask for, or any.
+pub(crate) fn rule_protocol(word: &str) -> Result<AnyOr, String> {
+    let found = RuleProtocol::ALL.into_iter().find(|protocol| protocol.as_str() == word);
+    match found {
+        None if word != "any" => Err("use tcp, udp, sctp or any".into()),
+        found => Ok(AnyOr(found)),
+    }
+}
+
+/// A protocol, or any.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct AnyOr(pub(crate) Option<RuleProtocol>);
+
+/// Addresses that begin alike.
+pub(crate) fn prefix(word: &str) -> Result<Prefix, String> {
     let (address, length) = word.split_once('/').map_or((word, None), |(address, length)| (address, Some(length)));
     let address: IpAddr = address.parse().map_err(|_| format!("`{address}` is no IP address"))?;
     let longest = if address.is_ipv4() { 32 } else { 128 };
@@ -220,7 +282,7 @@ fn method(word: &str) -> Result<Method, String> {
 }
 
 /// An address and port.
-pub(crate) fn socket(word: &str) -> Result<SocketAddr, String> {
+fn socket(word: &str) -> Result<SocketAddr, String> {
     let Host { address, port } = host(word)?;
     let written = if address.is_ipv4() { "ADDRESS:PORT" } else { "[ADDRESS]:PORT" };
     let port = port.ok_or_else(|| format!("a service has a port, write {written}"))?;
@@ -277,6 +339,17 @@ mod tests {
         assert_eq!(state("time_wait"), Ok("TIME_WAIT"));
         assert_eq!(state("UDP"), Ok("UDP"));
         assert!(state("OPEN").is_err_and(|line| line.ends_with("LISTEN, SYNACK, UDP")));
+    }
+
+    #[test]
+    fn marks_and_ports_of_rules() {
+        assert_eq!(mark("4294967295").map(NonZeroU32::get), Ok(u32::MAX));
+        assert!(["0", "4294967296", "-1", "x"].iter().all(|word| mark(word).is_err()));
+        assert_eq!((ports("80"), ports("0-65535")), (Ok((80, 80)), Ok((0, 65535))));
+        assert_eq!(ports("90-80"), Err("write 80-90, the lowest port first".into()));
+        assert_eq!(ports("80-"), Err("`` is no port, use 0 to 65535".into()));
+        assert!(rule_protocol("any").is_ok_and(|AnyOr(protocol)| protocol.is_none()));
+        assert_eq!(rule_protocol("icmp").err(), Some("use tcp, udp, sctp or any".into()));
     }
 
     #[test]

@@ -15,7 +15,7 @@ use lb_common::{
 
 use crate::{
     control::{
-        model::{Refusal, ServiceKey},
+        model::{Identity, Refusal, ServiceKey},
         session::Session,
         state::{State, dest_address, service_key},
     },
@@ -30,7 +30,7 @@ use crate::{
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Selection {
     /// Only those to this service.
-    pub service: Option<ServiceKey>,
+    pub service: Option<Identity>,
     /// Only those to the destination with this address, at this port or at any.
     pub dest: Option<(IpAddr, Option<u16>)>,
 }
@@ -98,14 +98,14 @@ pub fn insert(
     session.recover(lock)?;
     let state = session.state()?;
     let services = state.configured();
-    let dests: HashMap<(ServiceKey, SocketAddr), u32> = services
+    let dests: HashMap<(Identity, SocketAddr), u32> = services
         .iter()
         .flat_map(|service| service.dests.iter().map(|dest| ((service.key, dest.address), dest.number)))
         .collect();
     let hz = session.maps().instance().hz;
     let mut unknown = 0;
     let records = connections.into_iter().filter_map(|connection| {
-        let dest = dests.get(&(connection.service, connection.destination)).copied();
+        let dest = dests.get(&(connection.service.into(), connection.destination)).copied();
         let record = dest.and_then(|dest| record(&connection, dest, hz));
         unknown += u64::from(record.is_none());
         record

@@ -17,7 +17,7 @@ use crate::{
     control::{
         compile::{self, Compiled},
         journal::{self, Plan},
-        model::{DestSpec, Refusal, ServiceKey, ServiceSpec, Transport},
+        model::{DestSpec, Family, Identity, MarkKey, Refusal, ServiceKey, ServiceSpec, Transport},
         shared::{Counters, Object, Shared},
         state::{State, dest_address, dest_family, service_key, words},
         traffic,
@@ -87,21 +87,28 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When it exists, or cannot be, or there is no room for it.
-    pub fn add_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
-        check_service(key)?;
+    pub fn add_service(&mut self, key: impl Into<Identity>, spec: ServiceSpec) -> Result<(), Refusal> {
+        let key = key.into();
         check_flags(key, spec)?;
-        let (family, addr) = words(key.address.ip());
+        let (family, addr, port_protocol) = match key {
+            Identity::Address(key) => {
+                check_service(key)?;
+                let (family, addr) = words(key.address.ip());
+                let port = u32::from(Port::new(key.address.port()).raw());
+                (family, addr, port | (key.protocol.protocol() as u32) << 16)
+            }
+            Identity::Mark(MarkKey { mark, family }) => (family.number(), [mark.get(), 0, 0, 0], 0),
+        };
         if self.state.by_key.contains_key(&key) {
             return Err(Refusal::ServiceExists(key));
         }
         let slot = self.free_service()?;
         let order = self.next_order();
-        let port = u32::from(Port::new(key.address.port()).raw());
         let record = ServiceRecord {
             state: slot::USED,
             family,
             addr,
-            port_protocol: port | (key.protocol.protocol() as u32) << 16,
+            port_protocol,
             scheduler: spec.scheduler as u32,
             flags: spec.flags,
             // The first view of a slot that was used before must not be the one that packets may still look at.
@@ -124,7 +131,8 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When it does not exist.
-    pub fn edit_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
+    pub fn edit_service(&mut self, key: impl Into<Identity>, spec: ServiceSpec) -> Result<(), Refusal> {
+        let key = key.into();
         let slot = self.service(key)?;
         check_flags(key, spec)?;
         self.catch_up(slot);
@@ -149,7 +157,8 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When it does not exist.
-    pub fn delete_service(&mut self, key: ServiceKey) -> Result<(), Refusal> {
+    pub fn delete_service(&mut self, key: impl Into<Identity>) -> Result<(), Refusal> {
+        let key = key.into();
         let slot = self.service(key)?;
         for number in self.state.lists.remove(&slot).unwrap_or_default() {
             self.remove_dest(number);
@@ -177,7 +186,8 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When there is no such service, when it has the destination, or when the destination cannot be.
-    pub fn add_dest(&mut self, key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+    pub fn add_dest(&mut self, key: impl Into<Identity>, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+        let key = key.into();
         let service = self.service(key)?;
         check_dest(key, address, spec)?;
         if self.find_dest(service, address).is_some() {
@@ -219,7 +229,8 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When there is no such service or destination, or when the destination cannot be.
-    pub fn edit_dest(&mut self, key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+    pub fn edit_dest(&mut self, key: impl Into<Identity>, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+        let key = key.into();
         let service = self.service(key)?;
         check_dest(key, address, spec)?;
         let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
@@ -244,7 +255,8 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When there is no such service or destination.
-    pub fn delete_dest(&mut self, key: ServiceKey, address: SocketAddr) -> Result<(), Refusal> {
+    pub fn delete_dest(&mut self, key: impl Into<Identity>, address: SocketAddr) -> Result<(), Refusal> {
+        let key = key.into();
         let service = self.service(key)?;
         let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
         self.catch_up(service);
@@ -264,7 +276,7 @@ impl<'a> Change<'a> {
     /// # Errors
     ///
     /// When there is no such service, or the kernel does not tell a counter.
-    pub fn zero(&mut self, key: Option<ServiceKey>, counters: &impl Counters) -> Result<(), Commit> {
+    pub fn zero(&mut self, key: Option<Identity>, counters: &impl Counters) -> Result<(), Commit> {
         let slots = match key {
             Some(key) => vec![self.service(key)?],
             None => self.state.by_key.values().copied().collect(),
@@ -308,7 +320,7 @@ impl<'a> Change<'a> {
         compile::compile(&self.shared, &self.state, views)
     }
 
-    fn service(&self, key: ServiceKey) -> Result<u32, Refusal> {
+    fn service(&self, key: Identity) -> Result<u32, Refusal> {
         self.state.by_key.get(&key).copied().ok_or(Refusal::NoService(key))
     }
 
@@ -318,7 +330,7 @@ impl<'a> Change<'a> {
     }
 
     /// A removed destination that this service, or one with the same key before it, had at `address`.
-    fn trashed(&self, key: ServiceKey, address: SocketAddr) -> Option<u32> {
+    fn trashed(&self, key: Identity, address: SocketAddr) -> Option<u32> {
         let had_key = |slot: &u32| self.state.services.get(slot).is_some_and(|service| service_key(service) == key);
         let is_it =
             |dest: &DestRecord| dest.state == slot::REMOVED && dest_address(dest) == address && had_key(&dest.service);
@@ -474,25 +486,32 @@ fn check_service(key: ServiceKey) -> Result<(), Refusal> {
     }
 }
 
-fn check_flags(key: ServiceKey, spec: ServiceSpec) -> Result<(), Refusal> {
-    let one_packet = spec.is_one_packet() && key.protocol != Transport::Udp;
-    if one_packet { Err(Refusal::OnePacket(key)) } else { Ok(()) }
+fn check_flags(key: Identity, spec: ServiceSpec) -> Result<(), Refusal> {
+    match key {
+        Identity::Address(key) if spec.is_one_packet() && key.protocol != Transport::Udp => {
+            Err(Refusal::OnePacket(key))
+        }
+        // Of the packets with a mark, those of UDP are meant.
+        _ => Ok(()),
+    }
 }
 
-fn check_dest(key: ServiceKey, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+fn check_dest(key: Identity, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
     let unicast = match address.ip() {
         IpAddr::V4(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast()),
         IpAddr::V6(ip) => is_routed_unicast(ip),
     };
-    if address.is_ipv4() != key.address.is_ipv4() {
+    if Family::of(address.ip()) != key.family() {
         return Err(Refusal::Families { service: key, dest: address });
     }
     if !unicast {
         return Err(Refusal::NotUnicast(address));
     }
-    let port = key.address.port();
-    if spec.method != Method::Masq && address.port() != port {
-        return Err(Refusal::PortMapping { address, method: spec.method, port });
+    if let Identity::Address(ServiceKey { address: service, .. }) = key
+        && spec.method != Method::Masq
+        && address.port() != service.port()
+    {
+        return Err(Refusal::PortMapping { address, method: spec.method, port: service.port() });
     }
     if spec.weight > i32::MAX as u32 {
         return Err(Refusal::Weight(spec.weight.into()));

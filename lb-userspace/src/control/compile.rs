@@ -16,7 +16,7 @@ use lb_common::{
 use crate::control::{
     model::Refusal,
     shared::Shared,
-    state::{State, dest_family, service_key},
+    state::{State, dest_family, service_key, service_mark},
 };
 
 /// What is to be written for a change, beside what packets read now.
@@ -24,6 +24,8 @@ pub struct Compiled {
     views: Vec<CompiledView>,
     endpoints4: Vec<EndpointEdit<EndpointKey4>>,
     endpoints6: Vec<EndpointEdit<EndpointKey6>>,
+    /// Whether there may be connections to services of marks.
+    marks: bool,
 }
 
 struct CompiledView {
@@ -72,7 +74,8 @@ pub fn compile(shared: &Shared<'_>, state: &State, services: impl Iterator<Item 
     let endpoints6 = edits(shared.endpoints6, &seed, &targets::<Ip6>(state))?;
     let mut room = Room::new(shared);
     let views = services.map(|slot| compile_view(state, slot, &mut room)).collect::<Result<_, _>>()?;
-    Ok(Compiled { views, endpoints4, endpoints6 })
+    let marks = state.services.values().any(|record| service_mark(record).is_some());
+    Ok(Compiled { views, endpoints4, endpoints6, marks })
 }
 
 impl Compiled {
@@ -83,6 +86,7 @@ impl Compiled {
         }
         write(&self.endpoints4, shared.endpoints4);
         write(&self.endpoints6, shared.endpoints6);
+        shared.config.marks.store(self.marks.into());
     }
 }
 
@@ -272,6 +276,12 @@ fn targets<A: Address>(state: &State) -> HashMap<A::Endpoint, Target> {
     let mut wanted: HashMap<A::Endpoint, Target> = HashMap::new();
     let mut add = |key: A::Endpoint, flags: u64| wanted.entry(key).or_default().0 |= flags;
     for record in state.services.values().filter(|record| record.family == A::FAMILY) {
+        if let Some(mark) = service_mark(record) {
+            if record.state == slot::USED {
+                add(A::Endpoint::mark(mark.get()), Target::default().with_view(record.view).0);
+            }
+            continue;
+        }
         let addr = A::from_words(record.addr);
         let key = A::Endpoint::new(addr, port(record.port_protocol), protocol(record));
         add(A::Endpoint::address(addr), Target::ADDRESS);
@@ -285,8 +295,16 @@ fn targets<A: Address>(state: &State) -> HashMap<A::Endpoint, Target> {
     for record in state.dests.values().filter(masqueraded) {
         let Some(service) = state.services.get(&record.service) else { continue };
         let own = port(record.port_method);
-        let port = if own == Port::default() { port(service.port_protocol) } else { own };
-        add(A::Endpoint::new(A::from_words(record.addr), port, protocol(service)), Target::SERVER);
+        let addr = A::from_words(record.addr);
+        if service_mark(service).is_none() {
+            let port = if own == Port::default() { port(service.port_protocol) } else { own };
+            add(A::Endpoint::new(addr, port, protocol(service)), Target::SERVER);
+        } else if own != Port::default() {
+            // At any port when it is that of the connection: its packets are found by their connections alone.
+            for protocol in Protocol::ALL {
+                add(A::Endpoint::new(addr, own, *protocol), Target::SERVER);
+            }
+        }
     }
     wanted
 }
@@ -296,7 +314,7 @@ fn port(word: u32) -> Port {
 }
 
 fn protocol(record: &ServiceRecord) -> Protocol {
-    service_key(record).protocol.protocol()
+    Protocol::try_from((record.port_protocol >> 16) as u8).unwrap_or(Protocol::Tcp)
 }
 
 /// The edits that make an endpoint table hold `wanted` and nothing else. New and changed endpoints come first, so that

@@ -1,9 +1,9 @@
 //! The connections in the flow table, as people see them.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, num::NonZeroU32};
 
 use lb_common::{
-    abi::{Dest, Record as _},
+    abi::{Dest, Record as _, Service},
     addr::{Address, Port},
     flow::{Bucket, Bucket4, Bucket6, Entry, Key as _, Word},
     jiffies::Jiffies,
@@ -13,8 +13,8 @@ use lb_common::{
 
 use crate::control::{
     bulk::Selection,
-    model::{Prefix, Transport},
-    state::{dest_family, ip},
+    model::{Family, Identity, Prefix, Transport},
+    state::{dest_family, ip, service_mark},
 };
 
 /// How often an entry that is being given to another connection is read again.
@@ -37,6 +37,8 @@ pub struct Connection {
     pub expires: u64,
     /// How packets reach the destination.
     pub method: Method,
+    /// The mark that its service is for, if it is the service of a mark.
+    pub mark: Option<NonZeroU32>,
 }
 
 /// Which connections are wanted: those that all of this is true of.
@@ -54,8 +56,12 @@ impl Filter {
     /// Whether `connection` is one of them.
     pub fn takes(&self, connection: &Connection) -> bool {
         let Self { selection: Selection { service, dest }, client, state } = self;
-        let Connection { protocol, service: address, destination, .. } = connection;
-        service.is_none_or(|key| (key.protocol, key.address) == (*protocol, *address))
+        let Connection { protocol, service: address, destination, mark, .. } = connection;
+        let is_to = |service| match service {
+            Identity::Address(key) => (key.protocol, key.address) == (*protocol, *address),
+            Identity::Mark(key) => (Some(key.mark), key.family) == (*mark, Family::of(address.ip())),
+        };
+        service.is_none_or(is_to)
             && dest
                 .is_none_or(|(ip, port)| ip == destination.ip() && port.is_none_or(|port| port == destination.port()))
             && client.is_none_or(|client| client.contains(connection.client.ip()))
@@ -70,6 +76,8 @@ pub struct Reader<'a> {
     pub flows4: &'a [Bucket4],
     /// The IPv6 flow table.
     pub flows6: &'a [Bucket6],
+    /// The services.
+    pub services: &'a [Service],
     /// The destinations.
     pub dests: &'a [Dest],
     /// The data plane's clock.
@@ -107,6 +115,8 @@ impl<'a> Reader<'a> {
                 return None;
             }
             let record = record?;
+            // So does a service as long as it has destinations.
+            let service = self.services.get(record.service as usize).map(Service::load);
             let port = word.port(Port::from_raw(record.port_method as u16), key.vport());
             return Some(Connection {
                 protocol: word.protocol().into(),
@@ -117,6 +127,7 @@ impl<'a> Reader<'a> {
                 expires: u64::from(word.expires().since(self.now).max(0).cast_unsigned()) * 1000
                     / u64::from(self.hz.max(1)),
                 method: Method::try_from(word.method()).unwrap_or(Method::Route),
+                mark: service.as_ref().and_then(service_mark),
             });
         }
         // So short-lived that it is as good as over.
@@ -144,13 +155,13 @@ mod tests {
 
     use bytemuck::Zeroable as _;
     use lb_common::{
-        abi::{DestRecord, slot},
+        abi::{DestRecord, ServiceRecord, slot},
         addr::Ip4,
         flow::{Key4, flag},
     };
 
     use super::*;
-    use crate::control::model::ServiceKey;
+    use crate::control::model::{MarkKey, ServiceKey};
 
     const NOW: Jiffies = Jiffies(u32::MAX - 100);
 
@@ -164,6 +175,11 @@ mod tests {
     }
 
     fn read(bucket: Bucket4) -> Vec<Connection> {
+        read_of(bucket, (Protocol::Tcp as u32) << 16)
+    }
+
+    /// The connections in a bucket, with a service that has this for its port and protocol.
+    fn read_of(bucket: Bucket4, port_protocol: u32) -> Vec<Connection> {
         let dest = Dest::zeroed();
         let record = DestRecord {
             addr: [Ip4::new([10, 2, 0, 11]).raw(), 0, 0, 0],
@@ -172,7 +188,10 @@ mod tests {
             ..DestRecord::zeroed()
         };
         dest.store(&record);
-        Reader { flows4: &[bucket], flows6: &[], dests: &[dest], now: NOW, hz: 250 }.connections().collect()
+        let service = Service::zeroed();
+        service.store(&ServiceRecord { addr: [7, 0, 0, 0], port_protocol, ..ServiceRecord::zeroed() });
+        let reader = Reader { flows4: &[bucket], flows6: &[], services: &[service], dests: &[dest], now: NOW, hz: 250 };
+        reader.connections().collect()
     }
 
     fn live(state: tcp::State, flags: u64, expires: Jiffies) -> Word {
@@ -192,6 +211,7 @@ mod tests {
                 state: "ESTABLISHED",
                 expires: 900_000,
                 method: Method::Masq,
+                mark: None,
             }]
         );
         let at_service_port = read(entry(live(tcp::State::SynRecv, flag::SERVICE_PORT, NOW)));
@@ -202,13 +222,14 @@ mod tests {
     #[test]
     fn a_connection_is_taken_if_all_is_true_of_it() {
         let [connection] = read(entry(live(tcp::State::Established, 0, NOW)))[..] else { panic!("one connection") };
-        let service = |port| Some(ServiceKey { protocol: Transport::Tcp, address: ([10, 9, 9, 9], port).into() });
+        let key = |protocol, port| Some(ServiceKey { protocol, address: ([10, 9, 9, 9], port).into() }.into());
+        let service = |port| key(Transport::Tcp, port);
         let dest = |last, port| Some((Ipv4Addr::new(10, 2, 0, last).into(), port));
         let client = |length| Prefix::new([10, 1, 255, 255].into(), length);
         let selected = |service, dest| Filter { selection: Selection { service, dest }, ..Filter::default() };
         let whole =
             Filter { client: client(16), state: Some("ESTABLISHED"), ..selected(service(80), dest(11, Some(8080))) };
-        let udp = service(80).map(|key| ServiceKey { protocol: Transport::Udp, ..key });
+        let udp = key(Transport::Udp, 80);
         for (filter, taken) in [
             (Filter::default(), true),
             (whole, true),
@@ -223,6 +244,20 @@ mod tests {
         ] {
             assert_eq!(filter.takes(&connection), taken, "{filter:?}");
         }
+    }
+
+    #[test]
+    fn a_connection_to_the_service_of_a_mark_has_the_mark() {
+        let [connection] = read_of(entry(live(tcp::State::Established, 0, NOW)), 0)[..] else {
+            panic!("one connection")
+        };
+        assert_eq!(connection.mark.map(NonZeroU32::get), Some(7));
+        let of = |mark, family| {
+            let service = NonZeroU32::new(mark).map(|mark| MarkKey { mark, family }.into());
+            Filter { selection: Selection { service, dest: None }, ..Filter::default() }
+        };
+        assert!(of(7, Family::Ipv4).takes(&connection));
+        assert!(!of(7, Family::Ipv6).takes(&connection) && !of(8, Family::Ipv4).takes(&connection));
     }
 
     #[test]

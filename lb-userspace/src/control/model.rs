@@ -3,16 +3,115 @@
 use std::{
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    num::NonZeroU32,
 };
 
 use lb_common::{
+    addr::{Address as _, Ip4, Ip6},
     overload::Thresholds,
     proto::{Method, Protocol, Scheduler, sched_flag, service_flag},
 };
 
 use crate::control::settings::Value;
 
-/// What tells services apart (`docs/ipvs.md`, section 1.1).
+/// What tells services apart (`docs/ipvs.md`, section 1.1), in the order of lists.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub enum Identity {
+    /// Packets to this address and port.
+    Address(ServiceKey),
+    /// Packets with this mark.
+    Mark(MarkKey),
+}
+
+impl Identity {
+    /// The address family of its packets.
+    pub const fn family(self) -> Family {
+        match self {
+            Self::Address(key) => Family::of(key.address.ip()),
+            Self::Mark(key) => key.family,
+        }
+    }
+
+    /// The port of destinations that none is given for: 0, which is that of the connection, for marks.
+    pub const fn port(self) -> u16 {
+        match self {
+            Self::Address(key) => key.address.port(),
+            Self::Mark(_) => 0,
+        }
+    }
+}
+
+impl From<ServiceKey> for Identity {
+    fn from(key: ServiceKey) -> Self {
+        Self::Address(key)
+    }
+}
+
+impl From<MarkKey> for Identity {
+    fn from(key: MarkKey) -> Self {
+        Self::Mark(key)
+    }
+}
+
+impl fmt::Display for Identity {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Address(key) => key.fmt(f),
+            Self::Mark(MarkKey { mark, family: Family::Ipv4 }) => write!(f, "mark {mark}"),
+            Self::Mark(MarkKey { mark, family: Family::Ipv6 }) => write!(f, "mark {mark} IPv6"),
+        }
+    }
+}
+
+/// The service of the packets of an address family that have a mark.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
+pub struct MarkKey {
+    /// The mark.
+    pub mark: NonZeroU32,
+    /// The address family.
+    pub family: Family,
+}
+
+/// An address family.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Family {
+    /// IPv4.
+    Ipv4,
+    /// IPv6.
+    Ipv6,
+}
+
+impl Family {
+    /// That of an address.
+    pub const fn of(address: IpAddr) -> Self {
+        if address.is_ipv4() { Self::Ipv4 } else { Self::Ipv6 }
+    }
+
+    /// The kernel's number of it.
+    pub const fn number(self) -> u32 {
+        match self {
+            Self::Ipv4 => Ip4::FAMILY,
+            Self::Ipv6 => Ip6::FAMILY,
+        }
+    }
+
+    /// The family with this number; IPv4 for any that is none.
+    pub const fn from_number(number: u32) -> Self {
+        if number == Ip6::FAMILY { Self::Ipv6 } else { Self::Ipv4 }
+    }
+}
+
+impl fmt::Display for Family {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Ipv4 => "IPv4",
+            Self::Ipv6 => "IPv6",
+        })
+    }
+}
+
+/// What tells services of addresses and ports apart.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug)]
 pub struct ServiceKey {
     /// Transport protocol.
@@ -78,6 +177,21 @@ impl Prefix {
         (length <= longest).then(|| Self { address: Self::cut(address, length), length })
     }
 
+    /// Their address family.
+    pub const fn family(self) -> Family {
+        Family::of(self.address)
+    }
+
+    /// The first of them.
+    pub const fn address(self) -> IpAddr {
+        self.address
+    }
+
+    /// In how many bits they begin alike.
+    pub const fn length(self) -> u8 {
+        self.length
+    }
+
     /// Whether `address` is one of them.
     pub fn contains(&self, address: IpAddr) -> bool {
         address.is_ipv4() == self.address.is_ipv4() && Self::cut(address, self.length) == self.address
@@ -96,6 +210,95 @@ impl Prefix {
                 Ipv6Addr::from_bits(address.to_bits() & mask).into()
             }
         }
+    }
+}
+
+impl fmt::Display for Prefix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.address, self.length)
+    }
+}
+
+/// A rule that gives packets a mark.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Rule {
+    /// The mark.
+    pub mark: NonZeroU32,
+    /// Which packets.
+    pub matches: Match,
+}
+
+/// Which packets a rule is for: those that all of this is true of.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Match {
+    /// The protocol, or any.
+    pub protocol: Option<RuleProtocol>,
+    /// What the destination address begins like.
+    pub destination: Prefix,
+    /// The lowest and the highest destination port.
+    pub ports: (u16, u16),
+    /// What the source address begins like.
+    pub source: Option<Prefix>,
+    /// Which interface they come in by.
+    pub interface: Option<RuleInterface>,
+}
+
+/// Every port.
+pub const ANY_PORT: (u16, u16) = (0, u16::MAX);
+
+/// A protocol that rules can ask for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum RuleProtocol {
+    /// TCP.
+    Tcp = 6,
+    /// UDP.
+    Udp = 17,
+    /// SCTP.
+    Sctp = 132,
+}
+
+impl RuleProtocol {
+    /// Every one.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// Its name.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::Sctp => "sctp",
+        }
+    }
+}
+
+/// An interface as a rule knows it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RuleInterface {
+    /// Its index.
+    pub index: u32,
+    /// The name that it had when the rule was added: up to 15 bytes.
+    pub name: String,
+}
+
+/// In the words that say it to `xdpvs mark add`.
+impl fmt::Display for Match {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let protocol = self.protocol.map_or("any", RuleProtocol::as_str);
+        let (low, high) = self.ports;
+        write!(f, "--proto {protocol} --dst {} --dport ", self.destination)?;
+        if low == high {
+            write!(f, "{low}")?
+        } else {
+            write!(f, "{low}-{high}")?
+        }
+        if let Some(source) = self.source {
+            write!(f, " --src {source}")?;
+        }
+        if let Some(RuleInterface { name, .. }) = &self.interface {
+            write!(f, " --iface {name}")?;
+        }
+        Ok(())
     }
 }
 
@@ -145,7 +348,7 @@ pub struct DestSpec {
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     /// What it is.
-    pub key: ServiceKey,
+    pub key: Identity,
     /// How it is set.
     pub spec: ServiceSpec,
     /// Its slot.
@@ -170,16 +373,16 @@ pub struct Dest {
 pub enum Refusal {
     /// The service exists.
     #[error("service {0} exists already: use `xdpvs service edit` to change it")]
-    ServiceExists(ServiceKey),
+    ServiceExists(Identity),
     /// The service does not exist.
     #[error("no service {0}: see `xdpvs list`")]
-    NoService(ServiceKey),
+    NoService(Identity),
     /// The destination exists.
     #[error("service {0} has destination {1} already: use `xdpvs dest edit` to change it")]
-    DestExists(ServiceKey, SocketAddr),
+    DestExists(Identity, SocketAddr),
     /// The destination does not exist.
     #[error("service {0} has no destination {1}: see `xdpvs list`")]
-    NoDest(ServiceKey, SocketAddr),
+    NoDest(Identity, SocketAddr),
     /// No service has or had such a destination.
     #[error("no destination {}: see `xdpvs conn list`", host(.0, *.1))]
     NoSuchDest(IpAddr, Option<u16>),
@@ -190,10 +393,10 @@ pub enum Refusal {
     #[error("service {0}: use a unicast address that is not link-local")]
     NotServed(ServiceKey),
     /// IPv4 and IPv6 do not mix.
-    #[error("destination {dest}: service {service} is {}, and so must its destinations be", family(.service))]
+    #[error("destination {dest}: service {service} is {}, and so must its destinations be", .service.family())]
     Families {
         /// The service.
-        service: ServiceKey,
+        service: Identity,
         /// The destination.
         dest: SocketAddr,
     },
@@ -265,7 +468,7 @@ pub enum Refusal {
     },
     /// No room for lists and rings.
     #[error("no room for the schedule of service {0}: use weights with a common divisor")]
-    NoSlots(ServiceKey),
+    NoSlots(Identity),
     /// A flag of another scheduler.
     #[error("scheduler {scheduler} has no flag `{name}`: leave it out")]
     SchedFlag {
@@ -276,7 +479,19 @@ pub enum Refusal {
     },
     /// More destinations than a Maglev table has slots.
     #[error("service {0}: mh and wdh are for at most 4093 destinations: use sh, or another service")]
-    MhDests(ServiceKey),
+    MhDests(Identity),
+    /// The mark has the rule, or another mark has it.
+    #[error("mark rule {0} exists already, for mark {1}: `xdpvs mark del` it first")]
+    RuleExists(Box<Match>, NonZeroU32),
+    /// There is no such rule.
+    #[error("no mark rule {0} for mark {1}: see `xdpvs mark list`")]
+    NoRule(Box<Match>, NonZeroU32),
+    /// Both prefixes of a rule are of one family.
+    #[error("mark rule {0}: source and destination are of one address family")]
+    RuleFamilies(Box<Match>),
+    /// Too many rules.
+    #[error("an instance has room for {0} mark rules: give one rule a wider prefix or port range instead of several")]
+    RulesFull(usize),
     /// No room in the endpoint table.
     #[error("no room for another address and port: `xdpvs down`, then `xdpvs up` with a higher --max-dests")]
     NoEndpoints,
@@ -284,10 +499,6 @@ pub enum Refusal {
 
 fn not_one(address: &SocketAddr) -> &'static str {
     if address.is_ipv6() { "use a unicast address that is not link-local" } else { "not the address of one host" }
-}
-
-fn family(key: &ServiceKey) -> &'static str {
-    if key.address.is_ipv4() { "IPv4" } else { "IPv6" }
 }
 
 fn host(address: &IpAddr, port: Option<u16>) -> String {

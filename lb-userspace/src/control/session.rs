@@ -10,8 +10,8 @@ use lb_common::abi::{DestCpuRecord, switch};
 use crate::{
     control::{
         change::{Change, Commit},
-        journal,
-        model::ServiceKey,
+        journal, marks,
+        model::{Identity, Refusal, Rule},
         shared::Counters,
         state::State,
     },
@@ -101,6 +101,21 @@ impl Session {
         self.change_under(&lock, plan)
     }
 
+    /// Changes the mark rules, all of them or none.
+    ///
+    /// # Errors
+    ///
+    /// What `plan` fails with, or why the rules cannot be put in force; nothing has changed then.
+    pub fn change_marks<E>(&mut self, _: &Lock, plan: impl FnOnce(&mut Vec<Rule>) -> Result<(), E>) -> Result<(), E>
+    where
+        E: From<Refusal>,
+    {
+        let shared = self.maps.shared();
+        let mut rules = marks::load(&shared);
+        plan(&mut rules)?;
+        Ok(marks::put_in_force(&shared, &rules)?)
+    }
+
     /// [`Session::change`] for a caller that holds the lock.
     ///
     /// # Errors
@@ -130,7 +145,7 @@ impl Session {
     /// # Errors
     ///
     /// Those of [`Change::zero`] and [`Change::commit`].
-    pub fn zero(&mut self, lock: &Lock, key: Option<ServiceKey>) -> Result<(), Commit> {
+    pub fn zero(&mut self, lock: &Lock, key: Option<Identity>) -> Result<(), Commit> {
         self.recover(lock)?;
         let mut change = Change::begin(self.maps.shared(), &self.counters, seconds_since_boot())?;
         change.zero(key, &self.counters)?;

@@ -1,15 +1,18 @@
 //! The maps of an instance that the control plane reads and writes, wherever their memory is.
 
-use lb_common::abi::{
-    Config, Cursor, Dest, DestLoad, EndpointBucket4, EndpointBucket6, Estimate, Instance, JournalSlot, Service, Slot,
-    View,
+use lb_common::{
+    abi::{
+        Config, Cursor, Dest, DestLoad, EndpointBucket4, EndpointBucket6, Estimate, Instance, JournalSlot, Service,
+        Slot, View,
+    },
+    mark::{Marks, Rule, Start},
 };
 
 use crate::{datapath::open::Maps, error::Error};
 
 /// The maps of an instance. In production their memory is the kernel's, in tests it is the host's.
 #[derive(Clone, Copy)]
-#[expect(missing_docs, reason = "the values of each are described in lb_common::abi")]
+#[expect(missing_docs, reason = "the values of each are described in lb_common::abi and lb_common::mark")]
 pub struct Shared<'a> {
     pub instance: &'a Instance,
     pub config: &'a Config,
@@ -22,6 +25,9 @@ pub struct Shared<'a> {
     pub slots: &'a [Slot],
     pub cursors: &'a [Cursor],
     pub dest_loads: &'a [DestLoad],
+    pub marks: &'a Marks,
+    pub mark_rules: &'a [Rule],
+    pub mark_starts: &'a [Start],
     pub estimates: &'a [Estimate],
 }
 
@@ -69,6 +75,9 @@ impl Maps {
             cursors: &self.cursors,
             dest_loads: &self.dest_loads,
             estimates: &self.estimates,
+            marks: &self.marks[0],
+            mark_rules: &self.mark_rules,
+            mark_starts: &self.mark_starts,
         }
     }
 }

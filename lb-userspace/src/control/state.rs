@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, HashMap},
     net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
 };
 
 use lb_common::{
@@ -13,7 +14,7 @@ use lb_common::{
 };
 
 use crate::control::{
-    model::{Dest, DestSpec, Service, ServiceKey, ServiceSpec},
+    model::{Dest, DestSpec, Family, Identity, MarkKey, Service, ServiceKey, ServiceSpec},
     shared::Shared,
 };
 
@@ -25,7 +26,7 @@ pub struct State {
     /// Destinations that are configured or have connections left.
     pub dests: BTreeMap<u32, DestRecord>,
     /// Configured services.
-    pub by_key: HashMap<ServiceKey, u32>,
+    pub by_key: HashMap<Identity, u32>,
     /// Configured destinations by slot of their service, newest first.
     pub lists: HashMap<u32, Vec<u32>>,
     /// See [`lb_common::abi::Instance::next_order`].
@@ -111,9 +112,18 @@ impl State {
 }
 
 /// What tells a service apart from others.
-pub fn service_key(record: &ServiceRecord) -> ServiceKey {
+pub fn service_key(record: &ServiceRecord) -> Identity {
+    if let Some(mark) = service_mark(record) {
+        return MarkKey { mark, family: Family::from_number(record.family) }.into();
+    }
     let protocol = Protocol::try_from((record.port_protocol >> 16) as u8).unwrap_or(Protocol::Tcp);
-    ServiceKey { protocol: protocol.into(), address: socket_address(record.family, record.addr, record.port_protocol) }
+    let address = socket_address(record.family, record.addr, record.port_protocol);
+    ServiceKey { protocol: protocol.into(), address }.into()
+}
+
+/// The mark of the packets of a service, if it is one of a mark.
+pub fn service_mark(record: &ServiceRecord) -> Option<NonZeroU32> {
+    if record.port_protocol >> 16 == 0 { NonZeroU32::new(record.addr[0]) } else { None }
 }
 
 /// The address and port of a destination.

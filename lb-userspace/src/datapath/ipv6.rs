@@ -2,7 +2,11 @@
 
 use std::{fs, path::Path};
 
-use crate::{control::model::ServiceKey, datapath::forwarding, error::Error};
+use crate::{
+    control::model::{Family, Identity},
+    datapath::forwarding,
+    error::Error,
+};
 
 /// Whether one of the interfaces with these names takes IPv6 packets, as far as the kernel's settings say.
 pub fn is_taken<'n>(mut interfaces: impl Iterator<Item = &'n str>) -> bool {
@@ -26,8 +30,8 @@ pub fn why_not() -> &'static str {
 /// # Errors
 ///
 /// [`Error::NoIpv6`].
-pub fn check(key: ServiceKey) -> Result<(), Error> {
-    if key.address.is_ipv4() || forwarding::has_ipv6() {
+pub fn check(key: Identity) -> Result<(), Error> {
+    if key.family() == Family::Ipv4 || forwarding::has_ipv6() {
         return Ok(());
     }
     Err(Error::NoIpv6 { service: key, why: why_not() })

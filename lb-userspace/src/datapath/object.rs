@@ -22,7 +22,10 @@ pub mod program {
 pub const STAGES: &str = "STAGES";
 
 /// Names of maps in [`DIRECTOR`] that an instance has once, and of their pins.
-#[expect(missing_docs, reason = "the values of each are described in lb_common::abi and lb_common::flow")]
+#[expect(
+    missing_docs,
+    reason = "the values of each are described in lb_common::abi, lb_common::flow and lb_common::mark"
+)]
 pub mod map {
     pub const INSTANCE: &str = "INSTANCE";
     pub const CONFIG: &str = "CONFIG";
@@ -41,6 +44,9 @@ pub mod map {
     pub const FLOWS6: &str = "FLOWS6";
     pub const ADJACENCY: &str = "ADJACENCY";
     pub const ADJACENCY_CPUS: &str = "ADJACENCY_CPUS";
+    pub const MARKS: &str = "MARKS";
+    pub const MARK_RULES: &str = "MARK_RULES";
+    pub const MARK_STARTS: &str = "MARK_STARTS";
     pub const LIMITER: &str = "LIMITER";
     pub const REASONS: &str = "REASONS";
     pub const AGEING: &str = "AGEING";
@@ -48,7 +54,7 @@ pub mod map {
     pub const ESTIMATES: &str = "ESTIMATES";
 
     /// Every map that is pinned.
-    pub const ALL: [&str; 22] = [
+    pub const ALL: [&str; 25] = [
         INSTANCE,
         CONFIG,
         JOURNAL,
@@ -66,6 +72,9 @@ pub mod map {
         FLOWS6,
         ADJACENCY,
         ADJACENCY_CPUS,
+        MARKS,
+        MARK_RULES,
+        MARK_STARTS,
         LIMITER,
         REASONS,
         AGEING,

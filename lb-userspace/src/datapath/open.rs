@@ -9,6 +9,7 @@ use lb_common::{
         Instance, InstanceRecord, JournalSlot, Record as _, Service, Slot, View,
     },
     flow::{Bucket4, Bucket6},
+    mark::{Marks, Rule, Start},
 };
 
 use crate::{
@@ -46,6 +47,12 @@ pub struct Maps {
     pub dest_loads: Mapped<DestLoad>,
     /// Rates, and what lists take off counters.
     pub estimates: Mapped<Estimate>,
+    /// Which mark rules are in force.
+    pub marks: Mapped<Marks>,
+    /// The mark rules.
+    pub mark_rules: Mapped<Rule>,
+    /// Where pieces of the addresses begin that mark rules are for.
+    pub mark_starts: Mapped<Start>,
     /// The IPv4 flow table.
     pub flows4: Mapped<Bucket4>,
     /// The IPv6 flow table.
@@ -83,6 +90,9 @@ impl Maps {
             cursors: mapped(directory, map::CURSORS, access)?,
             dest_loads: mapped(directory, map::DEST_LOADS, access)?,
             estimates: mapped(directory, map::ESTIMATES, access)?,
+            marks: mapped(directory, map::MARKS, access)?,
+            mark_rules: mapped(directory, map::MARK_RULES, access)?,
+            mark_starts: mapped(directory, map::MARK_STARTS, access)?,
             flows4: mapped(directory, map::FLOWS4, Access::Read)?,
             flows6: mapped(directory, map::FLOWS6, Access::Read)?,
         })

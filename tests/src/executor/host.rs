@@ -144,6 +144,10 @@ impl Executor for Host {
         &self.world.tables.flows6
     }
 
+    fn ifindex(&self, wire: Wire) -> u32 {
+        index(wire)
+    }
+
     fn now(&self) -> Jiffies {
         Now::of(&self.world.tables.config[0], &self.world.env).clock.now
     }

@@ -275,6 +275,10 @@ impl Executor for Kernel<'_> {
         &self.maps.flows6
     }
 
+    fn ifindex(&self, wire: Wire) -> u32 {
+        self.index(wire)
+    }
+
     fn now(&self) -> Jiffies {
         self.control.clock().expect("the control program runs")
     }

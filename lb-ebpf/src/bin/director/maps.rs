@@ -21,6 +21,7 @@ use lb_common::{
     event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
     hash::Seed,
+    mark::{self, Marks, Rule, Start},
 };
 use lb_ebpf::{
     env::{Clock, Scan},
@@ -69,6 +70,12 @@ static FLOWS6: Array<Bucket6, 2, MMAPABLE> = Array::new();
 static ADJACENCY: Array<Adjacency, { ADJACENCIES as usize }> = Array::new();
 #[btf_map]
 static ADJACENCY_CPUS: PerCpuArray<NextHop, { ADJACENCIES as usize }> = PerCpuArray::new();
+#[btf_map]
+static MARKS: Array<Marks, 1, MMAPABLE> = Array::new();
+#[btf_map]
+static MARK_RULES: Array<Rule, { (mark::BANKS * mark::RULES) as usize }, MMAPABLE> = Array::new();
+#[btf_map]
+static MARK_STARTS: Array<Start, { (mark::BANKS * mark::FAMILIES * mark::STARTS) as usize }, MMAPABLE> = Array::new();
 #[btf_map]
 static LIMITER: Array<Limiter, 1> = Array::new();
 /// Packets not forwarded, by the number of the [`lb_common::reason::Reason`], and what else is counted, by the number of the
@@ -162,7 +169,14 @@ impl Tables for Maps {
         LIMITER.get(0)
     }
 
+    #[inline(always)]
+    fn marks(&self) -> Option<&Marks> {
+        MARKS.get(0)
+    }
+
     getters! {
+        mark_rule, MARK_RULES, Rule;
+        mark_start, MARK_STARTS, Start;
         view, VIEWS, View;
         cursor, CURSORS, Cursor;
         cache, CACHE, CacheEntry;

@@ -10,6 +10,7 @@ use lb_ebpf::{
     forward::Exit,
     icmp::{self, Complaint},
     kernel::{Kernel, XdpPacket, action},
+    mark::{self, Marked},
     parse::{Ip4Packet, Ip6Packet},
     pipeline::{self, Family, Stages},
     tables::Tables as _,
@@ -48,6 +49,8 @@ programs! {
     open: Ip4Packet, process_stage(Open);
     /// [`Stage::Overflow`].
     overflow: Ip4Packet, process_stage(Overflow);
+    /// [`Stage::Mark`].
+    mark: Ip4Packet, process_stage(Mark);
     /// [`Stage::Request`] of IPv6.
     request6: Ip6Packet, process_stage(Request);
     /// [`Stage::Reply`] of IPv6.
@@ -62,10 +65,12 @@ programs! {
     open6: Ip6Packet, process_stage(Open);
     /// [`Stage::Overflow`] of IPv6.
     overflow6: Ip6Packet, process_stage(Overflow);
+    /// [`Stage::Mark`] of IPv6.
+    mark6: Ip6Packet, process_stage(Mark);
 }
 
 macro_rules! stages {
-    ($family:ty, $addr:ty, $answer:ident, $($stage:ident)+) => {
+    ($family:ty, $addr:ty, $answer:ident, $marked:ident, $($stage:ident)+) => {
         impl Stages<$family, XdpPacket, Maps> for Kernel {
             #[inline(always)]
             fn enter(&self, _: &mut XdpPacket, tables: &Maps, stage: Stage) -> Exit {
@@ -86,6 +91,20 @@ macro_rules! stages {
                 let exit = $answer(self.ctx, complaint.bits());
                 (exit != NOTHING).then_some(Exit::from_bits(exit))
             }
+
+            #[inline(always)]
+            fn marked(&self, _: &XdpPacket, _: &Maps) -> Marked {
+                Marked::from_bits($marked(self.ctx))
+            }
+        }
+
+        /// [`mark::service`], for every program of the family.
+        ///
+        /// Verifier: a global function, which it looks at once, however often it is called.
+        #[unsafe(no_mangle)]
+        extern "C" fn $marked(ctx: *mut xdp_md) -> u64 {
+            let packet = XdpPacket::new(ctx);
+            mark::service::<$family, _, _, _>(&packet, &Maps, &maps::kernel(ctx)).bits()
         }
 
         /// [`icmp::answer`], for every program of the family.
@@ -98,8 +117,8 @@ macro_rules! stages {
     };
 }
 
-stages!(Ip4Packet, Ip4, answer4, Request Reply Observe Icmp Unusual Open Overflow Six);
-stages!(Ip6Packet, Ip6, answer6, Request Reply Observe Icmp Unusual Open Overflow);
+stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark);
+stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark);
 
 /// The result of [`answer`] when there is none.
 const NOTHING: u64 = u64::MAX;

@@ -1,6 +1,9 @@
 //! Carrying out what an ipvsadm command line says.
 
-use std::io::{self, BufRead as _, stdin, stdout};
+use std::{
+    io::{self, BufRead as _, stdin, stdout},
+    num::NonZeroU32,
+};
 
 use lb_common::{
     abi::active_and_total,
@@ -10,7 +13,7 @@ use lb_common::{
 use lb_userspace::{
     control::{
         change::{Change, Commit},
-        model::{DestSpec, Refusal, Service, ServiceKey, ServiceSpec, Transport},
+        model::{self, DestSpec, Family, MarkKey, Refusal, Service, ServiceKey, ServiceSpec, Transport},
         session::Session,
         settings::Timeouts,
         shared::Object,
@@ -63,7 +66,6 @@ fn lacking(request: &Request) -> Option<String> {
     let dest = matches!(request.command, Command::AddDest | Command::EditDest);
     let what = match request.command {
         Command::StartDaemon => "connection synchronisation (--start-daemon) is",
-        Command::Add if matches!(request.service, Some(Identity::Mark(_))) => "firewall marks (-f) are",
         Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
         _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
@@ -74,14 +76,20 @@ fn lacking(request: &Request) -> Option<String> {
 }
 
 /// The service as xdpvs knows services; `None` for what it has none of.
-fn key(request: &Request) -> Option<ServiceKey> {
-    let Some(Identity::Address(transport, address)) = request.service else { return None };
+fn key(request: &Request) -> Option<model::Identity> {
+    let (transport, address) = match request.service? {
+        Identity::Address(transport, address) => (transport, address),
+        Identity::Mark(mark) => {
+            let family = if request.ipv6 { Family::Ipv6 } else { Family::Ipv4 };
+            return NonZeroU32::new(mark).map(|mark| MarkKey { mark, family }.into());
+        }
+    };
     let protocol = match transport {
         parse::Transport::Tcp => Transport::Tcp,
         parse::Transport::Udp => Transport::Udp,
         parse::Transport::Sctp => return None,
     };
-    Some(ServiceKey { protocol, address })
+    Some(ServiceKey { protocol, address }.into())
 }
 
 /// Why a change was not made, in ipvsadm's words where it has some.
@@ -215,7 +223,14 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
     }
     let (names, counters, shared) = (names(request), session.counters(), session.maps().shared());
     let row = |service: &Service| -> Result<ServiceRow, Stop> {
-        let datagram = service.key.protocol == Transport::Udp;
+        // What a mark is for has the names of TCP.
+        let (datagram, address) = match service.key {
+            model::Identity::Address(ServiceKey { protocol, address }) => {
+                let datagram = protocol == Transport::Udp;
+                (datagram, print::address(address, datagram, names))
+            }
+            model::Identity::Mark(MarkKey { mark, .. }) => (false, mark.to_string()),
+        };
         let mut dests = Vec::with_capacity(service.dests.len());
         for dest in &service.dests {
             let load = session.maps().dest_loads.get(dest.number as usize).map_or(0, |load| load.connections.load());
@@ -231,8 +246,8 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
             });
         }
         Ok(ServiceRow {
-            protocol: service.key.protocol,
-            address: print::address(service.key.address, datagram, names),
+            identity: service.key,
+            address,
             spec: service.spec,
             traffic: Traffic::of(&shared, &state, counters, Object::Service(service.slot))?,
             rates: Rates::of(&shared, Object::Service(service.slot)),

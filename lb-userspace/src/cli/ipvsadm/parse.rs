@@ -52,6 +52,8 @@ pub(super) struct Request {
     /// The kinds of options given.
     pub(super) kinds: Kinds,
     pub(super) service: Option<Identity>,
+    /// Whether the service is one of IPv6.
+    pub(super) ipv6: bool,
     pub(super) scheduler: String,
     /// Flags of the scheduler, [`sched_flag`].
     pub(super) sched_flags: u32,
@@ -137,6 +139,7 @@ impl<'a> Line<'a> {
             command,
             kinds: Kinds::default(),
             service: None,
+            ipv6: false,
             scheduler: String::new(),
             sched_flags: 0,
             server: None,
@@ -269,6 +272,7 @@ impl<'a> Line<'a> {
     /// Looks at the line as a whole.
     fn finish(mut self) -> Result<Request, Stop> {
         let request = &mut self.request;
+        request.ipv6 = self.ipv6;
         options::check_command(request.command, request.kinds)?;
         match request.command {
             Command::Add | Command::Edit => finish_service(request, &self.sched_flags)?,

@@ -12,7 +12,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     connections::Connection,
-    model::{Dest, Service, ServiceSpec, Transport},
+    model::{Dest, Family, Identity, MarkKey, Service, ServiceKey, ServiceSpec, Transport},
     settings::Timeouts,
     traffic::{Rates, Traffic},
 };
@@ -50,8 +50,8 @@ pub(super) enum Format {
 /// A service to be shown.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(super) struct ServiceRow {
-    pub(super) protocol: Transport,
-    /// Address and port, or their names.
+    pub(super) identity: Identity,
+    /// Address and port, or their names; or the mark.
     pub(super) address: String,
     pub(super) spec: ServiceSpec,
     pub(super) traffic: Traffic,
@@ -78,7 +78,11 @@ pub(super) fn services(rows: &[ServiceRow], format: Format, all: bool) -> String
     let mut text = if all { format!("{BANNER}\n") } else { String::new() };
     text += &titles(format);
     for row in rows {
-        let name = format!("{:<4} {}", upper(row.protocol), row.address);
+        let name = match row.identity {
+            Identity::Address(key) => format!("{:<4} {}", upper(key.protocol), row.address),
+            Identity::Mark(MarkKey { family: Family::Ipv4, .. }) => format!("FWM  {}", row.address),
+            Identity::Mark(MarkKey { family: Family::Ipv6, .. }) => format!("FWM  {} IPv6", row.address),
+        };
         text += &match format {
             Format::Stats { exact } => format!("{}{}\n", column(&name, 33), amounts(row.traffic.cells(), exact)),
             Format::Rate { exact } => format!("{}{}\n", column(&name, 33), amounts(row.rates.cells(), exact)),
@@ -178,11 +182,13 @@ fn amount(value: u64, exact: bool) -> String {
 pub(super) fn saved(rows: &[ServiceRow]) -> String {
     let mut text = String::new();
     for row in rows {
-        let option = match row.protocol {
-            Transport::Tcp => "-t",
-            Transport::Udp => "-u",
+        let (option, family) = match row.identity {
+            Identity::Address(ServiceKey { protocol: Transport::Tcp, .. }) => ("-t", ""),
+            Identity::Address(ServiceKey { protocol: Transport::Udp, .. }) => ("-u", ""),
+            Identity::Mark(MarkKey { family: Family::Ipv4, .. }) => ("-f", ""),
+            Identity::Mark(MarkKey { family: Family::Ipv6, .. }) => ("-f", " -6"),
         };
-        let service = format!("{option} {}", row.address);
+        let service = format!("{option} {}{family}", row.address);
         let ops = if row.spec.is_one_packet() { " -o" } else { "" };
         let flags = match row.spec.flags & sched_flag::ALL {
             0 => String::new(),
@@ -246,8 +252,14 @@ pub(super) fn address(address: SocketAddr, datagram: bool, names: Option<&dyn Na
 
 /// Puts services, and the destinations of each, in the order of ipvsadm.
 pub(super) fn sort(services: &mut Vec<Service>) {
-    let rank = |service: &Service| (service.key.address.is_ipv6(), service.key.protocol.protocol() as u8);
-    merge_sort(services, &|a, b| rank(a).cmp(&rank(b)).then_with(|| by_address(&a.key.address, &b.key.address)));
+    let rank = |key: &ServiceKey| (key.address.is_ipv6(), key.protocol.protocol() as u8);
+    merge_sort(services, &|a, b| match (&a.key, &b.key) {
+        (Identity::Address(a), Identity::Address(b)) => {
+            rank(a).cmp(&rank(b)).then_with(|| by_address(&a.address, &b.address))
+        }
+        // Those of marks come behind all others.
+        (a, b) => a.cmp(b),
+    });
     for service in services {
         merge_sort(&mut service.dests, &|a: &Dest, b: &Dest| by_address(&a.address, &b.address));
     }
@@ -302,7 +314,7 @@ mod tests {
             bytes_out: 99_999_999_999,
         };
         ServiceRow {
-            protocol: Transport::Tcp,
+            identity: ServiceKey { protocol: Transport::Tcp, address: ([192, 168, 100, 200], 443).into() }.into(),
             address: "192.168.100.200:443".into(),
             spec: ServiceSpec { scheduler: Scheduler::Rr, flags: 0 },
             traffic: traffic(1_234_567_890),
@@ -391,6 +403,7 @@ mod tests {
             state: "ESTABLISHED",
             expires: 899_900,
             method: Method::Masq,
+            mark: None,
         };
         let mut lines = Lines::new(Vec::new());
         lines.text(&connection_titles(false)).cell(0, "");

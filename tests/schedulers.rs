@@ -6,10 +6,7 @@ use lb_common::{
     overload::Thresholds,
     proto::{Method, Scheduler},
 };
-use lb_userspace::control::{
-    change::Change,
-    model::{DestSpec, ServiceKey, Transport},
-};
+use lb_userspace::control::model::{DestSpec, ServiceKey, Transport};
 use xdpvs_tests::{
     cast,
     executor::{Executor, Host, Kernel, Verdict, Wire},

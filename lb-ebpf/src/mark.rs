@@ -81,7 +81,7 @@ where
 
 /// The mark of a packet to `destination`, 0 if it has none; `None` when the rules were changed meanwhile.
 #[inline(always)]
-fn classify<A: Address>(tables: &impl Tables, env: &impl Env, destination: A, subject: Subject) -> Option<u32> {
+pub fn classify<A: Address>(tables: &impl Tables, env: &impl Env, destination: A, subject: Subject) -> Option<u32> {
     let marks = tables.marks()?;
     let in_force = marks.in_force.load();
     let first = chain(tables, mark::first_start(in_force, A::FAMILY), destination.halves());

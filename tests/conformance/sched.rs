@@ -1,6 +1,9 @@
 //! Who got which connection.
 
-use std::net::Ipv4Addr;
+use std::{
+    net::{Ipv4Addr, SocketAddrV4},
+    num::NonZeroU32,
+};
 
 use lb_common::{
     overload::Thresholds,
@@ -8,7 +11,8 @@ use lb_common::{
 };
 use lb_userspace::control::{
     change::Change,
-    model::{DestSpec, ServiceKey, ServiceSpec, Transport},
+    marks,
+    model::{ANY_PORT, DestSpec, Family, Identity, MarkKey, Match, Prefix, Rule, ServiceSpec, Transport},
 };
 use serde::Deserialize;
 use xdpvs_tests::{
@@ -28,8 +32,17 @@ struct Record {
     weights: Vec<u32>,
     #[serde(default)]
     seq: Vec<Option<u8>>,
+    /// The same again, of other connections.
+    #[serde(default)]
+    seq2: Vec<Option<u8>>,
     #[serde(default)]
     srcs: Vec<String>,
+    /// The addresses that connections are to, with a service of a mark for all of them.
+    #[serde(default)]
+    vips: Vec<Ipv4Addr>,
+    /// The client of the connections in `seq`, and that of those in `seq2`.
+    #[serde(default)]
+    src: Vec<SocketAddrV4>,
     #[serde(default)]
     steps: Vec<Step>,
     #[serde(default)]
@@ -56,7 +69,7 @@ fn records() -> Vec<Record> {
 
 /// Which records can be replayed: those whose schedulers and options exist.
 fn is_supported(record: &Record) -> bool {
-    Scheduler::from_name(&record.sched).is_some() && record.service.is_empty() && record.variant != "fwmark"
+    Scheduler::from_name(&record.sched).is_some() && record.service.is_empty()
 }
 
 const PORT: u16 = 80;
@@ -73,7 +86,8 @@ fn thresholds(options: &str) -> Thresholds {
 
 struct Replay<'e, E> {
     executor: &'e mut E,
-    key: ServiceKey,
+    protocol: Transport,
+    key: Identity,
     next: u16,
 }
 
@@ -81,7 +95,15 @@ impl<'e, E: Executor> Replay<'e, E> {
     fn new(executor: &'e mut E, record: &Record) -> Self {
         executor.reset();
         let protocol = if record.proto == "TCP" { Transport::Tcp } else { Transport::Udp };
-        let mut replay = Self { executor, key: service(protocol, PORT), next: 0 };
+        let mut key = service(protocol, PORT).into();
+        if record.variant == "fwmark" {
+            let mark = NonZeroU32::MIN;
+            key = MarkKey { mark, family: Family::Ipv4 }.into();
+            let destination = Prefix::new(Ipv4Addr::new(10, 9, 0, 0).into(), 16).expect("a prefix");
+            let matches = Match { protocol: None, destination, ports: ANY_PORT, source: None, interface: None };
+            marks::put_in_force(&executor.shared(), &[Rule { mark, matches }]).expect("room for a rule");
+        }
+        let mut replay = Self { executor, protocol, key, next: 0 };
         let scheduler = Scheduler::from_name(&record.sched).expect("supported");
         let flag = |name: &str| {
             let names = sched_flag::names(scheduler).iter();
@@ -98,7 +120,7 @@ impl<'e, E: Executor> Replay<'e, E> {
     }
 
     /// One change for each command, as ipvsadm makes them.
-    fn change(&mut self, plan: impl Fn(&mut Change<'_>, ServiceKey)) {
+    fn change(&mut self, plan: impl Fn(&mut Change<'_>, Identity)) {
         let key = self.key;
         self.executor.change(&|change| plan(change, key));
     }
@@ -120,10 +142,10 @@ impl<'e, E: Executor> Replay<'e, E> {
         });
     }
 
-    fn send(&mut self, from: (Ipv4Addr, u16), flags: &'static str) -> Option<u8> {
+    fn send(&mut self, from: (Ipv4Addr, u16), to: Ipv4Addr, flags: &'static str) -> Option<u8> {
         let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-        let frame = Frame::new(macs, from, (cast::VIP, PORT));
-        let bytes = match self.key.protocol {
+        let frame = Frame::new(macs, from, (to, PORT));
+        let bytes = match self.protocol {
             Transport::Tcp => frame.tcp(flags, &[]),
             Transport::Udp => frame.udp(b"hello"),
         };
@@ -147,11 +169,12 @@ impl<'e, E: Executor> Replay<'e, E> {
             None if record.variant == "edit" => (Ipv4Addr::new(10, 1, 0, 2), 10_000 + number),
             None => (cast::CLIENT, 10_000 + number),
         };
-        let server = self.send(from, "S");
+        let mut send = |flags| self.send(from, cast::VIP, flags);
+        let server = send("S");
         if record.variant == "rst3" {
-            assert_eq!(self.send(from, "A"), server);
+            assert_eq!(send("A"), server);
             if number.is_multiple_of(3) {
-                assert_eq!(self.send(from, "R"), server);
+                assert_eq!(send("R"), server);
             }
         }
         server
@@ -178,7 +201,14 @@ fn replay_all(executor: &mut impl Executor) {
     for record in records.iter().filter(|record| is_supported(record)) {
         let mut replay = Replay::new(executor, record);
         let about = format!("{} {} {} {:?}", record.sched, record.variant, record.proto, record.weights);
-        if record.steps.is_empty() {
+        for (from, picks) in record.src.iter().zip([&record.seq, &record.seq2]) {
+            // From ports of their own: here a client's port has no more than twenty connections.
+            let ports = (from.port()..).step_by(record.src.len());
+            let open = |(vip, port)| replay.send((*from.ip(), port), vip, "S");
+            let found: Vec<_> = record.vips.iter().copied().zip(ports).map(open).collect();
+            assert_eq!(found, *picks, "{about} from {from:?}");
+        }
+        if record.steps.is_empty() && record.vips.is_empty() {
             let picks: Vec<_> = record.seq.iter().map(|_| replay.open(record)).collect();
             assert_eq!(picks, record.seq, "{about}");
         }
@@ -193,7 +223,7 @@ fn replay_all(executor: &mut impl Executor) {
         replayed += 1;
     }
     println!("sched.jsonl, {}: {replayed} records replayed, {} excluded", executor.name(), records.len() - replayed);
-    assert_eq!((replayed, records.len()), (219, 251), "records replayed, and all");
+    assert_eq!((replayed, records.len()), (243, 251), "records replayed, and all");
 }
 
 #[test]

@@ -4,6 +4,8 @@
 mod crashes;
 #[path = "cli/golden.rs"]
 mod golden;
+#[path = "cli/marks.rs"]
+mod marks;
 #[path = "cli/native.rs"]
 mod native;
 #[path = "cli/running.rs"]

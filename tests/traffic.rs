@@ -195,6 +195,42 @@ fn the_first_packet_arrives() -> Result<()> {
     Ok(())
 }
 
+/// One service of a mark for everything that its rules give the mark: both protocols, by every method.
+#[test]
+fn marked_bytes_arrive() -> Result<()> {
+    for (method, family) in [Method::Masq, Method::Route, Method::Tunnel]
+        .into_iter()
+        .flat_map(|method| Family::ALL.map(|family| (method, family)))
+    {
+        let network = Network::new(Shape::TwoArmed, method)?;
+        let _servers = start_servers(&network, method)?;
+        let director = network.start()?;
+        let service = if family == Family::Four { "-f 7" } else { "-f 7 -6" };
+        director.say(&format!("mark add 9 --proto udp --dst {} --dport 1-79", family.network(cast::VIP, 2)))?;
+        director.say(&format!("mark add 7 --dst {} --dport {PORT} --iface eth0", family.network(cast::VIP, 3)))?;
+        director.say(&format!("service add {service} -s rr"))?;
+        for index in (0..SERVERS).rev() {
+            director.say(&format!(
+                "dest add {service} -r {} {}",
+                destination(family, method, index),
+                option(method)
+            ))?;
+        }
+        let served = network.client.enter(|| -> Result<Vec<u8>> {
+            let transports = [Transport::Tcp, Transport::Udp];
+            let asked =
+                transports.into_iter().flat_map(|transport| [(transport, 1), (transport, 1000), (transport, 7)]);
+            asked.map(|(transport, size)| ask(family, transport, &peers::pattern(size), size)).collect()
+        })??;
+        ensure!(served == [0, 1, 2, 0, 1, 2], "{method}, {family:?}: rr served {served:?}");
+        let marked = director.ask("conn list --count -f 7")?["count"].as_u64();
+        let of_family = director.ask(&format!("conn list --count {service}"))?["count"].as_u64();
+        let expected = if family == Family::Four { (Some(6), Some(6)) } else { (Some(0), Some(6)) };
+        ensure!((marked, of_family) == expected, "{method}, {family:?}: {marked:?} and {of_family:?} connections");
+    }
+    Ok(())
+}
+
 /// The address of a service answers to ping as on any host.
 #[test]
 fn the_host_answers_echo_requests_to_the_service() -> Result<()> {

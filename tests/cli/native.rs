@@ -488,7 +488,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
     let before = stage.ask("list")?;
     for (words, what) in [
         ("-A -t 10.9.9.9:81 -p 60", "persistence (-p) is not supported by xdpvs yet"),
-        ("-A -f 7", "firewall marks (-f) are not supported by xdpvs yet"),
         ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
         (

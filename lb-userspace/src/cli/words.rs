@@ -39,7 +39,7 @@ pub(crate) struct MaybeServiceWords {
     #[arg(short = 'f', long = "fwmark-service", visible_alias = "mark", value_name = "N", value_parser = mark)]
     mark: Option<NonZeroU32>,
     /// The service of IPv6 packets with that mark
-    #[arg(short = '6', long, requires = "mark")]
+    #[arg(short = '6', long, requires = "mark", conflicts_with_all = ["tcp", "udp"])]
     ipv6: bool,
 }
 
@@ -101,7 +101,7 @@ pub(crate) struct SelectionWords {
     )]
     mark: Option<NonZeroU32>,
     /// Only those to the service of IPv6 packets with that mark
-    #[arg(short = '6', long, requires = "mark")]
+    #[arg(short = '6', long, requires = "mark", conflicts_with_all = ["service", "tcp", "udp"])]
     ipv6: bool,
     /// Only those to this destination; with no port, at any
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = host)]

@@ -148,7 +148,7 @@ static SETTINGS: [Setting; 29] = [
     setting("am_droprate", Kind::Number(|config| &config.am_droprate)),
     setting("amemthresh", Kind::Number(|config| &config.amemthresh)),
     fixed("backup_only", 0, NO_DAEMON),
-    fixed("cache_bypass", 0, "there are no firewall mark services"),
+    fixed("cache_bypass", 0, "a client whose packets have a mark is told when its service has no usable destination"),
     setting("conn_reuse_mode", Kind::Number(|config| &config.conn_reuse_mode)),
     fixed("conntrack", 0, "XDP comes before netfilter, so packets have no conntrack entries"),
     fixed("drop_entry", 0, "connections do not end early"),

@@ -10,6 +10,8 @@ mod marks;
 mod native;
 #[path = "cli/running.rs"]
 mod running;
+#[path = "cli/scale.rs"]
+mod scale;
 #[path = "cli/secret.rs"]
 mod secret;
 #[path = "cli/settings.rs"]

@@ -286,6 +286,32 @@ fn check(scenario: &Scenario, stores: u64, world: &World, [old, new]: [&Behaviou
     found == *new
 }
 
+/// How many stores it takes to add `number` destinations at once, and then one more.
+fn stores_for(number: u8) -> [u64; 2] {
+    let world = World::new(64);
+    let web = service(Transport::Tcp, WEB);
+    world.change(|change| change.add_service(web, scheduled(Scheduler::Wlc)).expect("new"));
+    let add = |numbers: std::ops::Range<u8>| {
+        world.change(|change| {
+            for number in numbers.clone() {
+                let address = (Ipv4Addr::new(10, 3, 0, number), WEB).into();
+                change.add_dest(web, address, dest(Method::Route, 1)).expect("new");
+            }
+        });
+    };
+    [crash::count(|| add(0..number)), crash::count(|| add(number..number + 1))]
+}
+
+#[test]
+fn a_change_of_many_costs_as_much_as_it_changes() {
+    let [hundred, hundred_and_first] = stores_for(100);
+    let [two_hundred, two_hundred_and_first] = stores_for(200);
+    assert!(two_hundred <= 2 * hundred, "{hundred} stores for 100 destinations, {two_hundred} for 200");
+    // For one more, the list alone is longer.
+    let more = two_hundred_and_first - hundred_and_first;
+    assert!((92..=108).contains(&more), "{hundred_and_first} and {two_hundred_and_first} stores for one more");
+}
+
 /// Every store of every scenario, and a few of each recovery.
 #[test]
 fn a_change_that_is_killed_anywhere_is_made_whole_or_not_at_all() {

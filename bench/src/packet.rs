@@ -33,7 +33,7 @@ use xdpvs_tests::{
     frames::{ETHERNET, Frame},
 };
 
-use crate::site::{SINGLE, Site, port};
+use crate::site::{MANY, SINGLE, Site, port, port_of_many};
 
 /// Runs of one measurement.
 pub(crate) const RUNS: u32 = 1_000_000;
@@ -346,6 +346,10 @@ fn cases(flows: u32) -> Vec<Case> {
         for &scheduler in Scheduler::ALL {
             let frame = request_frame(Family::Four, port(Method::Route, scheduler), "S");
             cases.push(case(&format!("dr/v4/tcp/new/{scheduler}"), Kind::New, frame));
+            for (index, servers) in (0..).zip(MANY) {
+                let frame = request_frame(Family::Four, port_of_many(scheduler, index), "S");
+                cases.push(case(&format!("dr/v4/tcp/new/{scheduler}/{servers}"), Kind::New, frame));
+            }
         }
     }
     let line = request_frame(Family::Four, port(Method::Route, Scheduler::Sh), "A");

@@ -1,5 +1,7 @@
 //! A director to measure, in a network namespace of its own, with routes and neighbours but nobody behind them.
 
+use std::net::Ipv4Addr;
+
 use anyhow::{Context as _, Result};
 use lb_common::proto::{Method, Scheduler};
 use lb_userspace::{
@@ -44,6 +46,20 @@ pub(crate) const fn port(method: Method, scheduler: Scheduler) -> u16 {
     1000 + 100 * method as u16 + scheduler as u16
 }
 
+/// Real servers of services that have many.
+pub(crate) const MANY: [u16; 2] = [256, 1024];
+
+/// The port of the service with this scheduler that has many real servers, by DR: as many as [`MANY`] says at this index.
+pub(crate) const fn port_of_many(scheduler: Scheduler, index: u16) -> u16 {
+    2000 + 100 * index + scheduler as u16
+}
+
+/// The address of one of many real servers, all of which are behind the first of the few.
+const fn one_of_many(number: u16) -> Ipv4Addr {
+    let [high, low] = number.to_be_bytes();
+    Ipv4Addr::new(10, 3, high, low)
+}
+
 /// Most connections that the IPv6 table is made for.
 const FLOWS6_MAX: u32 = 1 << 17;
 
@@ -77,7 +93,7 @@ impl Site {
         let place = Place::find(&format!("{INSTANCES}{}", std::process::id()))?;
         let lock = place.lock()?;
         let flows6 = flows.min(FLOWS6_MAX);
-        load::create(&place, &lock, &Capacity { flows, flows6, ..Capacity::default() })?;
+        load::create(&place, &lock, &Capacity { flows, flows6, dests: 1 << 15, ..Capacity::default() })?;
         drop(lock);
         let wire = namespace.enter(|| interface("wire"))??.index;
         let site = Self { place, namespace, wire };
@@ -107,6 +123,17 @@ fn services(change: &mut Change<'_>) -> Result<(), Failure> {
             }
         }
     }
+    for (index, servers) in (0..).zip(MANY) {
+        for &scheduler in Scheduler::ALL {
+            let port = port_of_many(scheduler, index);
+            let key = Family::Four.service(Transport::Tcp, port);
+            change.add_service(key, scheduled(scheduler))?;
+            for number in 1..=servers {
+                let spec = dest(Method::Route, 1 + u32::from(number % 4));
+                change.add_dest(key, (one_of_many(number), port).into(), spec)?;
+            }
+        }
+    }
     for family in Family::ALL {
         let single = family.service(Transport::Tcp, SINGLE);
         change.add_service(single, scheduled(Scheduler::Rr))?;
@@ -132,5 +159,6 @@ fn lay_cable(namespace: &NetNs) -> Result<()> {
         }
         namespace.ip(&format!("route add {} via {gateway}", family.network(cast::CLIENT, 1)))?;
     }
+    namespace.ip(&format!("route add {}/16 via {}", one_of_many(0), cast::server(0)))?;
     Ok(())
 }

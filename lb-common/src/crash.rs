@@ -42,6 +42,17 @@ pub fn after<T>(stores: u64, work: impl FnOnce() -> T) -> Option<T> {
     }
 }
 
+/// How many stores `work` makes, and what else counts as one.
+///
+/// # Panics
+///
+/// When `work` does.
+pub fn count(work: impl FnOnce()) -> u64 {
+    LEFT.set(Some(u64::MAX));
+    work();
+    u64::MAX - LEFT.take().unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
     use bytemuck::Zeroable as _;
@@ -57,6 +68,7 @@ mod tests {
         assert_eq!(words.each_ref().map(Shared32::load), [1, 1, 0]);
         assert_eq!(after(3, work), Some(()));
         assert_eq!(words.each_ref().map(Shared32::load), [1, 1, 1]);
+        assert_eq!(count(work), 3);
         Shared32::zeroed().store(1);
     }
 }

@@ -278,6 +278,16 @@ mod builders {
             Self { step, top }
         }
 
+        /// The parameters for one more weight.
+        #[must_use]
+        pub fn with(self, weight: u32) -> Self {
+            // The weights before, as far as it matters: the greatest one is a multiple of the step, and so is 0.
+            let greatest = if self.top == 0 { 0 } else { self.top + (self.step - 1) };
+            let step = if self.top == 0 { 0 } else { self.step };
+            let step = gcd(step, weight).max(1);
+            Self { step, top: greatest.max(weight).saturating_sub(step - 1) }
+        }
+
         /// The threshold that stays in force when destinations change while it is `threshold`.
         pub fn threshold_after_change(self, threshold: u32) -> u32 {
             if threshold > self.top || threshold == 0 {
@@ -371,6 +381,17 @@ mod tests {
         }
         assert!(cycle.is_sorted_by(|a, b| a.threshold >= b.threshold));
         assert_eq!(cycle.last().map(|turn| turn.threshold), Some(1));
+    }
+
+    #[test]
+    fn wrr_parameters_grow_with_the_weights() {
+        for weights in [&[4, 6, 3, 9][..], &[0, 0, 5, 0, 10], &[i32::MAX as u32, 2], &[7, 7], &[0], &[12, 0, 18, 6]] {
+            let mut parameters = WrrParameters::of(&[]);
+            for (index, weight) in weights.iter().enumerate() {
+                parameters = parameters.with(*weight);
+                assert_eq!(parameters, WrrParameters::of(&weights[..=index]), "{:?}", &weights[..=index]);
+            }
+        }
     }
 
     #[test]

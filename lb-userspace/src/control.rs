@@ -10,6 +10,7 @@ pub mod bulk;
 pub mod change;
 pub mod compile;
 pub mod connections;
+pub mod index;
 pub mod journal;
 pub mod marks;
 pub mod model;

@@ -152,7 +152,7 @@ impl DestCommand {
             }
             Self::Edit { dest, method, weight, thresholds } => {
                 let (service, address) = dest.keys();
-                let old = find(change, service, address)?;
+                let old = change.dest(service, address)?;
                 let spec = DestSpec {
                     method: method.method().unwrap_or(old.method),
                     weight: weight.unwrap_or(old.weight),
@@ -166,14 +166,6 @@ impl DestCommand {
             }
         })
     }
-}
-
-/// How a destination is set now.
-fn find(change: &Change<'_>, key: Identity, address: SocketAddr) -> Result<DestSpec, Refusal> {
-    let services = change.state().configured();
-    let service = services.into_iter().find(|service| service.key == key).ok_or(Refusal::NoService(key))?;
-    let dest = service.dests.into_iter().find(|dest| dest.address == address);
-    dest.map(|dest| dest.spec).ok_or(Refusal::NoDest(key, address))
 }
 
 /// What tells a service apart: protocol and address, or mark and address family.

@@ -10,16 +10,16 @@ use lb_common::{
     abi::{DestRecord, Record as _, ServiceRecord, active_and_total, slot},
     addr::Port,
     proto::{Method, Scheduler},
-    sched::WrrParameters,
 };
 
 use crate::{
     control::{
         compile::{self, Compiled},
+        index::Index,
         journal::{self, Plan},
         model::{DestSpec, Family, Identity, MarkKey, Refusal, ServiceKey, ServiceSpec, Transport},
         shared::{Counters, Object, Shared},
-        state::{State, dest_address, dest_family, service_key, words},
+        state::{State, dest_family, dest_spec, words},
         traffic,
     },
     error::Error,
@@ -33,6 +33,7 @@ const TRASH_S: u32 = 180;
 pub struct Change<'a> {
     shared: Shared<'a>,
     state: State,
+    index: Index,
     now_s: u32,
     /// What is to be written.
     plan: Plan,
@@ -40,6 +41,8 @@ pub struct Change<'a> {
     views: BTreeSet<u32>,
     /// Whether destinations are removed.
     removes: bool,
+    /// What was refused because no slot is free.
+    lack: Option<Refusal>,
 }
 
 /// What a change does to the list of a service.
@@ -63,18 +66,26 @@ impl<'a> Change<'a> {
         let mut change = Self {
             shared,
             state: State::load(&shared),
+            index: Index::default(),
             now_s,
             plan: Plan::default(),
             views: BTreeSet::new(),
             removes: false,
+            lack: None,
         };
         change.forget(counters)?;
+        change.index = Index::of(&change.state);
         Ok(change)
     }
 
     /// Whether destinations are removed.
     pub fn removes(&self) -> bool {
         self.removes
+    }
+
+    /// What was refused because no slot is free, if anything was: there may be one once the rest is in force.
+    pub fn lack(&self) -> Option<&Refusal> {
+        self.lack.as_ref()
     }
 
     /// The configuration as it is planned.
@@ -136,7 +147,7 @@ impl<'a> Change<'a> {
         let slot = self.service(key)?;
         check_flags(key, spec)?;
         self.catch_up(slot);
-        let top = WrrParameters::of(&self.state.weights(slot)).top;
+        let top = if spec.scheduler == Scheduler::Wrr { self.index.wrr(&self.state, slot).top } else { 0 };
         let order = self.next_order();
         let Some(record) = self.state.services.get_mut(&slot) else { return Ok(()) };
         record.flags = spec.flags;
@@ -190,10 +201,10 @@ impl<'a> Change<'a> {
         let key = key.into();
         let service = self.service(key)?;
         check_dest(key, address, spec)?;
-        if self.find_dest(service, address).is_some() {
+        if self.index.dest(&self.state, service, address).is_some() {
             return Err(Refusal::DestExists(key, address));
         }
-        let (number, fresh) = match self.trashed(key, address) {
+        let (number, fresh) = match self.index.trashed(key, address) {
             Some(number) => (number, self.state.dests.get(&number).is_none_or(|old| old.service != service)),
             None => (self.free_dest()?, true),
         };
@@ -219,6 +230,7 @@ impl<'a> Change<'a> {
         };
         self.state.dests.insert(number, record);
         self.state.lists.entry(service).or_default().insert(0, number);
+        self.index.added(&self.state, key, number);
         self.plan.dests.insert(number);
         self.scheduler_sees(service, Touch::Added);
         Ok(())
@@ -233,7 +245,7 @@ impl<'a> Change<'a> {
         let key = key.into();
         let service = self.service(key)?;
         check_dest(key, address, spec)?;
-        let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
+        let number = self.index.dest(&self.state, service, address).ok_or(Refusal::NoDest(key, address))?;
         self.catch_up(service);
         if let Some(record) = self.state.dests.get_mut(&number) {
             record.port_method = port_method(dest_family(record), address.port(), spec.method);
@@ -245,9 +257,23 @@ impl<'a> Change<'a> {
             }
             record.masqueraded |= u32::from(spec.method == Method::Masq);
         }
+        self.index.edited(service);
         self.plan.dests.insert(number);
         self.scheduler_sees(service, Touch::Edited);
         Ok(())
+    }
+
+    /// How a destination is set.
+    ///
+    /// # Errors
+    ///
+    /// When there is no such service or destination.
+    pub fn dest(&mut self, key: impl Into<Identity>, address: SocketAddr) -> Result<DestSpec, Refusal> {
+        let key = key.into();
+        let service = self.service(key)?;
+        let number = self.index.dest(&self.state, service, address);
+        let record = number.and_then(|number| self.state.dests.get(&number)).ok_or(Refusal::NoDest(key, address))?;
+        Ok(dest_spec(record))
     }
 
     /// Removes a destination. Connections to it stay, but their packets go nowhere until it is added again.
@@ -258,7 +284,7 @@ impl<'a> Change<'a> {
     pub fn delete_dest(&mut self, key: impl Into<Identity>, address: SocketAddr) -> Result<(), Refusal> {
         let key = key.into();
         let service = self.service(key)?;
-        let number = self.find_dest(service, address).ok_or(Refusal::NoDest(key, address))?;
+        let number = self.index.dest(&self.state, service, address).ok_or(Refusal::NoDest(key, address))?;
         self.catch_up(service);
         let list = self.state.lists.entry(service).or_default();
         if let Some(position) = list.iter().position(|other| *other == number) {
@@ -324,19 +350,6 @@ impl<'a> Change<'a> {
         self.state.by_key.get(&key).copied().ok_or(Refusal::NoService(key))
     }
 
-    fn find_dest(&self, service: u32, address: SocketAddr) -> Option<u32> {
-        let is_it = |number: &&u32| self.state.dests.get(number).is_some_and(|dest| dest_address(dest) == address);
-        self.state.list(service).iter().find(is_it).copied()
-    }
-
-    /// A removed destination that this service, or one with the same key before it, had at `address`.
-    fn trashed(&self, key: Identity, address: SocketAddr) -> Option<u32> {
-        let had_key = |slot: &u32| self.state.services.get(slot).is_some_and(|service| service_key(service) == key);
-        let is_it =
-            |dest: &DestRecord| dest.state == slot::REMOVED && dest_address(dest) == address && had_key(&dest.service);
-        self.state.dests.iter().find(|(_, dest)| is_it(dest)).map(|(number, _)| *number)
-    }
-
     fn next_order(&mut self) -> u64 {
         let order = self.state.next_order;
         self.state.next_order += 1;
@@ -345,10 +358,9 @@ impl<'a> Change<'a> {
 
     fn free_service(&mut self) -> Result<u32, Refusal> {
         let slots = self.shared.services.len() as u32;
-        let free = (0..self.state.services_used).find(|slot| !self.state.services.contains_key(slot));
-        let slot = free.unwrap_or(self.state.services_used);
+        let slot = self.index.free_service(&self.state);
         if slot >= slots {
-            return Err(Refusal::Full { what: "services", limit: slots, option: "services" });
+            return Err(self.full(Refusal::Full { what: "services", limit: slots, option: "services" }));
         }
         self.state.services_used = self.state.services_used.max(slot + 1);
         Ok(slot)
@@ -359,12 +371,17 @@ impl<'a> Change<'a> {
         let number = if self.state.dests_used < slots {
             // Slots that were never used first: the longer one stays unused, the better is what it was remembered.
             self.state.dests_used
+        } else if let Some(free) = self.index.free_dest(&self.state, slots) {
+            free
         } else {
-            let free = (0..slots).find(|number| !self.state.dests.contains_key(number));
-            free.ok_or(Refusal::Full { what: "destinations", limit: slots, option: "dests" })?
+            return Err(self.full(Refusal::Full { what: "destinations", limit: slots, option: "dests" }));
         };
         self.state.dests_used = self.state.dests_used.max(number + 1);
         Ok(number)
+    }
+
+    fn full(&mut self, refusal: Refusal) -> Refusal {
+        self.lack.insert(refusal).clone()
     }
 
     fn remove_dest(&mut self, number: u32) {
@@ -373,6 +390,7 @@ impl<'a> Change<'a> {
             record.state = slot::REMOVED;
             record.removed_at = now_s;
         }
+        self.index.removed(&self.state, number);
         self.removes = true;
         self.plan.dests.insert(number);
     }
@@ -431,21 +449,24 @@ impl<'a> Change<'a> {
 
     /// Does to a scheduler's position what ip_vs's hooks do to it (`docs/ipvs.md`, sections 3.0 to 3.2).
     fn scheduler_sees(&mut self, slot: u32, touch: Touch) {
-        let weights = self.state.weights(slot);
-        let list = self.state.lists.get(&slot).cloned().unwrap_or_default();
-        let Some(record) = self.state.services.get_mut(&slot) else { return };
-        match (Scheduler::try_from(record.scheduler as u8), touch) {
+        let Some(record) = self.state.services.get(&slot).copied() else { return };
+        let (pointer, threshold) = match (Scheduler::try_from(record.scheduler as u8), touch) {
             (Ok(Scheduler::Rr), Touch::Removed(position)) => {
+                let list = self.state.list(slot);
                 let points_there = list.get(position).is_some_and(|number| number + 1 == record.pointer);
-                if points_there {
-                    record.pointer = position.checked_sub(1).and_then(|before| list.get(before)).map_or(0, |n| n + 1);
+                if !points_there {
+                    return;
                 }
+                let before = position.checked_sub(1).and_then(|before| list.get(before));
+                (before.map_or(0, |number| number + 1), record.threshold)
             }
             (Ok(Scheduler::Wrr), Touch::Added | Touch::Edited) => {
-                record.pointer = 0;
-                record.threshold = WrrParameters::of(&weights).threshold_after_change(record.threshold);
+                (0, self.index.wrr(&self.state, slot).threshold_after_change(record.threshold))
             }
-            _ => {}
+            _ => return,
+        };
+        if let Some(record) = self.state.services.get_mut(&slot) {
+            (record.pointer, record.threshold) = (pointer, threshold);
         }
     }
 }

@@ -1,6 +1,9 @@
 //! From records to what packets read: views with their lists and rings, and the endpoint table.
 
-use std::{collections::HashMap, ops::Range};
+use std::{
+    collections::{HashMap, HashSet},
+    ops::Range,
+};
 
 use lb_common::{
     abi::{
@@ -70,8 +73,8 @@ pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
 /// When there is no room.
 pub fn compile(shared: &Shared<'_>, state: &State, services: impl Iterator<Item = u32>) -> Result<Compiled, Refusal> {
     let seed = shared.instance.load().seed;
-    let endpoints4 = edits(shared.endpoints4, &seed, &targets::<Ip4>(state))?;
-    let endpoints6 = edits(shared.endpoints6, &seed, &targets::<Ip6>(state))?;
+    let endpoints4 = edits(shared.endpoints4, &seed, targets::<Ip4>(state))?;
+    let endpoints6 = edits(shared.endpoints6, &seed, targets::<Ip6>(state))?;
     let mut room = Room::new(shared);
     let views = services.map(|slot| compile_view(state, slot, &mut room)).collect::<Result<_, _>>()?;
     let marks = state.services.values().any(|record| service_mark(record).is_some());
@@ -81,6 +84,7 @@ pub fn compile(shared: &Shared<'_>, state: &State, services: impl Iterator<Item 
 impl Compiled {
     /// Writes the views, which no packet reads yet, and then puts everything in force, one store for each endpoint.
     pub fn put_in_force(&self, shared: &Shared<'_>) {
+        self.retire(shared);
         for view in &self.views {
             view.write(shared);
         }
@@ -88,6 +92,30 @@ impl Compiled {
         write(&self.endpoints6, shared.endpoints6);
         shared.config.marks.store(self.marks.into());
     }
+
+    /// Makes packets notice that still look at a view which is written anew, or whose slots are.
+    fn retire(&self, shared: &Shared<'_>) {
+        let regions = self.views.iter().map(CompiledView::region);
+        let mut regions: Vec<Range<u32>> = regions.filter(|region| !region.is_empty()).collect();
+        regions.sort_by_key(|region| region.start);
+        let rewritten: HashSet<u32> = self.views.iter().map(|view| view.index).collect();
+        for (index, view) in (0..).zip(shared.views) {
+            // A view that is no longer in force, or one of these from before.
+            let old = view.load();
+            let old_regions = [old.list..old.list + old.list_len, old.ring..old.ring + old.ring_len];
+            if rewritten.contains(&index) || old_regions.iter().any(|old| overlaps_any(&regions, old)) {
+                view.version.store(old.version.wrapping_add(1));
+                view.list_len.store(0);
+                view.ring_len.store(0);
+            }
+        }
+    }
+}
+
+/// Whether a range has something in common with one of several, which are in order and apart from each other.
+fn overlaps_any(regions: &[Range<u32>], range: &Range<u32>) -> bool {
+    let after = regions.partition_point(|region| region.end <= range.start);
+    regions.get(after).is_some_and(|region| region.start < range.end && range.start < region.end)
 }
 
 fn write<K: EndpointKey>(edits: &[EndpointEdit<K>], table: &[EndpointBucket<K>]) {
@@ -102,19 +130,14 @@ fn write<K: EndpointKey>(edits: &[EndpointEdit<K>], table: &[EndpointBucket<K>])
 }
 
 impl CompiledView {
+    /// The slots that it takes.
+    fn region(&self) -> Range<u32> {
+        self.record.list..self.record.list + self.slots.len() as u32
+    }
+
     fn write(&self, shared: &Shared<'_>) {
-        let region = self.record.list..self.record.list + self.slots.len() as u32;
-        for (index, view) in (0..).zip(shared.views) {
-            // A view that is no longer in force, or this one from before: packets that still look at it shall notice.
-            let old = view.load();
-            let regions = [old.list..old.list + old.list_len, old.ring..old.ring + old.ring_len];
-            if index == self.index || regions.iter().any(|old| overlap(old, &region)) {
-                view.version.store(old.version.wrapping_add(1));
-                view.list_len.store(0);
-                view.ring_len.store(0);
-            }
-        }
-        for (index, record) in (region.start as usize..).zip(&self.slots) {
+        let start = self.record.list as usize;
+        for (index, record) in (start..).zip(&self.slots) {
             if let Some(slot) = shared.slots.get(index) {
                 slot.store(record);
             }
@@ -126,10 +149,6 @@ impl CompiledView {
             cursor.position.store(self.cursor);
         }
     }
-}
-
-fn overlap(a: &Range<u32>, b: &Range<u32>) -> bool {
-    a.start < b.end && b.start < a.end
 }
 
 fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledView, Refusal> {
@@ -322,9 +341,9 @@ fn protocol(record: &ServiceRecord) -> Protocol {
 fn edits<K: EndpointKey>(
     table: &[EndpointBucket<K>],
     seed: &Seed,
-    wanted: &HashMap<K, Target>,
+    wanted: HashMap<K, Target>,
 ) -> Result<Vec<EndpointEdit<K>>, Refusal> {
-    let mut missing = wanted.clone();
+    let mut missing = wanted;
     let mut changed = Vec::new();
     let mut removed = Vec::new();
     let mut taken: Vec<[bool; 4]> = Vec::with_capacity(table.len());

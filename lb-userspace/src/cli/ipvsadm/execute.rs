@@ -116,11 +116,17 @@ impl From<Commit> for Stop {
 }
 
 fn change(place: &Place, request: &Request) -> Result<(), Stop> {
-    if let Some(key) = key(request).filter(|_| request.command == Command::Add) {
-        ipv6::check(key)?;
-    }
+    check(request)?;
     let lock = place.lock()?;
     Session::open(place)?.change_under(&lock, |change| plan(change, request))
+}
+
+/// Whether the kernel has what a service needs that is added.
+fn check(request: &Request) -> Result<(), Stop> {
+    match key(request).filter(|_| request.command == Command::Add) {
+        Some(key) => Ok(ipv6::check(key)?),
+        None => Ok(()),
+    }
 }
 
 fn plan(change: &mut Change<'_>, request: &Request) -> Result<(), Stop> {
@@ -276,22 +282,84 @@ fn list_connections(place: &Place, request: &Request) -> Result<(), Stop> {
 /// not. What becomes of the last is what becomes of the whole.
 fn restore(place: &Place, program: &str) -> Result<(), Stop> {
     let mut last = Ok(());
+    let mut changes = Vec::new();
     for line in stdin().lock().lines() {
-        let line = line.map_err(|error| Stop::refusal(format!("read standard input: {error}")))?;
-        let words: Vec<String> =
-            line.split_ascii_whitespace().filter(|word| *word != NAME).map(str::to_owned).collect();
-        if words.is_empty() {
+        let line = line.map_err(|error| Err(Stop::refusal(format!("read standard input: {error}"))));
+        let request = match line.and_then(|line| request_of(place, program, &line)) {
+            Ok(None) => continue,
+            Ok(Some(request)) => request,
+            Err(ended) => {
+                follow(&mut last, change_all(place, &changes));
+                follow(&mut last, [ended]);
+                return last;
+            }
+        };
+        if is_change(&request) {
+            changes.push(request);
             continue;
         }
-        if let Err(Stop { text, .. }) = std::mem::replace(&mut last, Ok(())) {
+        follow(&mut last, change_all(place, &std::mem::take(&mut changes)));
+        follow(&mut last, [run(place, &request)]);
+    }
+    follow(&mut last, change_all(place, &changes));
+    last
+}
+
+/// What a line asks for, if it asks for anything.
+///
+/// # Errors
+///
+/// What becomes of a line that ends everything.
+fn request_of(place: &Place, program: &str, line: &str) -> Result<Option<Request>, Result<(), Stop>> {
+    let words: Vec<String> = line.split_ascii_whitespace().filter(|word| *word != NAME).map(str::to_owned).collect();
+    if words.is_empty() {
+        return Ok(None);
+    }
+    match parse::parse(program, &words, &System).map_err(Err)? {
+        Parsed::Run(request) if request.command != Command::Restore => Ok(Some(*request)),
+        Parsed::Run(_) => Err(Err(parse::try_help(program))),
+        about => Err(execute(&|| Ok(place.clone()), program, about)),
+    }
+}
+
+/// Complains about everything that has failed but the last.
+fn follow(last: &mut Result<(), Stop>, outcomes: impl IntoIterator<Item = Result<(), Stop>>) {
+    for outcome in outcomes {
+        if let Err(Stop { text, .. }) = std::mem::replace(last, outcome) {
             output::complain(&text);
         }
-        let request = match parse::parse(program, &words, &System)? {
-            Parsed::Run(request) if request.command != Command::Restore => request,
-            Parsed::Run(_) => return Err(parse::try_help(program)),
-            about => return execute(&|| Ok(place.clone()), program, about),
-        };
-        last = run(place, &request);
     }
-    last
+}
+
+/// Whether services and destinations are changed.
+fn is_change(request: &Request) -> bool {
+    use Command::{Add, AddDest, Delete, DeleteDest, Edit, EditDest, Flush};
+    let Request { command, .. } = request;
+    matches!(command, Add | Edit | Delete | Flush | AddDest | EditDest | DeleteDest) && lacking(request).is_none()
+}
+
+/// Makes changes, each of which is as if it were alone, but that all are put in force at once if that can be.
+fn change_all(place: &Place, requests: &[Request]) -> Vec<Result<(), Stop>> {
+    match requests {
+        [] => Vec::new(),
+        [request] => vec![change(place, request)],
+        _ => match change_at_once(place, requests) {
+            Ok(outcomes) => outcomes,
+            // Nothing has changed. One after the other shows which of them cannot be.
+            Err(Failure::Refused(_) | Failure::Commit(Commit::Refused(_))) => {
+                requests.iter().map(|request| change(place, request)).collect()
+            }
+            Err(failure) => vec![Err(failure.into()); requests.len()],
+        },
+    }
+}
+
+fn change_at_once(place: &Place, requests: &[Request]) -> Result<Vec<Result<(), Stop>>, Failure> {
+    let lock = place.lock()?;
+    Session::open(place)?.change_under(&lock, |change| {
+        let one = |request: &Request| check(request).and_then(|()| plan(change, request));
+        let outcomes = requests.iter().map(one).collect();
+        // One by one, what comes later may have the slots of what is removed before.
+        change.lack().map_or(Ok(outcomes), |lack| Err(Failure::Refused(lack.clone())))
+    })
 }

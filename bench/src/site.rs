@@ -60,6 +60,12 @@ const fn one_of_many(number: u16) -> Ipv4Addr {
     Ipv4Addr::new(10, 3, high, low)
 }
 
+/// The weight of a real server: for ovf, one that all connections fit in.
+fn weight(scheduler: Scheduler, number: u16) -> u32 {
+    let weight = 1 + u32::from(number % 4);
+    if scheduler == Scheduler::Ovf { weight << 16 } else { weight }
+}
+
 /// Most connections that the IPv6 table is made for.
 const FLOWS6_MAX: u32 = 1 << 17;
 
@@ -118,7 +124,7 @@ fn services(change: &mut Change<'_>) -> Result<(), Failure> {
                 let key = family.service(Transport::Tcp, port);
                 change.add_service(key, scheduled(scheduler))?;
                 for index in 0..SERVERS {
-                    change.add_dest(key, family.at(index, port), dest(method, 1 + u32::from(index % 4)))?;
+                    change.add_dest(key, family.at(index, port), dest(method, weight(scheduler, index.into())))?;
                 }
             }
         }
@@ -129,7 +135,7 @@ fn services(change: &mut Change<'_>) -> Result<(), Failure> {
             let key = Family::Four.service(Transport::Tcp, port);
             change.add_service(key, scheduled(scheduler))?;
             for number in 1..=servers {
-                let spec = dest(Method::Route, 1 + u32::from(number % 4));
+                let spec = dest(Method::Route, weight(scheduler, number));
                 change.add_dest(key, (one_of_many(number), port).into(), spec)?;
             }
         }

@@ -362,14 +362,16 @@ impl Dest {
     }
 }
 
-/// What a list or ring holds: a destination, and for some rings a threshold.
+/// What a list or ring holds: a destination, and what choosing it depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Pod, Zeroable)]
 #[repr(C)]
 pub struct SlotRecord {
     /// Number of the destination.
     pub dest: u32,
-    /// wrr: the weight threshold at which it is chosen here. random and wrandom: in every other slot, how many of 2^32
-    /// draws of this slot and the next fall on this one. 0 elsewhere.
+    /// In lists, the destination's weight, of which lc and random have made 1 if it is not 0, with [`Slot::LIMITED`] if it has
+    /// thresholds. In the rings of wrr, the weight
+    /// threshold at which it is chosen here. In those of random and wrandom, in every other slot, how many of 2^32 draws of
+    /// this slot and the next fall on this one. 0 elsewhere.
     pub threshold: u32,
 }
 
@@ -378,7 +380,19 @@ pub struct SlotRecord {
 #[repr(transparent)]
 pub struct Slot(pub Shared64);
 
+/// As many slots as a cache line has: what scans of lists look up at once. A list begins with one, and has slots of weight 0
+/// at its end so that it ends with one.
+pub type SlotLine = [Slot; SLOTS_PER_LINE as usize];
+
+/// Slots in a [`SlotLine`].
+pub const SLOTS_PER_LINE: u32 = 8;
+
+const _: () = assert!(size_of::<SlotLine>() == 64);
+
 impl Slot {
+    /// Set beside the weight of a destination in a list that has thresholds.
+    pub const LIMITED: u32 = 1 << 31;
+
     /// The destination's number.
     #[inline(always)]
     pub fn dest(&self) -> u32 {
@@ -389,6 +403,13 @@ impl Slot {
     #[inline(always)]
     pub fn threshold(&self) -> u32 {
         (self.0.load() >> 32) as u32
+    }
+
+    /// Of a list, the destination's number, and its weight as it stands there.
+    #[inline(always)]
+    pub fn dest_and_weight(&self) -> (u32, u32) {
+        let word = self.0.load();
+        (word as u32, (word >> 32) as u32)
     }
 }
 
@@ -416,7 +437,7 @@ record! {
         service: u32,
         /// Number of the scheduler.
         scheduler: u32,
-        /// First slot of the list of all destinations, newest first.
+        /// First slot of the list of all destinations, newest first: a multiple of [`SLOTS_PER_LINE`].
         list: u32,
         /// Number of destinations.
         list_len: u32,
@@ -498,7 +519,9 @@ pub struct DestLoad {
     pub path_mtu: Shared64,
     /// 1 when its thresholds made the destination overloaded; see [`DestLoad::is_overloaded`].
     pub overloaded: Shared32,
-    reserved: [u32; 11],
+    /// 1 when the destination is not configured any more, whatever lists say: those follow a moment later.
+    pub removed: Shared32,
+    reserved: [u32; 10],
 }
 
 impl DestLoad {
@@ -1285,7 +1308,7 @@ pub const LAYOUT: u32 = {
         size_of::<Config>(),
         size_of::<Service>(),
         size_of::<Dest>(),
-        size_of::<Slot>(),
+        size_of::<SlotLine>(),
         size_of::<View>(),
         size_of::<Cursor>(),
         size_of::<CacheEntry>(),

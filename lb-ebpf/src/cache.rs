@@ -8,7 +8,7 @@
 //! packet's destination is chosen by wlc then, and nothing is remembered.
 
 use lb_common::{
-    abi::{CACHE_BUCKETS, CACHE_SET, CACHE_WAYS, CacheEntry, View, active_and_total},
+    abi::{CACHE_BUCKETS, CACHE_SET, CACHE_WAYS, CacheEntry, Slot, View, active_and_total},
     hash::scale,
     proto::Scheduler,
     sync::opaque,
@@ -136,7 +136,7 @@ fn best_of_set(tables: &impl Tables, env: &impl Env, view: &View, found: Found) 
         let usable = dest.is_some_and(|dest| dest.usable() && dest.service.load() == service);
         return if usable { Choice(chosen.into()) } else { Choice::NONE };
     }
-    let mut best = OfSet { tables, entry, service, best: LeastLoaded::by_load(tables, 0) };
+    let mut best = OfSet { tables, entry, service, best: LeastLoaded::by_load(tables) };
     env.scan(CACHE_SET, &mut best);
     if entry.set[1].load() != 0
         && let Some(Clock { now, hz }) = clock(tables, env)
@@ -216,8 +216,12 @@ impl<T: Tables> Scan for OfSet<'_, T> {
     fn visit(&mut self, index: u32) -> bool {
         let Some(dest) = self.entry.set.get(opaque(index.into()) as usize) else { return false };
         let number = dest.load().wrapping_sub(1);
-        if self.tables.dest(number).is_some_and(|dest| dest.service.load() == self.service) {
-            self.best.consider(number);
+        if let Some(dest) = self.tables.dest(number)
+            && dest.service.load() == self.service
+            && dest.available()
+        {
+            let limited = if dest.upper.load() == 0 { 0 } else { Slot::LIMITED };
+            self.best.consider(number, dest.weight.load() | limited);
         }
         true
     }
@@ -256,7 +260,8 @@ impl<T: Tables> Scan for Idle<'_, T> {
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let Some(slot) = self.tables.slot(self.start + index) else { return false };
-        self.found = (2 * active(self.tables, slot.dest()) < weight(self.tables, slot.dest())).into();
+        let weight = u64::from(slot.threshold() & !Slot::LIMITED);
+        self.found = (2 * active(self.tables, slot.dest()) < weight).into();
         self.found == 0
     }
 }
@@ -318,7 +323,7 @@ mod tests {
         for number in 0..dests {
             let record = DestRecord { state: slot::USED, weight, ..DestRecord::zeroed() };
             tables.dests[number as usize].store(&record);
-            tables.slots[number as usize].store(&SlotRecord { dest: number, threshold: 0 });
+            tables.slots[number as usize].store(&SlotRecord { dest: number, threshold: weight });
         }
         let view = ViewRecord { scheduler: scheduler as u32, list_len: dests, cache: 7, ..ViewRecord::zeroed() };
         tables.views[0].store(&view);

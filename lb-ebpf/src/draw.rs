@@ -3,12 +3,11 @@
 use lb_common::{
     abi::{Slot, View, active_and_total},
     hash::scale,
-    proto::Scheduler,
 };
 
 use crate::{
     env::{Env, Scan},
-    schedule::{Choice, Limits, is_usable, usable_at},
+    schedule::{Choice, Limits, each_of, lines, usable_at},
     tables::Tables,
 };
 
@@ -53,23 +52,29 @@ pub(crate) fn drawn(tables: &impl Tables, env: &impl Env, view: &View) -> Choice
     if draws.found != 0 {
         return Choice(draws.found);
     }
-    let unweighted = u64::from(view.scheduler.load() == Scheduler::Random as u32);
-    let total = total(tables, env, view, unweighted);
+    let total = total(tables, env, view);
     if total == 0 {
         return Choice::NONE;
     }
     let lot = 1 + below(env, total);
-    Choice(walk(tables, env, view, unweighted, [lot, lot])[0])
+    let found = walk(tables, env, view, [lot, lot])[0];
+    // The list may be behind.
+    if is_removed(tables, found) != 0 { Choice::NONE } else { Choice(found) }
 }
 
 /// twos: of two destinations drawn by weight, the one with less overhead for its weight.
 #[inline(never)]
 pub(crate) fn less_loaded_of_two(tables: &impl Tables, env: &impl Env, view: &View) -> Choice {
-    let total = total(tables, env, view, 0);
+    let total = total(tables, env, view);
     if total == 0 {
         return Choice::NONE;
     }
-    let [first, second] = walk(tables, env, view, 0, [below(env, total + 1), below(env, total + 1)]);
+    let [first, second] = walk(tables, env, view, [below(env, total + 1), below(env, total + 1)]);
+    // Lists may be behind.
+    if is_removed(tables, first) != 0 || is_removed(tables, second) != 0 {
+        let other = if is_removed(tables, first) != 0 { second } else { first };
+        return if is_removed(tables, other) != 0 { Choice::NONE } else { Choice(other) };
+    }
     let (of_first, of_second) = (weight_and_overhead(tables, first), weight_and_overhead(tables, second));
     // In 32 bits, as ip_vs does it.
     let product = |weight: u64, overhead: u64| ((weight >> 32) as i32).wrapping_mul(overhead as i32);
@@ -96,47 +101,55 @@ fn below(env: &impl Env, limit: u64) -> u64 {
     number.checked_rem(limit).unwrap_or_default()
 }
 
-/// The number of a destination in the low half, its weight in the high half: 0 when it is not usable, 1 when weights do not
-/// matter.
-///
-/// Verifier: one word, as above.
+/// 1 when the destination with this number less one is not configured any more, else 0.
 #[inline(always)]
-fn weight_at(tables: &impl Tables, index: u32, unweighted: u64) -> u64 {
-    let Some(slot) = tables.slot(index) else { return 0 };
-    let number = slot.dest();
-    let Some(dest) = tables.dest(number) else { return 0 };
-    let usable = u64::from(is_usable(tables, number, dest, Limits::Heeded));
-    let weight = u64::from(dest.weight.load());
-    tables.hide((usable * (weight * (unweighted ^ 1) + unweighted)) << 32 | u64::from(number))
+fn is_removed(tables: &impl Tables, choice: u64) -> u64 {
+    let load = tables.dest_load((choice as u32).wrapping_sub(1));
+    tables.hide(load.map_or(1, |load| load.removed.load()).into())
+}
+
+/// The weight of a list's destination: 0 when it is not usable. For random, lists say that all weights are 1.
+#[inline(always)]
+fn weight_in(tables: &impl Tables, slot: &Slot) -> u64 {
+    let (number, weight) = slot.dest_and_weight();
+    if weight & Slot::LIMITED != 0 && tables.is_overloaded(number) != 0 {
+        return 0;
+    }
+    u64::from(weight & !Slot::LIMITED)
 }
 
 struct Total<'t, T> {
     tables: &'t T,
-    start: u32,
-    unweighted: u64,
+    first: u32,
     total: u64,
 }
 
 impl<T: Tables> Scan for Total<'_, T> {
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
-        self.total += weight_at(self.tables, self.start + index, self.unweighted) >> 32;
+        let Some(line) = self.tables.slots(self.first + index) else { return false };
+        each_of!(
+            line,
+            #[inline(always)]
+            |slot: &Slot| self.total += weight_in(self.tables, slot)
+        );
         true
     }
 }
 
 /// The weights of all usable destinations.
 #[inline(always)]
-fn total(tables: &impl Tables, env: &impl Env, view: &View, unweighted: u64) -> u64 {
-    let mut scan = Total { tables, start: view.list.load(), unweighted, total: 0 };
-    env.scan(view.list_len.load(), &mut scan);
+fn total(tables: &impl Tables, env: &impl Env, view: &View) -> u64 {
+    let (first, count) = lines(view);
+    // Verifier: hidden, or it would add up numbers that it knows.
+    let mut scan = Total { tables, first, total: tables.hide(0) };
+    env.scan(count, &mut scan);
     scan.total
 }
 
 struct Walk<'t, T> {
     tables: &'t T,
-    start: u32,
-    unweighted: u64,
+    first: u32,
     /// What is left of each lot.
     lots: [u64; 2],
     /// The destination that each lot has fallen on, plus one; 0 before it has.
@@ -146,25 +159,40 @@ struct Walk<'t, T> {
 impl<T: Tables> Scan for Walk<'_, T> {
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
-        let found = weight_at(self.tables, self.start + index, self.unweighted);
-        let (weight, choice) = (found >> 32, (found & 0xffff_ffff) + 1);
+        let Some(line) = self.tables.slots(self.first + index) else { return false };
+        each_of!(
+            line,
+            #[inline(always)]
+            |slot: &Slot| self.step(slot)
+        );
+        self.found[0] == 0 || self.found[1] == 0
+    }
+}
+
+impl<T: Tables> Walk<'_, T> {
+    #[inline(always)]
+    fn step(&mut self, slot: &Slot) {
+        let weight = weight_in(self.tables, slot);
         if weight == 0 {
-            return true;
+            return;
         }
+        let choice = u64::from(slot.dest()) + 1;
         for (lot, found) in self.lots.iter_mut().zip(&mut self.found) {
             if *found == 0 && weight >= *lot {
                 *found = choice;
             }
             *lot = lot.saturating_sub(weight);
         }
-        self.found[0] == 0 || self.found[1] == 0
     }
 }
 
 /// The usable destinations that two lots fall on, plus one: those at which the weights from the first on reach the lot.
 #[inline(always)]
-fn walk(tables: &impl Tables, env: &impl Env, view: &View, unweighted: u64, lots: [u64; 2]) -> [u64; 2] {
-    let mut scan = Walk { tables, start: view.list.load(), unweighted, lots, found: [0; 2] };
-    env.scan(view.list_len.load(), &mut scan);
+fn walk(tables: &impl Tables, env: &impl Env, view: &View, lots: [u64; 2]) -> [u64; 2] {
+    let (first, count) = lines(view);
+    // Verifier: hidden, as above.
+    let found = [tables.hide(0), tables.hide(0)];
+    let mut scan = Walk { tables, first, lots, found };
+    env.scan(count, &mut scan);
     scan.found
 }

@@ -11,7 +11,7 @@ use lb_common::{
     abi::{
         ADJACENCIES, Adjacency, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Counters, Cursor, Dest, DestCpu,
         DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6, Estimate, Instance,
-        JournalSlot, Limiter, NextHop, Record as _, Service, Slot, Stage, View, hop,
+        JournalSlot, Limiter, NextHop, Record as _, Service, Slot, SlotLine, Stage, View, hop,
     },
     addr::{Address, Ip4, Ip6},
     checksum,
@@ -275,12 +275,15 @@ impl Tables for HostTables {
         view, views, View;
         cursor, cursors, Cursor;
         cache, cache, CacheEntry;
-        slot, slots, Slot;
         dest, dests, Dest;
         dest_load, dest_loads, DestLoad;
         dest_cpu, dest_cpus, DestCpu;
         adjacency, adjacency, Adjacency;
         adjacency_cpu, adjacency_cpus, NextHop;
+    }
+
+    fn slots(&self, line: u32) -> Option<&SlotLine> {
+        self.slots.as_chunks().0.get(line as usize)
     }
 
     fn hide(&self, value: u64) -> u64 {

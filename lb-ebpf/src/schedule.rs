@@ -1,14 +1,13 @@
 //! Choosing the destination of a new connection: ip_vs's schedulers (`docs/ipvs.md`, section 3).
 
 use lb_common::{
-    abi::{Dest, View, active_and_total, address_word, cursor, slot},
+    abi::{Dest, SLOTS_PER_LINE, Slot, View, address_word, cursor},
     addr::Address as _,
     flow::Key,
     hash::mix,
     proto::{Scheduler, sched_flag},
     reason::Reason,
     sched::{self, Bid},
-    sync::opaque,
 };
 
 use crate::{
@@ -283,10 +282,10 @@ fn bucket(tables: &impl Tables, view: &View, bucket: u32, limits: Limits) -> Opt
 }
 
 /// What a scanning scheduler compares destinations by: the least overhead for its weight is best. A destination with A
-/// active of T connections has the overhead `active * A + total * T + constant`.
+/// active of T connections has the overhead `active * A + total * T + constant`. For lc, lists say that all weights are 1.
 ///
-/// Verifier: numbers instead of choices, so that it follows one loop for all schedulers, and one path in it; and all in one
-/// word, for they would take up a third of the stack.
+/// Verifier: numbers instead of choices, so that it follows one loop for all schedulers; and all in one word, for they would
+/// take up a third of the stack.
 #[derive(Clone, Copy)]
 struct Measure(u64);
 
@@ -294,19 +293,17 @@ impl Measure {
     /// Inactive connections count a 256th of active ones, with inactive = T - A: 257 A + (T - A).
     const LOAD: u64 = 256 | Self::TOTAL;
     const DELAY: u64 = 1 | Self::CONSTANT;
-    const TOTAL: u64 = 1 << 16;
-    const CONSTANT: u64 = 1 << 17;
-    /// Overheads are compared as if all weights were equal.
-    const UNWEIGHTED: u64 = 1 << 18;
+    const CONSTANT: u64 = 1 << 16;
     /// A destination without active connections has no overhead.
-    const IDLE: u64 = 1 << 19;
+    const IDLE: u64 = 1 << 24;
     /// A destination with more active connections than its weight is out of the question.
-    const LIMITED: u64 = 1 << 20;
+    const LIMITED: u64 = 1 << 25;
+    /// All connections count.
+    const TOTAL: u64 = 0xffff_ffff << 32;
 
     #[inline(always)]
     const fn of(scheduler: Scheduler) -> Self {
         Self(match scheduler {
-            Scheduler::Lc => Self::LOAD | Self::UNWEIGHTED,
             Scheduler::Sed => Self::DELAY,
             Scheduler::Nq => Self::DELAY | Self::IDLE,
             Scheduler::Fo => Self::CONSTANT,
@@ -315,23 +312,49 @@ impl Measure {
         })
     }
 
-    /// What an active connection counts.
+    /// The overhead of `active` connections of `connections`, a number whose low half are all of them.
     #[inline(always)]
-    const fn active(self) -> u64 {
-        self.0 & 0xffff
+    const fn overhead(self, active: u64, connections: u64) -> u64 {
+        (self.0 & 0xffff) * active + (connections & self.0 >> 32) + (self.0 >> 16 & 0xff)
     }
 
-    /// 1 when it has all of `property`, which is one bit, else 0.
     #[inline(always)]
-    const fn has(self, property: u64) -> u64 {
-        self.0 >> property.trailing_zeros() & 1
+    const fn has(self, property: u64) -> bool {
+        self.0 & property != 0
     }
 }
 
+/// Calls something for every slot of a line.
+///
+/// Verifier: written out, for a loop over a slice compares pointers.
+macro_rules! each_of {
+    ($line:expr, $visit:expr) => {{
+        let ([a, b, c, d, e, f, g, h], mut visit) = ($line, $visit);
+        visit(a);
+        visit(b);
+        visit(c);
+        visit(d);
+        visit(e);
+        visit(f);
+        visit(g);
+        visit(h);
+    }};
+}
+pub(crate) use each_of;
+
+/// The lines of a view's list: the first, and how many there are.
+#[inline(always)]
+pub(crate) fn lines(view: &View) -> (u32, u32) {
+    (view.list.load() / SLOTS_PER_LINE, view.list_len.load().div_ceil(SLOTS_PER_LINE))
+}
+
+/// The destination with the least overhead for its weight.
+///
+/// Of a destination it looks at one cache line, that of its connections; all else that counts is in the list.
 pub(crate) struct LeastLoaded<'t, T> {
     tables: &'t T,
     measure: Measure,
-    start: u32,
+    first: u32,
     /// The best destination so far, plus one; 0 before there is one.
     best: u32,
     overhead: u64,
@@ -341,18 +364,34 @@ pub(crate) struct LeastLoaded<'t, T> {
 impl<T: Tables> Scan for LeastLoaded<'_, T> {
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
-        if let Some(slot) = self.tables.slot(self.start + index) {
-            self.consider(slot.dest());
-        }
+        let Some(line) = self.tables.slots(self.first + index) else { return false };
+        each_of!(
+            line,
+            #[inline(always)]
+            |slot: &Slot| {
+                let (number, weight) = slot.dest_and_weight();
+                self.consider(number, weight);
+            }
+        );
         true
     }
 }
 
 impl<'t, T: Tables> LeastLoaded<'t, T> {
-    /// A scan by lc's and wlc's measure that begins at a slot.
+    /// A scan that begins at a line of slots.
+    ///
+    /// Verifier: everything is hidden, or it would follow the scan once for each scheduler, and each destination once as the
+    /// first and once as another.
     #[inline(always)]
-    pub(crate) fn by_load(tables: &'t T, start: u32) -> Self {
-        Self { tables, measure: Measure(Measure::LOAD), start, best: 0, overhead: 0, weight: 0 }
+    fn new(tables: &'t T, measure: Measure, first: u32) -> Self {
+        let measure = Measure(tables.hide(measure.0));
+        Self { tables, measure, first, best: tables.hide(0) as u32, overhead: tables.hide(1), weight: tables.hide(0) }
+    }
+
+    /// A scan by lc's and wlc's measure of destinations in no list.
+    #[inline(always)]
+    pub(crate) fn by_load(tables: &'t T) -> Self {
+        Self::new(tables, Measure::of(Scheduler::Wlc), 0)
     }
 
     /// The number of the best destination, plus one; 0 when there is none.
@@ -361,30 +400,30 @@ impl<'t, T: Tables> LeastLoaded<'t, T> {
         self.best
     }
 
-    /// Compares destination number `number` with the best so far.
+    /// Compares destination number `number`, whose weight is as in a list, with the best so far.
     #[inline(always)]
-    pub(crate) fn consider(&mut self, number: u32) -> Option<()> {
-        let dest = self.tables.dest(number)?;
-        let weight = u64::from(dest.weight.load());
-        let (active, total) = active_and_total(self.tables.dest_load(number)?.connections.load());
-        let (active, total) = (u64::from(active), u64::from(total));
-        let measure = self.measure;
-        // One where the first is less than the second, both below 2^63.
-        let less = |a: u64, b: u64| opaque(a.wrapping_sub(b)) >> 63;
-        let unavailable = u64::from(dest.state.load() ^ slot::USED);
-        let overloaded = overload::is_overloaded(self.tables, number, dest);
-        // One branch for all of it.
-        if opaque(less(weight, 1) | unavailable | overloaded | less(weight, active) & measure.has(Measure::LIMITED))
-            != 0
-        {
+    pub(crate) fn consider(&mut self, number: u32, weight: u32) -> Option<()> {
+        let (weight, limited) = (u64::from(weight & !Slot::LIMITED), weight & Slot::LIMITED);
+        if weight == 0 {
             return None;
         }
-        let overhead = measure.active() * active + measure.has(Measure::TOTAL) * total + measure.has(Measure::CONSTANT);
-        let overhead = overhead * (less(active, 1) & measure.has(Measure::IDLE) ^ 1);
-        let unweighted = measure.has(Measure::UNWEIGHTED);
-        let weight = weight * (unweighted ^ 1) + unweighted;
-        // No division: self.overhead / self.weight > overhead / weight.
-        if self.best == 0 || self.overhead * weight > overhead * self.weight {
+        let load = self.tables.dest_load(number)?;
+        if load.removed.load() != 0 || limited != 0 && self.tables.is_overloaded(number) != 0 {
+            return None;
+        }
+        let (connections, measure) = (load.connections.load(), self.measure);
+        let active = connections >> 32;
+        let mut overhead = measure.overhead(active, connections);
+        if measure.has(Measure::IDLE | Measure::LIMITED) {
+            if measure.has(Measure::LIMITED) && active > weight {
+                return None;
+            }
+            if measure.has(Measure::IDLE) && active == 0 {
+                overhead = 0;
+            }
+        }
+        // No division: self.overhead / self.weight > overhead / weight. Before there is a best one that is 1 / 0, more than any.
+        if self.overhead * weight > overhead * self.weight {
             self.best = number + 1;
             self.overhead = overhead;
             self.weight = weight;
@@ -479,9 +518,8 @@ pub fn pick_alike(
 #[inline(never)]
 fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View) -> Choice {
     let Ok(scheduler) = Scheduler::try_from(view.scheduler.load() as u8) else { return Choice::NONE };
-    // Verifier: hidden, or it would follow the scan once for each scheduler.
-    let measure = Measure(tables.hide(Measure::of(scheduler).0));
-    let mut scan = LeastLoaded { tables, measure, start: view.list.load(), best: 0, overhead: 0, weight: 0 };
-    env.scan(view.list_len.load(), &mut scan);
+    let (first, count) = lines(view);
+    let mut scan = LeastLoaded::new(tables, Measure::of(scheduler), first);
+    env.scan(count, &mut scan);
     Choice(scan.best.into())
 }

@@ -3,12 +3,13 @@
 use lb_common::{
     abi::{
         Adjacency, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointKey, Limiter, NextHop,
-        Slot, View,
+        SLOTS_PER_LINE, Slot, SlotLine, View,
     },
     addr::Address,
     event::Event,
     hash::Seed,
     mark,
+    sync::opaque,
 };
 
 use crate::{flow_table::Buckets, overload};
@@ -30,8 +31,14 @@ pub trait Tables {
     fn view(&self, index: u32) -> Option<&View>;
     /// Where the scheduler of a view stands.
     fn cursor(&self, index: u32) -> Option<&Cursor>;
+    /// As many entries of lists and rings as are looked up at once, from the one with [`SLOTS_PER_LINE`] times this index on.
+    fn slots(&self, line: u32) -> Option<&SlotLine>;
     /// An entry of a list or ring.
-    fn slot(&self, index: u32) -> Option<&Slot>;
+    #[inline(always)]
+    fn slot(&self, index: u32) -> Option<&Slot> {
+        // Verifier: opaque, so that the bounds check stays.
+        self.slots(index / SLOTS_PER_LINE)?.get(opaque((index % SLOTS_PER_LINE).into()) as usize)
+    }
     /// A destination.
     fn dest(&self, index: u32) -> Option<&Dest>;
     /// An entry of the cache of lblc and lblcr.

@@ -4,7 +4,7 @@ use bytemuck::{Zeroable, allocation::zeroed_slice_box};
 use lb_common::{
     abi::{
         Adjacency, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointKey as _, Limiter, NextHop,
-        Record as _, Slot, View, slot,
+        Record as _, SlotLine, View, slot,
     },
     addr::{Address, Ip4, Port},
     event::Event,
@@ -215,7 +215,7 @@ impl<E: Entry> Tables for Table<E> {
     fn cursor(&self, _: u32) -> Option<&Cursor> {
         None
     }
-    fn slot(&self, _: u32) -> Option<&Slot> {
+    fn slots(&self, _: u32) -> Option<&SlotLine> {
         None
     }
     fn dest(&self, index: u32) -> Option<&Dest> {

@@ -5,10 +5,11 @@ use std::{
     ops::Range,
 };
 
+use bytemuck::Zeroable as _;
 use lb_common::{
     abi::{
         DestRecord, ENDPOINT_PROBES, EndpointBucket, EndpointKey, EndpointKey4, EndpointKey6, Record as _,
-        ServiceRecord, SlotRecord, Target, View, ViewRecord, cursor, slot,
+        SLOTS_PER_LINE, ServiceRecord, Slot, SlotRecord, Target, View, ViewRecord, cursor, slot,
     },
     addr::{Address, Ip4, Ip6, Port},
     hash::Seed,
@@ -51,9 +52,9 @@ pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
     let view = shared.views.get(record.view as usize).map(View::load);
     let at = shared.cursors.get(record.view as usize).map(|cursor| cursor.position.load());
     let (Some(view), Some(at)) = (view, at) else { return (0, 0) };
-    let (start, len) = match Scheduler::try_from(record.scheduler as u8) {
-        Ok(Scheduler::Rr) => (view.list, view.list_len),
-        Ok(Scheduler::Wrr) => (view.ring, view.ring_len),
+    let (start, len, threshold) = match Scheduler::try_from(record.scheduler as u8) {
+        Ok(Scheduler::Rr) => (view.list, view.list_len, 0),
+        Ok(Scheduler::Wrr) => (view.ring, view.ring_len, u32::MAX),
         // As good as ever.
         Ok(Scheduler::Lblc | Scheduler::Lblcr) => return (0, record.threshold),
         _ => return (0, 0),
@@ -63,7 +64,8 @@ pub fn position(shared: &Shared<'_>, record: &ServiceRecord) -> (u32, u32) {
         return (0, 0);
     }
     let Some(slot) = shared.slots.get((start + index) as usize).map(|slot| slot.load()) else { return (0, 0) };
-    if at & cursor::FRESH != 0 { (0, slot.threshold) } else { (slot.dest + 1, slot.threshold) }
+    let threshold = slot.threshold & threshold;
+    if at & cursor::FRESH != 0 { (0, threshold) } else { (slot.dest + 1, threshold) }
 }
 
 /// Compiles the views of `services`, and the edits that bring the endpoint tables to what `state` says.
@@ -152,7 +154,7 @@ impl CompiledView {
 }
 
 fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledView, Refusal> {
-    let service = state.services.get(&slot).copied().unwrap_or_else(bytemuck::Zeroable::zeroed);
+    let service = state.services.get(&slot).copied().unwrap_or_else(ServiceRecord::zeroed);
     let key = service_key(&service);
     let list = state.list(slot);
     let weights = state.weights(slot);
@@ -162,10 +164,13 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         Ok(scheduler) => table(scheduler, state, list).ok_or(Refusal::MhDests(key))?,
         Err(_) => Vec::new(),
     };
-    let mut slots: Vec<SlotRecord> = (0..list.len()).map(|position| at(position, 0)).collect();
+    let mut slots: Vec<SlotRecord> = list.iter().map(|number| listed(service.scheduler, state, *number)).collect();
+    let list_len = slots.len() as u32;
+    // What fills the last line up has weight 0.
+    slots.resize(slots.len().next_multiple_of(SLOTS_PER_LINE as usize), SlotRecord::zeroed());
+    let ring_start = slots.len() as u32;
     slots.extend(&ring);
     let start = room.take(slots.len() as u32).ok_or(Refusal::NoSlots(key))?;
-    let list_len = list.len() as u32;
     let final_pass = ring.iter().position(|slot| slot.threshold == 1).unwrap_or(0) as u32;
     let record = ViewRecord {
         version: 0,
@@ -173,7 +178,7 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         scheduler: service.scheduler,
         list: start,
         list_len,
-        ring: start + list_len,
+        ring: start + ring_start,
         ring_len: ring.len() as u32,
         ring_final: final_pass,
         flags: service.flags,
@@ -181,11 +186,19 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         reserved: [0; 6],
     };
     let cursor = match Scheduler::try_from(service.scheduler as u8) {
-        Ok(Scheduler::Rr) => first_cursor(&slots, service.pointer, 0),
-        Ok(Scheduler::Wrr) => first_cursor(&ring, service.pointer, service.threshold),
+        Ok(Scheduler::Rr) => first_cursor((0..list.len()).map(|position| at(position, 0)), service.pointer, 0),
+        Ok(Scheduler::Wrr) => first_cursor(ring.iter().copied(), service.pointer, service.threshold),
         _ => cursor::FRESH,
     };
     Ok(CompiledView { index: service.view, record, slots, cursor })
+}
+
+/// A destination as the list of a service with this scheduler has it. For some schedulers all weights but 0 are alike.
+fn listed(scheduler: u32, state: &State, number: u32) -> SlotRecord {
+    let Some(dest) = state.dests.get(&number) else { return SlotRecord::zeroed() };
+    let unweighted = [Scheduler::Lc as u32, Scheduler::Random as u32].contains(&scheduler);
+    let weight = if unweighted { dest.weight.min(1) } else { dest.weight };
+    SlotRecord { dest: number, threshold: weight | if dest.upper == 0 { 0 } else { Slot::LIMITED } }
 }
 
 /// Whether the scheduler with this number remembers what destinations addresses have had.
@@ -236,13 +249,13 @@ fn number(record: &DestRecord) -> u32 {
 
 /// The cursor that goes on behind `pointer`, a destination plus one, in the pass with `threshold`; or, for no pointer, at
 /// the start of that pass.
-fn first_cursor(ring: &[SlotRecord], pointer: u32, threshold: u32) -> u32 {
-    let last = ring.iter().position(|slot| slot.dest + 1 == pointer && slot.threshold == threshold);
-    let start = || ring.iter().position(|slot| slot.threshold == threshold).unwrap_or(0);
+fn first_cursor(ring: impl Iterator<Item = SlotRecord> + Clone, pointer: u32, threshold: u32) -> u32 {
+    let last = ring.clone().position(|slot| slot.dest + 1 == pointer && slot.threshold == threshold);
+    let start = || ring.clone().position(|slot| slot.threshold == threshold).unwrap_or(0);
     last.map_or_else(|| start() as u32 | cursor::FRESH, |index| index as u32)
 }
 
-/// The slots that no view in force uses.
+/// The slots that no view in force uses, by whole lines.
 struct Room {
     /// Free ranges, in order.
     free: Vec<Range<u32>>,
@@ -254,7 +267,8 @@ impl Room {
             .filter_map(|index| shared.views.get(index as usize))
             .map(|view| {
                 let view = view.load();
-                view.list..view.list + view.list_len + view.ring_len
+                // A ring begins behind the line that its list ends with.
+                view.list..(view.list + view.list_len).max(view.ring + view.ring_len)
             })
             .filter(|range| !range.is_empty())
             .collect();
@@ -265,13 +279,14 @@ impl Room {
             if range.start > end {
                 free.push(end..range.start);
             }
-            end = end.max(range.end);
+            end = end.max(range.end.next_multiple_of(SLOTS_PER_LINE));
         }
         free.push(end..shared.slots.len() as u32);
         Self { free }
     }
 
     fn take(&mut self, len: u32) -> Option<u32> {
+        let len = len.next_multiple_of(SLOTS_PER_LINE);
         let range = self.free.iter_mut().find(|range| range.end - range.start >= len)?;
         let start = range.start;
         range.start += len;

@@ -140,6 +140,7 @@ fn take_steps(shared: &Shared<'_>, counters: &mut impl Counters) -> Result<(), E
                     if let Some(load) = shared.dest_loads.get(index as usize) {
                         // Other thresholds than before may say so of the connections it has.
                         load.overloaded.store(load.is_overloaded(dest.thresholds()).into());
+                        load.removed.store((!dest.available()).into());
                     }
                 }
             }

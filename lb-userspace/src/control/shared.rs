@@ -71,7 +71,7 @@ impl Maps {
             endpoints4: &self.endpoints4,
             endpoints6: &self.endpoints6,
             views: &self.views,
-            slots: &self.slots,
+            slots: self.slots.as_flattened(),
             cursors: &self.cursors,
             dest_loads: &self.dest_loads,
             estimates: &self.estimates,

@@ -13,7 +13,7 @@ use aya::{
 };
 use aya_obj::generated::bpf_func_id;
 use lb_common::{
-    abi::{self, AgeingRecord, Instance, InstanceRecord, Record as _, Stage},
+    abi::{self, AgeingRecord, Instance, InstanceRecord, Record as _, SLOTS_PER_LINE, Stage},
     hash::Seed,
 };
 
@@ -197,7 +197,7 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
         (map::ENDPOINTS4, record.endpoint_buckets),
         (map::ENDPOINTS6, record.endpoint_buckets),
         (map::VIEWS, 2 * record.services),
-        (map::SLOTS, record.slots),
+        (map::SLOTS, record.slots / SLOTS_PER_LINE),
         (map::CURSORS, 2 * record.services),
         (map::DEST_LOADS, record.dests),
         (map::DEST_CPUS, record.dests),

@@ -6,7 +6,7 @@ use aya::maps::{Map, MapData, PerCpuArray, PerCpuValues};
 use lb_common::{
     abi::{
         self, AgeingValue, Config, Cursor, Dest, DestCpuRecord, DestLoad, EndpointBucket4, EndpointBucket6, Estimate,
-        Instance, InstanceRecord, JournalSlot, Record as _, Service, Slot, View,
+        Instance, InstanceRecord, JournalSlot, Record as _, Service, SlotLine, View,
     },
     flow::{Bucket4, Bucket6},
     mark::{Marks, Rule, Start},
@@ -40,7 +40,7 @@ pub struct Maps {
     /// How services choose destinations.
     pub views: Mapped<View>,
     /// Lists and rings.
-    pub slots: Mapped<Slot>,
+    pub slots: Mapped<SlotLine>,
     /// Where schedulers stand.
     pub cursors: Mapped<Cursor>,
     /// Connections of destinations.

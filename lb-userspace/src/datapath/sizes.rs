@@ -1,6 +1,9 @@
 //! How large the maps of an instance are.
 
-use lb_common::{abi::ENDPOINTS_PER_BUCKET, flow::ENTRIES_PER_BUCKET};
+use lb_common::{
+    abi::{ENDPOINTS_PER_BUCKET, SLOTS_PER_LINE},
+    flow::ENTRIES_PER_BUCKET,
+};
 
 /// What an instance is to hold, as the user says it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -21,8 +24,10 @@ impl Default for Capacity {
     }
 }
 
-/// List and ring slots beside the lists of destinations: room for the wrr rings and the hash tables of all services.
+/// Slots beside the lists of destinations: room for the wrr rings and the hash tables of all services.
 const RING_SLOTS: u32 = 1 << 20;
+/// As many of them for each service at the least: twice what sh and dh take, while one table is exchanged for another.
+const RING_SLOTS_PER_SERVICE: u32 = 512;
 
 impl Capacity {
     /// Fewest connections a table is made for.
@@ -69,9 +74,13 @@ impl Capacity {
         2 * self.services
     }
 
-    /// Slots for lists and rings. Lists take up to twice the number of destinations while one is exchanged for another.
+    /// Slots for lists and rings, by whole lines. Lists take up to twice the number of destinations while one is exchanged for
+    /// another, and the rest of their last lines.
     pub const fn slots(&self) -> u32 {
-        2 * self.dests + RING_SLOTS
+        let rings = self.services * RING_SLOTS_PER_SERVICE;
+        let rings = if rings < RING_SLOTS { RING_SLOTS } else { rings };
+        let lists = 2 * (self.dests + self.services * (SLOTS_PER_LINE - 1));
+        (lists + rings).next_multiple_of(SLOTS_PER_LINE)
     }
 
     /// Records of the journal: one change may touch everything and zero it. The first holds their number, and one more is

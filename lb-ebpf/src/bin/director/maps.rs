@@ -16,7 +16,7 @@ use lb_common::{
     abi::{
         ADJACENCIES, Adjacency, AgeingRecord, AgeingValue, CACHE_BUCKETS, CACHE_WAYS, CacheEntry, Config, Counters,
         Cursor, Dest, DestCpu, DestLoad, EndpointBucket, EndpointBucket4, EndpointBucket6, EndpointKey4, EndpointKey6,
-        Estimate, Instance, JournalSlot, Limiter, NextHop, Service, Slot, Stage, Upkeep, View,
+        Estimate, Instance, JournalSlot, Limiter, NextHop, Service, SlotLine, Stage, Upkeep, View,
     },
     event::{COUNTERS, Event},
     flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
@@ -53,7 +53,7 @@ static ENDPOINTS6: Array<EndpointBucket6, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static VIEWS: Array<View, 1, MMAPABLE> = Array::new();
 #[btf_map]
-static SLOTS: Array<Slot, 1, MMAPABLE> = Array::new();
+static SLOTS: Array<SlotLine, 1, MMAPABLE> = Array::new();
 #[btf_map]
 static CURSORS: Array<Cursor, 1, MMAPABLE> = Array::new();
 #[btf_map]
@@ -180,7 +180,7 @@ impl Tables for Maps {
         view, VIEWS, View;
         cursor, CURSORS, Cursor;
         cache, CACHE, CacheEntry;
-        slot, SLOTS, Slot;
+        slots, SLOTS, SlotLine;
         dest, DESTS, Dest;
         dest_load, DEST_LOADS, DestLoad;
         dest_cpu, DEST_CPUS, DestCpu;

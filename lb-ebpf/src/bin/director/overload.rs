@@ -8,6 +8,7 @@ use crate::maps::Maps;
 
 /// Whether a destination that has thresholds takes no new connections: 0 or 1.
 #[unsafe(no_mangle)]
+#[inline(never)]
 pub(crate) extern "C" fn is_overloaded(number: u32) -> u64 {
     overload::look_up(&Maps, number).unwrap_or_default()
 }

@@ -52,6 +52,10 @@ impl Counting {
 struct Counted<'a, S>(&'a mut S, &'a Cell<u32>);
 
 impl<S: Scan> Scan for Counted<'_, S> {
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.0.hide(hide);
+    }
+
     fn visit(&mut self, index: u32) -> bool {
         self.1.set(self.1.get() + 1);
         self.0.visit(index)

@@ -33,7 +33,7 @@ pub enum What {
     Over(Clock),
     /// Those of destinations that are, or belong to, what has this number.
     ///
-    /// Verifier: a number says which, for it can be hidden; see [`Scan`].
+    /// Verifier: a number says which, so that it can be hidden.
     Of {
         /// One of [`of`].
         kind: u64,
@@ -102,6 +102,13 @@ pub fn buckets<T: Buckets<Entry4> + Buckets<Entry6>>(tables: &T) -> u32 {
 }
 
 impl<T: Buckets<Entry4> + Buckets<Entry6>> Scan for Sweep<'_, T> {
+    #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        if let What::Of { kind, number } = &mut self.what {
+            (*kind, *number) = (hide(*kind), hide(*number));
+        }
+    }
+
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let index = self.first + index;

@@ -65,6 +65,11 @@ struct Search<'t, T> {
 
 impl<T: Tables> Scan for Search<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.idle = hide(self.idle);
+    }
+
+    #[inline(always)]
     fn visit(&mut self, way: u32) -> bool {
         let index = self.first + way;
         let Some(entry) = self.tables.cache(index) else { return false };
@@ -213,6 +218,11 @@ struct OfSet<'t, T> {
 
 impl<T: Tables> Scan for OfSet<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.best.hide(hide);
+    }
+
+    #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let Some(dest) = self.entry.set.get(opaque(index.into()) as usize) else { return false };
         let number = dest.load().wrapping_sub(1);
@@ -257,6 +267,9 @@ struct Idle<'t, T> {
 }
 
 impl<T: Tables> Scan for Idle<'_, T> {
+    #[inline(always)]
+    fn hide(&mut self, _: impl Fn(u64) -> u64) {}
+
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let Some(slot) = self.tables.slot(self.start + index) else { return false };

@@ -28,6 +28,9 @@ struct Draws<'t, T, E> {
 
 impl<T: Tables, E: Env> Scan for Draws<'_, T, E> {
     #[inline(always)]
+    fn hide(&mut self, _: impl Fn(u64) -> u64) {}
+
+    #[inline(always)]
     fn visit(&mut self, _: u32) -> bool {
         let column = self.start + 2 * scale(self.env.random(), self.columns);
         // Everything below the share is the column's own.
@@ -126,6 +129,9 @@ struct Total<'t, T> {
 
 impl<T: Tables> Scan for Total<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, _: impl Fn(u64) -> u64) {}
+
+    #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let Some(line) = self.tables.slots(self.first + index) else { return false };
         each_of!(
@@ -157,6 +163,11 @@ struct Walk<'t, T> {
 }
 
 impl<T: Tables> Scan for Walk<'_, T> {
+    #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.found = self.found.map(hide);
+    }
+
     #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let Some(line) = self.tables.slots(self.first + index) else { return false };

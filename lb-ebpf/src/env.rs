@@ -14,9 +14,12 @@ pub struct Clock {
 
 /// Something done many times over, in order; see [`Env::scan`].
 ///
-/// Verifier: of what a scan branches on, what begins as a constant is hidden. Linux 6.1 looks at a callback with the constants
-/// that it finds on its caller's stack, not again for other ones, and removes the branches that have not been taken.
+/// Verifier: Linux 6.1 looks at a callback with the constants that it finds on its caller's stack, once: not again for those of
+/// another caller, nor for what the first call makes of them. The branches that have not been taken then it removes.
 pub trait Scan {
+    /// Hides by `hide` what begins as a constant, of all that [`Scan::visit`] branches on. Called before the first visit.
+    fn hide(&mut self, hide: impl Fn(u64) -> u64);
+
     /// Does it for `index`. Returns whether to go on.
     fn visit(&mut self, index: u32) -> bool;
 }

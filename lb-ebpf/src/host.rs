@@ -476,6 +476,7 @@ impl Env for HostEnv {
     }
 
     fn scan<S: Scan>(&self, count: u32, scan: &mut S) {
+        scan.hide(|number| number);
         for index in 0..count {
             if !scan.visit(index) {
                 break;

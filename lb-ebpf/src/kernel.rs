@@ -328,6 +328,7 @@ pub fn repeat<S: Scan>(count: u32, scan: &mut S) {
         let scan = unsafe { &mut *scan.cast::<S>() };
         i64::from(!scan.visit(index))
     }
+    scan.hide(hide);
     let callback = visit::<S> as *mut c_void;
     // SAFETY: the callback has the signature that `bpf_loop` calls, and `scan` outlives the call.
     unsafe { bpf_loop(count, callback, ptr::from_mut(scan).cast(), 0) };

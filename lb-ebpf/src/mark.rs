@@ -122,6 +122,11 @@ struct Search<'t, T> {
 
 impl<T: Tables> Scan for Search<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.best = hide(self.best.into()) as u32;
+    }
+
+    #[inline(always)]
     fn visit(&mut self, _: u32) -> bool {
         let number = self.next;
         let Some(rule) = self.tables.mark_rule(number) else { return false };

@@ -197,6 +197,11 @@ struct NextUsable<'t, T> {
 
 impl<T: Tables> Scan for NextUsable<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.index = hide(self.index.into()) as u32;
+    }
+
+    #[inline(always)]
     fn visit(&mut self, _: u32) -> bool {
         self.index += 1;
         if self.index >= self.len {
@@ -210,7 +215,6 @@ impl<T: Tables> Scan for NextUsable<'_, T> {
 /// The first usable entry after `index`, going round.
 #[inline(always)]
 fn next_usable(tables: &impl Tables, env: &impl Env, start: u32, len: u32, index: u32) -> Option<(u32, u32)> {
-    let index = tables.hide(index.into()) as u32;
     let mut scan = NextUsable { tables, start, len, index, found: 0 };
     env.scan(len, &mut scan);
     Some((scan.index, scan.found.checked_sub(1)?))
@@ -232,6 +236,11 @@ struct Hashed<'t, T> {
 }
 
 impl<T: Tables> Scan for Hashed<'_, T> {
+    #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.maglev = hide(self.maglev);
+    }
+
     #[inline(always)]
     fn visit(&mut self, probe: u32) -> bool {
         let index = if self.maglev != 0 {
@@ -266,8 +275,7 @@ fn hashed(tables: &impl Tables, env: &impl Env, view: &View, subject: u32, limit
     if found.is_some() || !goes_on || view.ring_len.load() == 0 {
         return Choice::of(found);
     }
-    let maglev = tables.hide(maglev.into());
-    let mut scan = Hashed { tables, view, maglev, subject, first, limits, found: 0 };
+    let mut scan = Hashed { tables, view, maglev: maglev.into(), subject, first, limits, found: 0 };
     env.scan(view.ring_len.load(), &mut scan);
     Choice(scan.found.into())
 }
@@ -363,6 +371,13 @@ pub(crate) struct LeastLoaded<'t, T> {
 
 impl<T: Tables> Scan for LeastLoaded<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.best = hide(self.best.into()) as u32;
+        self.overhead = hide(self.overhead);
+        self.weight = hide(self.weight);
+    }
+
+    #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let Some(line) = self.tables.slots(self.first + index) else { return false };
         each_of!(
@@ -446,6 +461,12 @@ struct Bids<'t, T> {
 
 impl<T: Tables> Scan for Bids<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.by_weight = hide(self.by_weight);
+        self.bid = self.bid.each(hide);
+    }
+
+    #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         self.consider(index);
         true
@@ -501,9 +522,8 @@ pub fn pick_alike(
         }
         _ => {
             let start = view.list.load();
-            let by_weight = tables.hide((scheduler == Scheduler::Fo).into());
-            let bid = Bid::NONE.each(|number| tables.hide(number));
-            let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid };
+            let by_weight = (scheduler == Scheduler::Fo).into();
+            let mut bids = Bids { tables, start, connection, by_weight, best: 0, bid: Bid::NONE };
             env.scan(view.list_len.load(), &mut bids);
             Choice(bids.best.into())
         }

@@ -105,19 +105,24 @@ pub struct Round<'t, T> {
     pub first: u32,
     /// How many objects there are.
     pub extent: Extent,
-    /// Whether rates are estimated.
-    pub estimates: bool,
+    /// 1 when rates are estimated, else 0.
+    pub estimates: u64,
     /// How many connections the destinations among them have.
     pub connections: u32,
 }
 
 impl<T: Objects> Scan for Round<'_, T> {
     #[inline(always)]
+    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
+        self.estimates = hide(self.estimates);
+    }
+
+    #[inline(always)]
     fn visit(&mut self, index: u32) -> bool {
         let (number, Extent { dests, services, dests_used, services_used }) = (self.first + index, self.extent);
         if number < dests_used {
             self.dest(number);
-        } else if self.estimates {
+        } else if self.estimates != 0 {
             let service = number - dests_used;
             self.sum(dests + if service < services_used { service } else { services });
         }
@@ -132,7 +137,7 @@ impl<T: Objects> Round<'_, T> {
         let load = self.tables.dest_load(number)?;
         self.connections = self.connections.wrapping_add(active_and_total(load.connections.load()).1);
         let dest = self.tables.dest(number)?;
-        if !self.estimates || dest.state.load() == slot::FREE {
+        if self.estimates == 0 || dest.state.load() == slot::FREE {
             return None;
         }
         let (estimate, traffic) = (self.tables.estimate(number)?, self.tables.traffic(number));
@@ -265,7 +270,7 @@ mod tests {
             counters.connections.update(|sum| sum + connections);
             counters.bytes_out.update(|sum| sum + bytes);
             let extent = Extent::of(&self.0.instance[0]);
-            let mut round = Round { tables: &self.0, first: 0, extent, estimates: true, connections: 0 };
+            let mut round = Round { tables: &self.0, first: 0, extent, estimates: 1, connections: 0 };
             (0..extent.objects()).for_each(|index| assert!(round.visit(index)));
         }
 

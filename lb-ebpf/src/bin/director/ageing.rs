@@ -50,7 +50,7 @@ fn keep_up() -> Option<()> {
     let (config, keeping, instance) = (Maps.config()?, UPKEEP.get(0)?, maps::instance()?);
     let extent = Extent::of(instance);
     let due = upkeep::due(keeping, maps::clock()?, extent.objects());
-    let estimates = config.switches.load() & switch::RUN_ESTIMATION != 0;
+    let estimates = u64::from(config.switches.load() & switch::RUN_ESTIMATION != 0);
     let mut round = Round { tables: &Maps, first: due.first, extent, estimates, connections: 0 };
     kernel::repeat(due.count, &mut round);
     let max = instance.max_flows.load() + instance.max_flows6.load();

@@ -57,7 +57,7 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
                 control::FLUSH_SERVICE => (of::SERVICE, subject),
                 _ => (of::STATE, u64::from(slot::REMOVED)),
             };
-            flush(first, count, What::Of { kind: kernel::hide(kind), number: kernel::hide(number) })
+            flush(first, count, What::Of { kind, number })
         }
         control::INSERT => insert(count, CONNECTIONS_MAX, |index| bring_one(ctx, index)),
         control::INSERT6 => insert(count, CONNECTIONS6_MAX, |index| bring_one6(ctx, index)),

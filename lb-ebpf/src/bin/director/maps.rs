@@ -246,6 +246,9 @@ struct OverCpus {
 
 impl Scan for OverCpus {
     #[inline(always)]
+    fn hide(&mut self, _: impl Fn(u64) -> u64) {}
+
+    #[inline(always)]
     fn visit(&mut self, cpu: u32) -> bool {
         let map = (&raw const DEST_CPUS).cast_mut().cast::<c_void>();
         // SAFETY: the map's values are of this type, and the kernel gives none for a CPU that there is not.

@@ -92,7 +92,13 @@ impl Capacity {
 
 #[cfg(test)]
 mod tests {
-    use lb_common::flow::{Bucket4, Bucket6};
+    use lb_common::{
+        abi::{
+            Cursor, Dest, DestCpu, DestLoad, EndpointBucket4, EndpointBucket6, Estimate, JournalSlot, Service, Slot,
+            View,
+        },
+        flow::{Bucket4, Bucket6},
+    };
 
     use super::*;
 
@@ -110,6 +116,22 @@ mod tests {
         let mib = |buckets: u32, size: usize| (u64::from(buckets) * size as u64 + (1 << 19)) >> 20;
         assert_eq!(mib(capacity.flow_buckets(), size_of::<Bucket4>()), 53);
         assert_eq!(mib(capacity.flow_buckets6(), size_of::<Bucket6>()), 27);
+    }
+
+    /// As the manual has it.
+    #[test]
+    fn many_services_and_destinations_take_66_mib_and_8_for_each_cpu() {
+        let capacity = Capacity { services: 4096, dests: 65_536, ..Capacity::default() };
+        let (services, dests) = (capacity.services as usize, capacity.dests as usize);
+        let bytes = services * size_of::<Service>()
+            + capacity.views() as usize * (size_of::<View>() + size_of::<Cursor>())
+            + dests * (size_of::<Dest>() + size_of::<DestLoad>())
+            + (dests + services + 1) * size_of::<Estimate>()
+            + capacity.slots() as usize * size_of::<Slot>()
+            + capacity.endpoint_buckets() as usize * (size_of::<EndpointBucket4>() + size_of::<EndpointBucket6>())
+            + capacity.journal() as usize * size_of::<JournalSlot>();
+        assert_eq!((bytes + (1 << 19)) >> 20, 66);
+        assert_eq!(dests * size_of::<DestCpu>(), 8 << 20);
     }
 
     #[test]

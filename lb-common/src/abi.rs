@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Incremented whenever the meaning or the layout of a pinned map changes.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 
 /// A plain value and its form in shared memory.
 pub trait Word: Copy {

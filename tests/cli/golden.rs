@@ -284,6 +284,6 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
             (Lacking::MissingService, 1),
         ]
     );
-    assert_eq!(replayed, 133);
+    assert_eq!(replayed, 132);
     Ok(())
 }

@@ -141,15 +141,28 @@ fn best_of_set(tables: &impl Tables, env: &impl Env, view: &View, found: Found) 
         let usable = dest.is_some_and(|dest| dest.usable() && dest.service.load() == service);
         return if usable { Choice(chosen.into()) } else { Choice::NONE };
     }
-    let mut best = OfSet { tables, entry, service, best: LeastLoaded::by_load(tables) };
-    env.scan(CACHE_SET, &mut best);
+    let mut best = LeastLoaded::by_load(tables);
+    // Verifier: no scan, whose callback would take up stack below everything else.
+    for index in 0..opaque(CACHE_SET.into()) {
+        let Some(dest) = entry.set.get(opaque(index) as usize) else { break };
+        let number = dest.load().wrapping_sub(1);
+        if let Some(dest) = tables.dest(number)
+            && dest.service.load() == service
+            && dest.available()
+        {
+            let limited = if dest.upper.load() == 0 { 0 } else { Slot::LIMITED };
+            best.consider(number, dest.weight.load() | limited);
+        }
+        // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
+        best.hide(|number| tables.hide(number));
+    }
     if entry.set[1].load() != 0
         && let Some(Clock { now, hz }) = clock(tables, env)
         && now.0.wrapping_sub(entry.modified.load()) > EXPIRATION_S.wrapping_mul(hz)
     {
         shrink(tables, entry, now.0);
     }
-    Choice(best.best.choice().into())
+    Choice(best.choice().into())
 }
 
 /// Remembers that `address` has the destination that was chosen after [`look_up`] had given none.
@@ -207,34 +220,6 @@ fn begin(entry: &CacheEntry) -> Option<u32> {
 #[inline(always)]
 fn end(entry: &CacheEntry, version: u32) {
     entry.version.store(version.wrapping_add(2));
-}
-
-struct OfSet<'t, T> {
-    tables: &'t T,
-    entry: &'t CacheEntry,
-    service: u32,
-    best: LeastLoaded<'t, T>,
-}
-
-impl<T: Tables> Scan for OfSet<'_, T> {
-    #[inline(always)]
-    fn hide(&mut self, hide: impl Fn(u64) -> u64) {
-        self.best.hide(hide);
-    }
-
-    #[inline(always)]
-    fn visit(&mut self, index: u32) -> bool {
-        let Some(dest) = self.entry.set.get(opaque(index.into()) as usize) else { return false };
-        let number = dest.load().wrapping_sub(1);
-        if let Some(dest) = self.tables.dest(number)
-            && dest.service.load() == self.service
-            && dest.available()
-        {
-            let limited = if dest.upper.load() == 0 { 0 } else { Slot::LIMITED };
-            self.best.consider(number, dest.weight.load() | limited);
-        }
-        true
-    }
 }
 
 /// 1 when a destination has more active connections than its weight, while one of its service has less than half as many as

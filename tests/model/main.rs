@@ -130,11 +130,11 @@ impl Pair {
     fn new() -> Self {
         let world = World::new(64);
         (0..CLIENTS).for_each(|client| world.route_client(address_of_client(client)));
-        let model = Director::new((
+        let model = Director::new(
             |server| cast::server(server).to_bits(),
             |client| address_of_client(client).to_bits(),
             cast::VIP.to_bits(),
-        ));
+        );
         Self { world, model }
     }
 

@@ -207,7 +207,8 @@ const KEY_2: u64 = 2_654_446_892;
 const SLOTS: usize = 4093;
 
 impl Director {
-    pub(crate) fn new(addresses: (fn(u8) -> u32, fn(u8) -> u32, u32)) -> Self {
+    /// With the numbers that the addresses of servers, of clients and of the services are.
+    pub(crate) fn new(server: fn(u8) -> u32, client: fn(u8) -> u32, service: u32) -> Self {
         let seconds = [
             (No, 2),
             (Es, 900),
@@ -230,9 +231,9 @@ impl Director {
             udp_timeout: 300 * HZ,
             reuse_mode: 1,
             incarnations: 0,
-            address_of_server: addresses.0,
-            address_of_client: addresses.1,
-            address_of_service: addresses.2,
+            address_of_server: server,
+            address_of_client: client,
+            address_of_service: service,
         }
     }
 
@@ -444,7 +445,7 @@ impl Director {
                 let x = (self.address_of_server)(dest.server.0).wrapping_add(dest.server.1.into());
                 let offset = sip(KEY_1, x) as usize % SLOTS;
                 let skip = sip(KEY_2, x) as usize % (SLOTS - 1) + 1;
-                let turns = if dest.last_weight == 0 { 0 } else { (dest.last_weight / common >> shift).max(1) };
+                let turns = if dest.last_weight == 0 { 0 } else { ((dest.last_weight / common) >> shift).max(1) };
                 (offset, skip, turns)
             })
             .collect();

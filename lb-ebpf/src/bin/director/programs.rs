@@ -75,13 +75,11 @@ macro_rules! stages {
             #[inline(always)]
             fn enter(&self, _: &mut XdpPacket, tables: &Maps, stage: Stage) -> Exit {
                 let ctx = XdpContext::new(self.ctx);
-                match stage {
-                    // One call for each stage: a call of a constant program becomes a jump.
+                // One call for each stage: a call of a constant program becomes a jump.
+                $(if stage == Stage::$stage {
                     // SAFETY: the programs take the same context.
-                    $(Stage::$stage => unsafe { STAGES.tail_call(&ctx, const { Stage::$stage.program::<$addr>() }) },)+
-                    #[allow(unreachable_patterns, reason = "IPv4 has every stage")]
-                    _ => {}
-                }
+                    unsafe { STAGES.tail_call(&ctx, const { Stage::$stage.program::<$addr>() }) };
+                })+
                 tables.count(Reason::Impossible as u8);
                 Exit::stop(Reason::Impossible as u8)
             }

@@ -102,7 +102,10 @@ pub(crate) fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address
     if found.0 & Found::KNOWN == 0 {
         return found;
     }
-    let best = best_of_set(tables, env, view, found);
+    let best = best_of_set(tables, view, found);
+    if view.scheduler.load() == Scheduler::Lblcr as u32 {
+        shrink_if_due(tables, env, found);
+    }
     match best.dest() {
         Some(number) if is_overloaded(tables, env, view, number) == 0 => Found(found.0 | best.0),
         _ => found,
@@ -128,10 +131,9 @@ fn search(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Fo
     Found(u64::from(search.found) << 32 | Found::KNOWN)
 }
 
-/// The destination of an entry: for lblcr, the least loaded of its set, which loses the most loaded one if it has been the same
-/// for long.
+/// The destination of an entry: for lblcr, the least loaded of its set.
 #[inline(never)]
-fn best_of_set(tables: &impl Tables, env: &impl Env, view: &View, found: Found) -> Choice {
+fn best_of_set(tables: &impl Tables, view: &View, found: Found) -> Choice {
     let Some(entry) = found.entry().and_then(|index| tables.cache(index)) else { return Choice::NONE };
     let service = view.service.load();
     if view.scheduler.load() == Scheduler::Lblc as u32 {
@@ -156,13 +158,19 @@ fn best_of_set(tables: &impl Tables, env: &impl Env, view: &View, found: Found) 
         // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
         best.hide(|number| tables.hide(number));
     }
-    if entry.set[1].load() != 0
+    Choice(best.choice().into())
+}
+
+/// Takes the most loaded destination out of the set of an entry, if it has others and has been the same for long.
+#[inline(never)]
+fn shrink_if_due(tables: &impl Tables, env: &impl Env, found: Found) {
+    if let Some(entry) = found.entry().and_then(|index| tables.cache(index))
+        && entry.set[1].load() != 0
         && let Some(Clock { now, hz }) = clock(tables, env)
         && now.0.wrapping_sub(entry.modified.load()) > EXPIRATION_S.wrapping_mul(hz)
     {
         shrink(tables, entry, now.0);
     }
-    Choice(best.choice().into())
 }
 
 /// Remembers that `address` has the destination that was chosen after [`look_up`] had given none.

@@ -221,7 +221,7 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         ),
         refusal(
             "service add",
-            &format!("{missing}: <--tcp-service <VIP:PORT>|--udp-service <VIP:PORT>>: see `xdpvs --help`"),
+            &format!("{missing}: <--tcp-service <VIP:PORT>|--udp-service <VIP:PORT>|--fwmark-service <N>>: see `xdpvs --help`"),
             2,
         ),
         refusal(

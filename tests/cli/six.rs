@@ -55,7 +55,12 @@ fn services_of_both_families_are_listed() -> Result<()> {
     ] {
         assert_eq!(stage.ok(words)?, "", "{words}");
     }
-    let dest = |address: &str, method: &str, weight: u32| json!({"address": address, "method": method, "weight": weight, "active": 0, "inactive": 0});
+    let dest = |address: &str, method: &str, weight: u32| {
+        json!({
+            "address": address, "method": method, "weight": weight, "active": 0, "inactive": 0,
+            "upper_threshold": 0, "lower_threshold": 0, "overloaded": false,
+        })
+    };
     let service = |protocol: &str, address: &str, scheduler: &str, destinations: Value| json!({"protocol": protocol, "address": address, "scheduler": scheduler, "flags": [], "destinations": destinations});
     assert_eq!(
         stage.ask("list")?["services"],

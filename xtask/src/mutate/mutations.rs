@@ -18,14 +18,14 @@ pub(super) const MUTATIONS: &[Mutation] = &[
     Mutation {
         what: "a look-up believes what it has read, whatever the version",
         file: TABLE,
-        from: "Word(entry.word().load()).same_life(word).then_some((Found { entry, word, dest }, key))",
-        to: "Some((Found { entry, word, dest }, key))",
+        from: "Word(entry.word().load()).same_life(word).then_some(Found { entry, word, dest })",
+        to: "Some(Found { entry, word, dest })",
     },
     Mutation {
         what: "a look-up takes the word after the fields alone",
         file: TABLE,
-        from: "    let word = Word(entry.word().load());\n    let key = is_it(entry, word)?;\n    let dest = entry.dest().load();\n",
-        to: "    let dest = entry.dest().load();\n    let word = Word(entry.word().load());\n    let key = is_it(entry, word)?;\n",
+        from: "    let dest = entry.dest().load();\n    Word(entry.word().load()).same_life(word)",
+        to: "    let dest = entry.dest().load();\n    let word = Word(entry.word().load());\n    Word(entry.word().load()).same_life(word)",
     },
     Mutation {
         what: "a claim keeps the version",

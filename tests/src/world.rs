@@ -62,6 +62,11 @@ impl Default for World {
 impl World {
     /// A director with a flow table of this many buckets, and routes to the whole cast.
     pub fn new(flow_buckets: u32) -> Self {
+        Self::with_seed(flow_buckets, Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]))
+    }
+
+    /// [`Self::new`], with the secret of the hashes.
+    pub fn with_seed(flow_buckets: u32, seed: Seed) -> Self {
         let sizes = HostSizes {
             services: 64,
             dests: 256,
@@ -70,7 +75,6 @@ impl World {
             flow_buckets,
             flow_buckets6: flow_buckets,
         };
-        let seed = Seed::new([0x243f_6a88_85a3_08d3, 0x1319_8a2e_0370_7344, 0xa409_3822_299f_31d0]);
         let world = Self { tables: HostTables::new(sizes, seed, HZ), env: HostEnv::new(HZ) };
         let config = &world.tables.config[0];
         settings::set_defaults(config, HZ);

@@ -3,7 +3,7 @@
 use std::net::Ipv4Addr;
 
 use lb_common::{
-    abi::Limiter,
+    abi::{Limiter, Record as _},
     flow::{Bucket4, Bucket6},
     jiffies::Jiffies,
     reason::Reason,
@@ -68,7 +68,16 @@ fn wire(ifindex: u32) -> Wire {
 impl Host {
     /// A director with a flow table of this many buckets.
     pub fn new(flow_buckets: u32) -> Self {
-        let host = Self { world: World::new(flow_buckets), driver: Driver::default() };
+        Self::of(World::new(flow_buckets))
+    }
+
+    /// [`Self::new`], whose connections have the places in the table that they have in that of `other`.
+    pub fn alike(flow_buckets: u32, other: &impl Executor) -> Self {
+        Self::of(World::with_seed(flow_buckets, other.shared().instance.load().seed))
+    }
+
+    fn of(world: World) -> Self {
+        let host = Self { world, driver: Driver::default() };
         host.lay_routes();
         host
     }

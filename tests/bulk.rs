@@ -158,7 +158,11 @@ fn connections_are_created_as_they_are_said_to_be() {
         let NewConnection { service, client, destination, state, .. } = expected;
         let connection = found[&client];
         let state = if service.protocol == Transport::Udp { "UDP" } else { state.as_str() };
-        assert_eq!((connection.protocol, connection.service), (service.protocol, service.address), "{connection:?}");
+        assert_eq!(
+            (connection.protocol, connection.service),
+            (Some(service.protocol), service.address),
+            "{connection:?}"
+        );
         assert_eq!((connection.destination, connection.state), (destination, state), "{connection:?}");
         assert_eq!(connection.method, METHODS[index / 4 % 3], "{connection:?}");
         assert!((590_000..=600_000).contains(&connection.expires), "{connection:?}");
@@ -216,7 +220,7 @@ fn the_connections_of_a_service_or_destination_are_ended() {
     ] {
         fill();
         let is_meant = |connection: &Connection| {
-            let key = ServiceKey { protocol: connection.protocol, address: connection.service };
+            let key = ServiceKey { protocol: connection.protocol.expect("a connection"), address: connection.service };
             selection.service.is_none_or(|service| service == key.into())
                 && selection.dest.is_none_or(|(address, _)| address == connection.destination.ip())
         };
@@ -296,11 +300,11 @@ fn send(kernel: &mut Kernel<'_>, number: u32, flags: &'static str) {
 const SENDERS: u32 = 60;
 
 /// What is the same in all lives of a connection, by its client's address.
-type Identity = (&'static str, SocketAddr, SocketAddr, SocketAddr, &'static str);
+type Identity = (Transport, SocketAddr, SocketAddr, SocketAddr, &'static str);
 
 fn identity(connection: &Connection) -> Identity {
     let Connection { protocol, client, service, destination, method, .. } = connection;
-    (protocol.protocol().as_str(), *client, *service, *destination, method.as_str())
+    (protocol.expect("a connection"), *client, *service, *destination, method.as_str())
 }
 
 /// All connections that there can be.
@@ -322,7 +326,7 @@ fn identities(site: &Site) -> BTreeMap<IpAddr, Identity> {
     let created = (0..SENDERS).map(|number| {
         let NewConnection { service, client, destination, .. } = numbered(number);
         let method = METHODS[number as usize / 2 % 3].as_str();
-        (client.ip(), (service.protocol.protocol().as_str(), client, service.address, destination, method))
+        (client.ip(), (service.protocol, client, service.address, destination, method))
     });
     found.into_iter().chain(created).collect()
 }

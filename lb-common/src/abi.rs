@@ -213,12 +213,22 @@ record! {
         amemthresh: u32,
         /// ip_vs's `am_droprate`.
         am_droprate: u32,
-        /// 1 when there may be connections to services of marks, else 0: whether more is to be found out about a packet that is
-        /// to no service's address and port.
-        marks: u32,
+        /// What packets have to reckon with because of how services are set: bits of [`reckon`].
+        reckon: u32,
         /// Zero.
         reserved: [u32; 3],
     }
+}
+
+/// Bits of [`Config::reckon`].
+pub mod reckon {
+    /// There may be connections to services of marks.
+    pub const MARKS: u32 = 1 << 0;
+    /// There may be connections to services at ports that they do not name: port 0, which stands for all that no other service
+    /// has, or FTP, whose data connections are at any port (`docs/ipvs.md`, section 2.1).
+    pub const ANY_PORT: u32 = 1 << 1;
+    /// There are persistent services, or templates of such.
+    pub const TEMPLATES: u32 = 1 << 2;
 }
 
 /// Bits of [`Config::switches`], by the names of ip_vs's settings.
@@ -229,6 +239,8 @@ pub mod switch {
     pub const EXPIRE_NODEST_CONN: u32 = 1 << 1;
     /// Rates are estimated.
     pub const RUN_ESTIMATION: u32 = 1 << 2;
+    /// A template whose destination has weight 0 is not used any more.
+    pub const EXPIRE_QUIESCENT_TEMPLATE: u32 = 1 << 3;
 }
 
 /// What the CPUs share that limits what they do: a cache line of its own, for they write it.
@@ -282,8 +294,12 @@ record! {
         order: u64,
         /// Connections, packets in, bytes in, packets out, bytes out of destinations that are gone.
         retired: [u64; 5],
+        /// How long its templates stay from each use on, in seconds; 0 if it is not persistent.
+        persistence: u32,
+        /// Which clients have a template together: see [`Address::network`].
+        netmask: u32,
         /// Zero.
-        padding: [u64; 4],
+        padding: [u64; 3],
     }
 }
 
@@ -451,8 +467,14 @@ record! {
         flags: u32,
         /// lblc and lblcr: whose entries of the cache are this service's ([`CacheEntry::owner`]).
         cache: u32,
+        /// How long templates stay from each use on, in ticks.
+        persistence: u32,
+        /// Which clients have a template together: see [`Address::network`].
+        netmask: u32,
+        /// The mark that the service is for; 0 if it is at an address.
+        mark: u32,
         /// Zero.
-        reserved: [u32; 6],
+        reserved: [u32; 3],
     }
 }
 
@@ -521,7 +543,9 @@ pub struct DestLoad {
     pub overloaded: Shared32,
     /// 1 when the destination is not configured any more, whatever lists say: those follow a moment later.
     pub removed: Shared32,
-    reserved: [u32; 10],
+    /// Templates of the destination.
+    pub templates: Shared32,
+    reserved: [u32; 9],
 }
 
 impl DestLoad {
@@ -783,11 +807,19 @@ impl Target {
     pub const ADDRESS: u64 = 1 << 33;
     /// A service was here and has connections left.
     pub const FORMER_SERVICE: u64 = 1 << 34;
+    /// The service is persistent.
+    pub const PERSISTENT: u64 = 1 << 35;
 
     /// The index of the view in force, if the endpoint is a service.
     #[inline(always)]
     pub const fn view(self) -> Option<u32> {
         (self.0 as u32).checked_sub(1)
+    }
+
+    /// The index of the view in force, if the endpoint is a service that is not persistent.
+    #[inline(always)]
+    pub const fn plain_view(self) -> Option<u32> {
+        if self.has(Self::PERSISTENT) { None } else { self.view() }
     }
 
     /// This target with the view in force set.
@@ -1008,16 +1040,34 @@ pub enum Stage {
     Overflow,
     /// An IPv6 packet: a stage of IPv4, for every frame is taken for IPv4 first.
     Six,
-    /// A packet of no service's address and port and of no masqueraded server, while there are services of marks.
+    /// A packet of no service's address and port and of no masqueraded server, while there are services of marks, or at ports that
+    /// they do not name.
     Mark,
+    /// A client's packet that opens a connection to a persistent service.
+    Persist,
+    /// What [`Stage::Overflow`] is for, at a persistent service.
+    PersistOverflow,
+    /// A client's packet for a persistent service, for whose template something has made room.
+    PersistAlike,
 }
 
 impl Stage {
     /// Every stage that both families have, in the order of their numbers.
-    pub const COMMON: [Self; 8] =
-        [Self::Request, Self::Reply, Self::Observe, Self::Icmp, Self::Unusual, Self::Open, Self::Overflow, Self::Mark];
-    /// Stages of IPv4, and entries of the map of stages.
-    const OF_ONE_FAMILY: u32 = 9;
+    pub const COMMON: [Self; 11] = [
+        Self::Request,
+        Self::Reply,
+        Self::Observe,
+        Self::Icmp,
+        Self::Unusual,
+        Self::Open,
+        Self::Overflow,
+        Self::Mark,
+        Self::Persist,
+        Self::PersistOverflow,
+        Self::PersistAlike,
+    ];
+    /// Stages of IPv4, and entries of the map of stages, with room for more.
+    const OF_ONE_FAMILY: u32 = 16;
     /// Entries of the map of stages.
     pub const PROGRAMS: u32 = 2 * Self::OF_ONE_FAMILY;
 
@@ -1047,6 +1097,9 @@ impl Stage {
             Self::Overflow => ["overflow", "overflow6"],
             Self::Six => ["six", "six"],
             Self::Mark => ["mark", "mark6"],
+            Self::Persist => ["persist", "persist6"],
+            Self::PersistOverflow => ["persist_overflow", "persist_overflow6"],
+            Self::PersistAlike => ["persist_alike", "persist_alike6"],
         }
     }
 }

@@ -71,6 +71,10 @@ pub trait Address: Copy + Eq + core::hash::Hash + Default + core::fmt::Debug + '
 
     /// Whether the address may be that of one host.
     fn is_host(self) -> bool;
+
+    /// The network that the address is in, by the netmask of a service: of IPv4 the bits that count, as loaded from a packet, and
+    /// of IPv6 how many do, at most 128 (`docs/ipvs.md`, section 1.1).
+    fn network(self, netmask: u32) -> Self;
 }
 
 /// An IPv4 address, in network byte order.
@@ -139,6 +143,11 @@ impl Address for Ip4 {
     fn is_host(self) -> bool {
         let first = self.octets()[0];
         first != 0 && first & 0xf0 != 0xe0 && self.raw() != u32::MAX
+    }
+
+    #[inline(always)]
+    fn network(self, netmask: u32) -> Self {
+        Self(self.0 & netmask)
     }
 }
 
@@ -217,6 +226,18 @@ impl Address for Ip6 {
     fn is_host(self) -> bool {
         self.high & 0xff != 0xff && self.high | self.low != 0
     }
+
+    #[inline(always)]
+    fn network(self, netmask: u32) -> Self {
+        let (high, low) = (netmask.min(64), netmask.saturating_sub(64).min(64));
+        Self { high: self.high & leading_bits(high), low: self.low & leading_bits(low) }
+    }
+}
+
+/// The first `count` bits of eight bytes of an address, as they are loaded from a packet; `count` is at most 64.
+#[inline(always)]
+const fn leading_bits(count: u32) -> u64 {
+    if count == 0 { 0 } else { (u64::MAX << (64 - count)).to_be() }
 }
 
 impl core::fmt::Debug for Ip6 {
@@ -258,6 +279,15 @@ mod tests {
         assert_eq!(six("2001:db8::1").number(), 0x2001_0db8 ^ 1);
         assert_eq!(six("2001:db8::1").halves(), [0x2001_0db8 << 32, 1]);
         assert_eq!(Ip4::new([10, 0, 0, 1]).halves(), [0, 0x0a00_0001]);
+        for (length, network) in
+            [(128, "2001:db8::1"), (127, "2001:db8::"), (32, "2001:db8::"), (30, "2001:db8::"), (29, "2001:db8::")]
+        {
+            assert_eq!(six("2001:db8::1").network(length), six(network), "{length}");
+        }
+        assert_eq!(six("2001:dbf:1:2:ffff::").network(64), six("2001:dbf:1:2::"));
+        assert_eq!(six("2001:dbf:1:2:ffff::").network(68), six("2001:dbf:1:2:f000::"));
+        assert_eq!(six("2001:dbf::").network(29), six("2001:db8::"));
+        assert_eq!(Ip4::new([10, 1, 7, 9]).network(Ip4::new([255, 0, 255, 0]).raw()), Ip4::new([10, 0, 7, 0]));
         assert!(Ip4::new([127, 1, 2, 3]).is_loopback() && !Ip4::new([224, 0, 0, 1]).is_host());
     }
 }

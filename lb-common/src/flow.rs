@@ -27,6 +27,13 @@
 //! entries and the pair of entries in each where its search begins. With two buckets of ten, fewer than one insert in
 //! 10,000 finds both full when three quarters of the table are in use (see `ARCHITECTURE.md`, "Measurements").
 //! At most twenty connections with the same client address and port, to different services, can be held at a time.
+//!
+//! # Persistence templates
+//!
+//! A template says which destination the connections of a client, or of a network of clients, go to (`docs/ipvs.md`, section
+//! 6). It stands in the table like a connection, with 3 for a protocol and the number of the one that it is for in place of the
+//! client's port, and it is hashed whole, for no reply looks for it. It must stay as long as it controls connections: each of
+//! them has the number of its template's entry, and the template counts them; see [`control`].
 
 use bytemuck::Zeroable;
 
@@ -58,8 +65,8 @@ pub enum Status {
 /// | bits | live | busy, killed | free |
 /// |---|---|---|---|
 /// | 0-1 | status | status | status |
-/// | 2-3 | protocol (TCP 0, UDP 1) | 0 | 0 |
-/// | 4-7 | TCP state | 0 | 0 |
+/// | 2-3 | protocol (TCP 0, UDP 1), or 3 for a template | 0 | 0 |
+/// | 4-7 | TCP state, or [`template`] flags | 0 | 0 |
 /// | 8-10 | forwarding method | 0 | 0 |
 /// | 11-15 | flags | 0 | 0 |
 /// | 16-31 | version | version | version |
@@ -75,6 +82,42 @@ pub mod flag {
     pub const NO_OUTPUT: u64 = 1 << 12;
     /// The destination is reached at the service's port, not at the port of the destination's own record.
     pub const SERVICE_PORT: u64 = 1 << 13;
+    /// A template controls the connection: see [`super::control`].
+    pub const CONTROLLED: u64 = 1 << 15;
+}
+
+/// Flags of a live template, as bits of its [`Word`].
+pub mod template {
+    /// A connection that it controls has been established, or answered.
+    pub const ASSURED: u64 = 1 << 4;
+    /// Its time was over while it controlled connections: from then on its timeout is [`RETRY_S`].
+    pub const RETRIED: u64 = 1 << 5;
+    /// It ends as soon as it controls no connection.
+    pub const DOOMED: u64 = 1 << 6;
+
+    /// How long a template stays whose time is over while it controls connections, in seconds.
+    pub const RETRY_S: u32 = 60;
+}
+
+/// Values of [`Entry::control`].
+///
+/// For a connection: the number of its template's entry in the table, plus one. It counts if the connection's word has
+/// [`flag::CONTROLLED`].
+///
+/// For a template: [`control::TEMPLATE`] and how many hold it, connections that it controls and packets that look at it. Who
+/// wants to end it first makes that [`control::CLOSED`], which only succeeds when nobody holds it; from then on nobody else may. So a
+/// template that is held stays what it is.
+pub mod control {
+    /// The bit that tells templates from connections.
+    pub const TEMPLATE: u32 = 1 << 31;
+    /// The template is being made, or being ended.
+    pub const CLOSED: u32 = u32::MAX;
+
+    /// How many hold a template with this value; `None` when it is closed, or none.
+    #[inline(always)]
+    pub const fn holders(control: u32) -> Option<u32> {
+        if control & TEMPLATE == 0 || control == CLOSED { None } else { Some(control & !TEMPLATE) }
+    }
 }
 
 const STATUS_MASK: u64 = 0b11;
@@ -127,6 +170,19 @@ impl Word {
         )
     }
 
+    /// The word of a new template, but for its version. `method` is its destination's; of `flags`, only
+    /// [`flag::SERVICE_PORT`] means anything.
+    #[inline(always)]
+    pub const fn template(method: u8, flags: u64, expires: Jiffies) -> Self {
+        Self(TEMPLATE_LIVE | (method as u64 & 0x7) << 8 | flags | flag::INACTIVE | (expires.0 as u64) << EXPIRES_SHIFT)
+    }
+
+    /// Whether a live entry is a template, and not a connection.
+    #[inline(always)]
+    pub const fn is_template(self) -> bool {
+        self.0 & 0b1100 == 0b1100
+    }
+
     /// The word after a BUSY one when the entry becomes the connection `born`.
     #[inline(always)]
     pub const fn live(self, born: Self) -> Self {
@@ -157,7 +213,7 @@ impl Word {
         Jiffies((self.0 >> EXPIRES_SHIFT) as u32)
     }
 
-    /// The transport protocol of a live entry.
+    /// The transport protocol of a live connection.
     #[inline(always)]
     pub const fn protocol(self) -> Protocol {
         if self.0 >> 2 & 0b11 == 0 { Protocol::Tcp } else { Protocol::Udp }
@@ -201,6 +257,12 @@ impl Word {
         Self(self.0 & !(0xf << 4 | flag::INACTIVE) | (transition.bits() as u64) << 4)
     }
 
+    /// This word with `flags`.
+    #[inline(always)]
+    pub const fn with(self, flags: u64) -> Self {
+        Self(self.0 | flags)
+    }
+
     /// This word without `flags`.
     #[inline(always)]
     pub const fn without(self, flags: u64) -> Self {
@@ -221,7 +283,34 @@ impl Word {
     pub const fn expired(self, now: Jiffies, hz: u32) -> bool {
         now.reached(self.expires().after(hz))
     }
+
+    /// The word of a live template at `now`, which controls connections if `held`; `None` when it is over.
+    ///
+    /// ip_vs looks at a template when its time is over, and again every [`template::RETRY_S`] seconds as long as it controls
+    /// connections (`docs/ipvs.md`, section 4.10).
+    #[inline(always)]
+    pub const fn template_at(self, now: Jiffies, hz: u32, held: bool) -> Option<Self> {
+        if !now.reached(self.expires()) {
+            return Some(self);
+        }
+        if !held {
+            return None;
+        }
+        let late = now.0.wrapping_sub(self.expires().0);
+        let retry = template::RETRY_S * hz;
+        let Some(turns) = late.checked_div(retry) else { return Some(self) };
+        Some(self.with(template::RETRIED).expiring(self.expires().after((turns + 1) * retry)))
+    }
+
+    /// How long a live template stays from its next use on, in ticks, if it was made to stay for `timeout` ticks.
+    #[inline(always)]
+    pub const fn template_timeout(self, timeout: u32, hz: u32) -> u32 {
+        if self.has(template::RETRIED) { template::RETRY_S * hz } else { timeout }
+    }
 }
+
+/// What bits 0-3 of the word of a live template are.
+const TEMPLATE_LIVE: u64 = 0b1111;
 
 /// Which connections make room for others when both buckets of a new one are full, and in which order.
 ///
@@ -292,6 +381,7 @@ impl Candidate {
         // Not over: so this is not negative, with the second that connections live longer.
         let left = word.expires().after(hz).since(now).cast_unsigned();
         let yields = match (word.status(), word.protocol()) {
+            (Status::Live, _) if word.is_template() => Yield::Never as u8,
             (Status::Live, Protocol::Tcp) => Yield::of_tcp(word.state()),
             (Status::Live, Protocol::Udp) if left <= idle => Yield::Idle as u8,
             _ => Yield::Never as u8,
@@ -300,6 +390,18 @@ impl Candidate {
             return Self::NONE;
         }
         Self((yields as u64) << 40 | (left as u64) << 8 | index)
+    }
+
+    /// The entry with this index, which is a template that nobody holds. It makes room as soon as half-open connections do,
+    /// if it is not assured or its time is over.
+    #[inline(always)]
+    pub const fn template(index: u64, word: Word, now: Jiffies) -> Self {
+        let left = word.expires().since(now);
+        let left = if left < 0 { 0 } else { left.cast_unsigned() };
+        if word.has(template::ASSURED) && left != 0 {
+            return Self::NONE;
+        }
+        Self((Yield::HalfOpen as u64) << 40 | (left as u64) << 8 | index)
     }
 
     /// The index of the entry.
@@ -342,6 +444,10 @@ pub trait Key: Copy + PartialEq + core::fmt::Debug {
     fn new(protocol: Protocol, client: (Self::Addr, Port), service: (Self::Addr, Port)) -> Self {
         Self::from_raw(protocol, client.0, client.1.raw() as u32 | (service.1.raw() as u32) << 16, service.0)
     }
+
+    /// The template of `clients`, a network or one of them, at the port `vport` of `vaddr`, for the protocol with the number
+    /// `protocol` of IP. One for a firewall mark has the protocol 0, port 0, and the mark for an address.
+    fn template(protocol: u8, clients: Self::Addr, vaddr: Self::Addr, vport: Port) -> Self;
 
     /// The client's address.
     fn caddr(&self) -> Self::Addr;
@@ -389,6 +495,12 @@ impl Key for Key4 {
     type Addr = Ip4;
 
     #[inline(always)]
+    fn template(protocol: u8, clients: Ip4, vaddr: Ip4, vport: Port) -> Self {
+        let ports = protocol as u64 | (vport.raw() as u64) << 16;
+        Self { peer: clients.raw() as u64 | ports << 32, rest: vaddr.raw() as u64 | TEMPLATE_LIVE << 32 }
+    }
+
+    #[inline(always)]
     fn from_raw(protocol: Protocol, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
         Self { peer: caddr.raw() as u64 | (ports as u64) << 32, rest: vaddr.raw() as u64 | live_bits(protocol) << 32 }
     }
@@ -434,6 +546,12 @@ impl Key6 {
 
 impl Key for Key6 {
     type Addr = Ip6;
+
+    #[inline(always)]
+    fn template(protocol: u8, clients: Ip6, vaddr: Ip6, vport: Port) -> Self {
+        let ports = protocol as u64 | (vport.raw() as u64) << 16;
+        Self { caddr: clients, vaddr, rest: ports | TEMPLATE_LIVE << 32 }
+    }
 
     #[inline(always)]
     fn from_raw(protocol: Protocol, caddr: Ip6, ports: u32, vaddr: Ip6) -> Self {
@@ -493,6 +611,31 @@ const fn protocol_bits(protocol: Protocol) -> u64 {
     }
 }
 
+/// What stands in place of the client's port of a template.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Purpose(u16);
+
+/// The bit of [`Purpose`] that says that a template is retired.
+const RETIRED: u16 = 1 << 8;
+
+impl Purpose {
+    /// What `key`, that of a template, says.
+    #[inline(always)]
+    pub fn of(key: &impl Key) -> Self {
+        Self(key.cport().raw())
+    }
+
+    /// The number of the protocol that a template is for; 0 for all of a firewall mark.
+    pub const fn protocol(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// Whether no client finds the template any more.
+    pub const fn is_retired(self) -> bool {
+        self.0 & RETIRED != 0
+    }
+}
+
 /// An IPv4 connection: 32 bytes, two to a cache line.
 #[derive(Zeroable)]
 #[repr(C)]
@@ -505,9 +648,11 @@ pub struct Entry4 {
     vaddr: Shared32,
     /// Number of the destination.
     pub dest: Shared32,
-    /// Where the client was last reached: a hint with the version it belongs to, see [`Hint`].
+    /// Where the client was last reached: a hint with the version it belongs to, see [`Hint`]. Of a template, how long it stays
+    /// from each use on, in ticks.
     pub hint: Shared32,
-    reserved: Shared32,
+    /// See [`control`].
+    pub control: Shared32,
 }
 
 /// 1 when `value` is not 0, found out without a branch.
@@ -538,9 +683,11 @@ pub struct Entry6 {
     pub dest: Shared32,
     /// Service address as loaded from a packet.
     vaddr: [Shared64; 2],
-    /// Where the client was last reached: see [`Hint`].
+    /// Where the client was last reached: see [`Hint`]. Of a template, how long it stays from each use on, in ticks.
     pub hint: Shared32,
-    reserved: [Shared32; 3],
+    /// See [`control`].
+    pub control: Shared32,
+    reserved: [Shared32; 2],
 }
 
 impl Entry6 {
@@ -609,8 +756,12 @@ pub trait Entry: Zeroable + 'static {
     fn word(&self) -> &Shared64;
     /// The number of the destination.
     fn dest(&self) -> &Shared32;
-    /// The client's next-hop hint.
+    /// The client's next-hop hint; of a template, its timeout in ticks.
     fn hint(&self) -> &Shared32;
+    /// Who controls the connection, or how many hold the template: see [`control`].
+    fn control(&self) -> &Shared32;
+    /// Makes a template one that no client's packet finds, nor takes for its own. Only who holds it may call this.
+    fn retire(&self);
     /// 0 when this is the connection `key`, with `word` as its word, and anything else when it is not.
     fn difference(&self, key: &Self::Key, word: Word) -> u64;
     /// Whether this is the connection `key`, with `word` as its word.
@@ -633,12 +784,20 @@ pub trait Entry: Zeroable + 'static {
         let endpoint = |addr, port| Endpoint::<Self>::new(addr, port, key.protocol());
         word.method() == Method::Masq as u8 && endpoint(dest.addr(), word.port(dest.port(), key.vport())).is(&server)
     }
-    /// Writes addresses and ports. Only the CPU that has claimed the entry may call this.
-    fn fill(&self, key: &Self::Key, dest: u32);
+    /// Writes addresses and ports, the number of the destination, and [`Entry::control`]. Only the CPU that has claimed the
+    /// entry may call this.
+    fn fill(&self, key: &Self::Key, dest: u32, control: u32);
     /// Addresses and ports as they stand, with the protocol of `word`.
     fn key(&self, word: Word) -> Self::Key;
     /// Hashes what both sides of a connection have in common.
     fn hash(key: &Self::Key, seed: &Seed) -> u64;
+    /// Where the template with this key may stand: by all of it, or those of one client for many services would all stand in the
+    /// same two buckets.
+    #[inline(always)]
+    fn template_place(key: &Self::Key, seed: &Seed) -> Place {
+        let service = u64::from(key.vaddr().number()) | u64::from(key.vport().raw()) << 32;
+        Place::of(seed.hash(Self::hash(key, seed) ^ service))
+    }
     /// A number that tells the connections with one hash apart, nearly always.
     fn tag(key: &Self::Key, hash: u64) -> u32;
     /// Hashes all of a connection without a secret: alike on every director.
@@ -688,11 +847,22 @@ impl Entry for Entry4 {
     }
 
     #[inline(always)]
-    fn fill(&self, key: &Key4, dest: u32) {
+    fn control(&self) -> &Shared32 {
+        &self.control
+    }
+
+    #[inline(always)]
+    fn retire(&self) {
+        self.peer.store(self.peer.load() | u64::from(RETIRED) << 32);
+    }
+
+    #[inline(always)]
+    fn fill(&self, key: &Key4, dest: u32, control: u32) {
         self.peer.store(key.peer);
         self.vaddr.store(key.rest as u32);
         self.dest.store(dest);
         self.hint.store(0);
+        self.control.store(control);
     }
 
     #[inline(always)]
@@ -759,7 +929,17 @@ impl Entry for Entry6 {
     }
 
     #[inline(always)]
-    fn fill(&self, key: &Key6, dest: u32) {
+    fn control(&self) -> &Shared32 {
+        &self.control
+    }
+
+    #[inline(always)]
+    fn retire(&self) {
+        self.ports.store(self.ports.load() | u32::from(RETIRED));
+    }
+
+    #[inline(always)]
+    fn fill(&self, key: &Key6, dest: u32, control: u32) {
         for (word, value) in self.caddr.iter().zip(key.caddr.raw()) {
             word.store(value);
         }
@@ -769,6 +949,7 @@ impl Entry for Entry6 {
         self.ports.store(key.ports());
         self.dest.store(dest);
         self.hint.store(0);
+        self.control.store(control);
     }
 
     #[inline(always)]
@@ -965,6 +1146,49 @@ mod tests {
         }
     }
 
+    #[test]
+    fn a_template_is_looked_at_again_every_minute_while_it_controls_connections() {
+        let made = Jiffies(u32::MAX - 100);
+        let word = Word(0).claimed(1).live(Word::template(3, flag::SERVICE_PORT, made.after(1250)));
+        assert!(word.is_template() && word.is_live() && word.has(flag::SERVICE_PORT) && word.method() == 3);
+        assert!(!Word(0).claimed(1).live(BIRTH).is_template());
+        let at = |word: Word, ticks, held| word.template_at(made.after(ticks), 250, held);
+        assert_eq!(at(word, 1249, false), Some(word));
+        assert_eq!((at(word, 1250, false), word.template_timeout(1250, 250)), (None, 1250));
+        for (ticks, expires) in [(1250, 16_250), (16_249, 16_250), (16_250, 31_250), (160_000, 166_250)] {
+            let again = at(word, ticks, true).expect("held");
+            assert_eq!(again.expires(), made.after(expires), "after {ticks} ticks");
+            assert!(again.same_life(word) && again.template_timeout(1250, 250) == 15_000);
+        }
+    }
+
+    #[test]
+    fn a_template_is_found_by_its_key_until_it_is_retired() {
+        let key = Key4::template(Protocol::Tcp as u8, CLIENT.0, SERVICE.0, SERVICE.1);
+        let entry = Entry4::zeroed();
+        entry.fill(&key, 17, control::CLOSED);
+        let word = Word(0).claimed(1).live(Word::template(3, 0, Jiffies(0)));
+        assert!(entry.is(&key, word) && entry.key(word) == key);
+        assert_eq!(entry.control.load(), control::CLOSED);
+        // Neither the connection of a client at the port with that number, nor the template of another protocol.
+        assert!(!entry.is(&Key4::new(Protocol::Tcp, (CLIENT.0, Port::from_raw(6)), SERVICE), word));
+        assert!(!entry.is(&Key4::template(Protocol::Udp as u8, CLIENT.0, SERVICE.0, SERVICE.1), word));
+        assert_eq!((Purpose::of(&key).protocol(), Purpose::of(&key).is_retired()), (Protocol::Tcp as u8, false));
+        entry.retire();
+        let purpose = Purpose::of(&entry.key(word));
+        assert!(!entry.is(&key, word) && purpose.is_retired() && purpose.protocol() == Protocol::Tcp as u8);
+    }
+
+    #[test]
+    fn templates_make_room_until_they_are_assured() {
+        let at = |flags, left| Candidate::template(7, Word::template(3, 0, NOW.after(left)).with(flags), NOW);
+        assert!(at(0, 5).evicts() && at(0, 5) < at(0, 6) && at(0, 5).index() == 7);
+        assert_eq!(at(template::ASSURED, 5), Candidate::NONE);
+        assert!(at(template::ASSURED, 0).evicts());
+        assert_eq!(control::holders(control::TEMPLATE | 3), Some(3));
+        assert_eq!((control::holders(control::CLOSED), control::holders(4)), (None, None));
+    }
+
     const CLIENT: (Ip4, Port) = (Ip4::new([198, 51, 100, 7]), Port::new(54_321));
     const SERVICE: (Ip4, Port) = (Ip4::new([203, 0, 113, 1]), Port::new(443));
 
@@ -972,7 +1196,7 @@ mod tests {
     fn an_entry_returns_the_key_it_was_filled_with() {
         let entry = Entry4::zeroed();
         let key = Key4::new(Protocol::Udp, CLIENT, SERVICE);
-        entry.fill(&key, 17);
+        entry.fill(&key, 17, 0);
         let word = Word(0).claimed(1).live(BIRTH);
         assert_eq!(entry.key(word), key);
         assert_eq!((key.caddr(), key.cport(), key.vaddr(), key.vport()), (CLIENT.0, CLIENT.1, SERVICE.0, SERVICE.1));

@@ -122,6 +122,8 @@ impl Scheduler {
 
 /// Flags of a service, beside those of its scheduler, by ip_vs's numbers (`docs/ipvs.md`, section 1.1).
 pub mod service_flag {
+    /// The connections of a client go to one destination.
+    pub const PERSISTENT: u32 = 1 << 0;
     /// Every UDP packet is scheduled by itself, and no connection is kept.
     pub const ONE_PACKET: u32 = 1 << 2;
 }

@@ -2,13 +2,14 @@
 
 use lb_common::{
     abi::control,
-    flow::{Entry, Entry4, Entry6, Word},
+    flow::{ENTRIES_PER_BUCKET, Entry, Entry4, Entry6, Word},
 };
 
 use crate::{
     env::{Clock, Scan},
     flow_table::{self, Buckets},
     tables::Tables,
+    template,
 };
 
 /// How often the end of a connection is tried again after a packet has changed it.
@@ -67,11 +68,19 @@ impl<T: Tables> Sweep<'_, T> {
         T: Buckets<E>,
     {
         let Some(bucket) = self.tables.bucket(index) else { return };
-        for entry in bucket.entries() {
+        let first = index * ENTRIES_PER_BUCKET as u32 + 1;
+        for (number, entry) in (first..).zip(bucket.entries()) {
             for _ in 0..END_ATTEMPTS {
                 let word = Word(entry.word().load());
                 let dest = entry.dest().load();
-                if !word.is_live() || !self.ends(word, dest) {
+                if !word.is_live() {
+                    break;
+                }
+                if word.is_template() {
+                    self.ended += u64::from(self.end_template(entry, word, number));
+                    break;
+                }
+                if !self.ends(word, dest) {
                     break;
                 }
                 if flow_table::release(self.tables, entry, word, dest) {
@@ -79,6 +88,18 @@ impl<T: Tables> Sweep<'_, T> {
                     break;
                 }
             }
+        }
+    }
+
+    /// Ends a template that is to end, at once or as soon as it controls no connection. Returns whether it has ended.
+    #[inline(always)]
+    fn end_template<E: Entry>(&self, entry: &E, word: Word, number: u32) -> bool
+    where
+        T: Buckets<E>,
+    {
+        match self.what {
+            What::Over(clock) => template::age(self.tables, entry, word, clock),
+            _ => self.ends(word, entry.dest().load()) && template::doom(self.tables, entry, word, number),
         }
     }
 

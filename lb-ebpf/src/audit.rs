@@ -4,11 +4,14 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use lb_common::{
     abi::{DestLoad, active_and_total},
-    flow::{Bucket, Bucket4, Bucket6, Entry, Status, Word, flag},
+    flow::{Bucket, Bucket4, Bucket6, Entry, Purpose, Status, Word, control, flag},
 };
 
 /// Active and all connections of destinations, by number; none without connections.
 pub type Connections = BTreeMap<u32, (u32, u32)>;
+
+/// Templates of destinations, by number; none without templates.
+type Templates = BTreeMap<u32, u32>;
 
 /// The connections that the table holds, whether or not their time is over: their keys, words and destinations.
 ///
@@ -24,6 +27,7 @@ where
         let word = Word(entry.word().load());
         match word.status() {
             Status::Free => {}
+            Status::Live if word.is_template() => {}
             Status::Live => {
                 let key = entry.key(word);
                 if !names.insert(format!("{key:?}")) {
@@ -35,6 +39,37 @@ where
         }
     }
     Ok(found)
+}
+
+/// The templates that the table holds.
+///
+/// # Errors
+///
+/// When two have one key, or one is held by others than the connections that it controls.
+fn templates<E: Entry>(flows: &[Bucket<E>]) -> Result<Templates, String> {
+    let (mut found, mut names, mut holders) = (Templates::new(), BTreeSet::new(), BTreeMap::new());
+    let entries = || (1..).zip(flows.iter().flat_map(Bucket::entries)).map(|(n, e)| (n, e, Word(e.word().load())));
+    for (_, entry, word) in entries() {
+        if word.is_live() && !word.is_template() && word.has(flag::CONTROLLED) {
+            *holders.entry(entry.control().load()).or_insert(0u32) += 1;
+        }
+    }
+    for (number, entry, word) in entries().filter(|(_, _, word)| word.is_live() && word.is_template()) {
+        let key = entry.key(word);
+        if !Purpose::of(&key).is_retired() && !names.insert(format!("{key:?}")) {
+            return Err(format!("a template with several entries: {key:?}"));
+        }
+        let (held, controls) = (control::holders(entry.control().load()), holders.remove(&number).unwrap_or(0));
+        if held != Some(controls) {
+            return Err(format!("{key:?} controls {controls} connections, and is held by {held:?}"));
+        }
+        *found.entry(entry.dest().load()).or_default() += 1;
+    }
+    if holders.is_empty() {
+        Ok(found)
+    } else {
+        Err(format!("connections of templates that are not there: {holders:?}"))
+    }
 }
 
 /// What the table holds.
@@ -65,11 +100,12 @@ pub fn counted(loads: &[DestLoad]) -> Connections {
 ///
 /// # Errors
 ///
-/// Those of [`connections`], and when the two differ.
+/// Those of [`connections`], and when the two differ, or when templates are not as they shall be.
 pub fn check<E: Entry>(flows: &[Bucket<E>], loads: &[DestLoad]) -> Result<Connections, String>
 where
     E::Key: core::fmt::Debug,
 {
+    compare_templates(&templates(flows)?, loads)?;
     compare(recount(flows)?, loads)
 }
 
@@ -84,7 +120,22 @@ pub fn check_both(flows4: &[Bucket4], flows6: &[Bucket6], loads: &[DestLoad]) ->
         let sum = found.entry(dest).or_default();
         *sum = (sum.0 + active, sum.1 + total);
     }
+    let mut of_both = templates(flows4)?;
+    for (dest, count) in templates(flows6)? {
+        *of_both.entry(dest).or_default() += count;
+    }
+    compare_templates(&of_both, loads)?;
     compare(found, loads)
+}
+
+fn compare_templates(found: &Templates, loads: &[DestLoad]) -> Result<(), String> {
+    let counted = (0..).zip(loads).map(|(number, load)| (number, load.templates.load()));
+    let counted: Templates = counted.filter(|(_, count)| *count != 0).collect();
+    if *found == counted {
+        Ok(())
+    } else {
+        Err(format!("the table holds templates {found:?}, the counters say {counted:?}"))
+    }
 }
 
 fn compare(found: Connections, loads: &[DestLoad]) -> Result<Connections, String> {

@@ -54,7 +54,7 @@ pub fn bring<A: Address>(
         | if dest.port().raw() == 0 { flag::SERVICE_PORT } else { 0 };
     // Verifier: hidden, or it would follow the insert once for every combination of flags.
     let birth = Word(tables.hide(Word::born(protocol, state, method, flags, clock.now.after(details.remaining)).0));
-    match flow_table::insert(tables, &Insert { key: &key, place, dest: details.dest, birth, clock }) {
+    match flow_table::insert(tables, &Insert { key: &key, place, dest: details.dest, birth, clock, control: 0 }) {
         Inserted::New => Brought::New,
         Inserted::Full => Brought::Full,
         // Another CPU has just created it.

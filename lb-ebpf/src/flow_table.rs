@@ -1,4 +1,5 @@
-//! The flow table: finding, creating and ending connections. This module is the only writer of flow entries.
+//! The flow table: finding, creating and ending connections. This module is the only writer of flow entries, with
+//! [`crate::template`], which has what is peculiar to persistence templates.
 //!
 //! The protocol and its states are described in [`lb_common::flow`]. Three rules make it safe without a lock:
 //!
@@ -15,12 +16,14 @@
 use lb_common::{
     abi::{ONE_ACTIVE, ONE_CONNECTION},
     event::Event,
-    flow::{Bucket, Candidate, ENTRIES_PER_BUCKET, Endpoint, Entry, PAIRS, Place, Status, Word, flag, nonzero},
+    flow::{
+        Bucket, Candidate, ENTRIES_PER_BUCKET, Endpoint, Entry, PAIRS, Place, Status, Word, control, flag, nonzero,
+    },
     jiffies::Jiffies,
     sync::opaque,
 };
 
-use crate::{env::Clock, tables::Tables};
+use crate::{env::Clock, tables::Tables, template};
 
 /// Used entries up to which a connection goes to its first bucket without a look at the other.
 ///
@@ -133,6 +136,16 @@ fn believe_it<'t, E: Entry>(entry: &'t E, key: &E::Key) -> Option<Found<'t, E>> 
     believe(entry, word, entry.is(key, word))
 }
 
+/// The number of the entry that has `key`, plus one; 0 when none has.
+#[inline(always)]
+pub fn find_number<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, place: Place) -> u32 {
+    let found = search_requests(tables, *key, place);
+    if found == NOTHING {
+        return 0;
+    }
+    (found >> 32) as u32 * ENTRIES_PER_BUCKET as u32 + found as u32 + 1
+}
+
 /// The entry that has the connection `key`: its bucket in the high half, its index in the low half; or [`NOTHING`].
 ///
 /// The entries of a bucket are compared without a branch, because the processor would guess wrong where the connection
@@ -218,8 +231,18 @@ fn is_served_by<E: Entry>(tables: &impl Tables, entry: &E, word: Word, server: E
 
 /// Ends a connection, unless another CPU changed it since `word` was read. Returns whether it did.
 #[inline(always)]
-pub fn release<E: Entry>(tables: &impl Tables, entry: &E, word: Word, dest: u32) -> bool {
+pub fn release<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, dest: u32) -> bool {
+    release_as(tables, entry, word, dest, 0)
+}
+
+/// [`release`], with what its template is told: see [`template::let_go`].
+#[inline(always)]
+fn release_as<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, dest: u32, how: u64) -> bool {
+    let control = entry.control().load();
     let done = entry.word().compare_exchange(word.0, word.freed().0).is_ok();
+    if done && word.has(flag::CONTROLLED) {
+        template::let_go(tables, control, how);
+    }
     if done {
         settle(tables, word, dest);
     }
@@ -259,8 +282,17 @@ pub struct Insert<'k, E: Entry> {
     pub dest: u32,
     /// What it is to be: the word of a live entry, but for the version.
     pub birth: Word,
+    /// What controls it: see [`lb_common::flow::control`].
+    pub control: u32,
     /// When.
     pub clock: Clock,
+}
+
+/// What an entry is to be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Connection,
+    Template,
 }
 
 /// Creates the connection, which [`find`] did not find.
@@ -283,27 +315,44 @@ fn insert_apart<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> I
 #[inline(always)]
 fn insert_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Inserted {
     match claim(tables, insert) {
-        Ok(claim) => publish(tables, insert, claim),
+        Ok(claim) => publish(tables, insert, claim, Kind::Connection),
         Err(result) => result,
+    }
+}
+
+/// Creates the template that `insert` says. Returns the number of its entry, plus one.
+///
+/// # Errors
+///
+/// Those of [`insert`] that are not [`Inserted::New`].
+#[inline(always)]
+pub fn insert_template<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Result<u32, Inserted> {
+    let claim = claim(tables, insert)?;
+    match publish(tables, insert, claim, Kind::Template) {
+        Inserted::New => Ok(claim.number(tables, insert.place)),
+        other => Err(other),
     }
 }
 
 /// Creates the connection in an entry that has been claimed for it.
 #[inline(always)]
-fn publish<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, claim: Claim) -> Inserted {
+fn publish<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, claim: Claim, kind: Kind) -> Inserted {
     let Some(entry) = claim.entry(tables, insert.place) else { return Inserted::Contended };
     let busy = Word(entry.word().load());
-    if busy.status() != Status::Busy || rivalled(tables, insert, claim) {
+    if busy.status() != Status::Busy || rivalled(tables, insert, claim, kind) {
         give_up(entry, busy);
         return Inserted::Contended;
     }
-    entry.fill(insert.key, insert.dest);
+    entry.fill(insert.key, insert.dest, insert.control);
     let live = busy.live(insert.birth);
     if entry.word().compare_exchange(busy.0, live.0).is_err() {
         give_up(entry, busy);
         return Inserted::Contended;
     }
-    tables.add_connections(insert.dest, share(live));
+    match kind {
+        Kind::Connection => tables.add_connections(insert.dest, share(live)),
+        Kind::Template => template::count(tables, insert.dest, 1),
+    }
     Inserted::New
 }
 
@@ -313,7 +362,8 @@ fn give_up<E: Entry>(entry: &E, busy: Word) {
     entry.word().store(busy.freed().0);
 }
 
-/// 1 when the entry with this word cannot be claimed, 0 when it is free or its connection is over.
+/// 1 when the entry with this word cannot be claimed, 0 when it is free or its connection is over. A template cannot be,
+/// for it may control connections.
 ///
 /// Arithmetic, not branches: neither the processor can guess which entries of a bucket are used, nor need the verifier
 /// follow every combination.
@@ -322,7 +372,7 @@ fn is_used(word: Word, clock: Clock) -> u64 {
     // Opaque, or the compiler makes branches of it.
     let (low, high) = (word.0, opaque(word.0 >> 1));
     let past = clock.now.since(word.expires().after(clock.hz));
-    let over = u64::from((!past).cast_unsigned() >> 31);
+    let over = u64::from((!past).cast_unsigned() >> 31) & !(word.0 >> 2 & word.0 >> 3);
     (low | high) & !(low & high & opaque(over)) & 1
 }
 
@@ -367,15 +417,27 @@ impl Claim {
         self.0 >= ENTRIES_PER_BUCKET as u64
     }
 
+    /// The number of its bucket, and its index there.
     #[inline(always)]
-    fn entry<E: Entry>(self, tables: &impl Buckets<E>, place: Place) -> Option<&E> {
-        let buckets = tables.buckets();
-        let (number, index) = if self.is_second() {
+    fn position(self, buckets: u32, place: Place) -> (u32, u64) {
+        if self.is_second() {
             (place.second(buckets), self.0 - ENTRIES_PER_BUCKET as u64)
         } else {
             (place.first(buckets), self.0)
-        };
+        }
+    }
+
+    #[inline(always)]
+    fn entry<E: Entry>(self, tables: &impl Buckets<E>, place: Place) -> Option<&E> {
+        let (number, index) = self.position(tables.buckets(), place);
         tables.bucket(number)?.entry(index)
+    }
+
+    /// The number of the entry in the table, plus one.
+    #[inline(always)]
+    fn number<E: Entry>(self, tables: &impl Buckets<E>, place: Place) -> u32 {
+        let (number, index) = self.position(tables.buckets(), place);
+        number * ENTRIES_PER_BUCKET as u32 + index as u32 + 1
     }
 }
 
@@ -407,8 +469,11 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Result<C
         let claim = Claim(tables.hide(claim.0));
         let entry = claim.entry(tables, place).ok_or(Inserted::Full)?;
         let word = Word(entry.word().load());
-        let dest = entry.dest().load();
+        let (dest, control) = (entry.dest().load(), entry.control().load());
         if is_used(word, clock) == 0 && entry.word().compare_exchange(word.0, word.claimed(tag).0).is_ok() {
+            if word.has(flag::CONTROLLED) {
+                template::let_go(tables, control, 0);
+            }
             if word.is_live() {
                 settle(tables, word, dest);
             }
@@ -430,18 +495,10 @@ pub fn has_room<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock) 
 ///
 /// The exchange that claims the entry is the one that ends the connection: it fails when a packet of that connection has
 /// moved it meanwhile, so that none is ended that has just been established.
-#[inline(always)]
-pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
-    if is_large::<E>() { displace_apart(tables, insert, idle) } else { displace_here(tables, insert, idle) }
-}
-
+///
+/// A function of its own: it would else take up stack of its caller.
 #[inline(never)]
-fn displace_apart<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
-    displace_here(tables, insert, idle)
-}
-
-#[inline(always)]
-fn displace_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
+pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
     let (clock, place) = (insert.clock, insert.place);
     let tag = E::tag(insert.key, place.hash());
     for _ in 0..CLAIM_ATTEMPTS {
@@ -453,7 +510,11 @@ fn displace_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idl
         let Some(entry) = claim.entry(tables, place) else { return Inserted::Full };
         let word = Word(entry.word().load());
         let dest = entry.dest().load();
-        let now = consider(candidate.index(), word, clock, idle);
+        let now = consider(entry, candidate.index(), word, clock, idle);
+        if word.is_template() || word.has(flag::CONTROLLED) {
+            // There is more to be done than an exchange.
+            break;
+        }
         if now != Candidate::NONE && entry.word().compare_exchange(word.0, word.claimed(tag).0).is_ok() {
             if word.is_live() {
                 settle(tables, word, dest);
@@ -461,10 +522,39 @@ fn displace_here<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idl
             if now.evicts() {
                 tables.count_event(Event::Evicted);
             }
-            return publish(tables, insert, claim);
+            return publish(tables, insert, claim, Kind::Connection);
         }
     }
     Inserted::Contended
+}
+
+/// Ends what shall make room first for a connection with this place, if it has to do with templates, or else if `all` is true:
+/// [`displace`] can end others. `idle` is as there. Returns whether something has ended.
+///
+/// A function of its own: it would else take up stack of its caller.
+#[inline(never)]
+pub fn clear_way<E: Entry>(tables: &impl Buckets<E>, hash: u64, clock: Clock, idle: u32, all: bool) -> u64 {
+    let place = Place::of(hash);
+    let candidate = Candidate(tables.hide(candidate(tables, place, clock, idle).0));
+    if candidate == Candidate::NONE {
+        return 0;
+    }
+    let Some(entry) = Claim(candidate.index()).entry(tables, place) else { return 0 };
+    let word = Word(entry.word().load());
+    let dest = entry.dest().load();
+    let now = consider(entry, candidate.index(), word, clock, idle);
+    let ended = now != Candidate::NONE
+        && if word.is_template() {
+            template::end(tables, entry, word, dest)
+        } else {
+            (all || word.has(flag::CONTROLLED))
+                && word.is_live()
+                && release_as(tables, entry, word, dest, template::FORCED)
+        };
+    if ended && now.evicts() {
+        tables.count_event(Event::Evicted);
+    }
+    ended.into()
 }
 
 /// The entry to be used for a connection with this place.
@@ -487,7 +577,7 @@ fn candidate_of_bucket<E: Entry>(tables: &impl Buckets<E>, number: u32, now: u32
     let Some(bucket) = tables.bucket(number) else { return best };
     for index in 0..turns(ENTRIES_PER_BUCKET) {
         let Some(entry) = bucket.entry(index) else { break };
-        let this = consider(index, Word(entry.word().load()), clock, idle);
+        let this = consider(entry, index, Word(entry.word().load()), clock, idle);
         // Verifier: hidden, or it would follow the loop once for every combination of comparisons.
         best = Candidate(tables.hide(best.min(this).0));
     }
@@ -496,9 +586,14 @@ fn candidate_of_bucket<E: Entry>(tables: &impl Buckets<E>, number: u32, now: u32
 
 /// Whether the entry with this index and word may be used for a new connection, and how much sooner than others.
 #[inline(always)]
-fn consider(index: u64, word: Word, clock: Clock, idle: u32) -> Candidate {
+fn consider<E: Entry>(entry: &E, index: u64, word: Word, clock: Clock, idle: u32) -> Candidate {
     if is_used(word, clock) == 0 {
         Candidate::unused(index)
+    } else if word.is_template() && word.is_live() {
+        match control::holders(entry.control().load()) {
+            Some(0) => Candidate::template(index, word, clock.now),
+            _ => Candidate::NONE,
+        }
     } else {
         Candidate::used(index, word, clock.now, clock.hz, idle)
     }
@@ -507,7 +602,7 @@ fn consider(index: u64, word: Word, clock: Clock, idle: u32) -> Candidate {
 /// Whether another entry has the connection that is being inserted: an earlier claim, or a published connection. Kills
 /// later claims.
 #[inline(always)]
-fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, own: Claim) -> bool {
+fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, own: Claim, kind: Kind) -> bool {
     let tag = E::tag(insert.key, insert.place.hash());
     let buckets = tables.buckets();
     for second in [false, true] {
@@ -521,7 +616,7 @@ fn rivalled<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, own: Cla
             let word = Word(entry.word().load());
             if concerns(entry, word, insert.key)
                 && claim != own
-                && has_it(tables, insert, entry, word, (tag, claim < own))
+                && has_it(tables, insert, entry, word, (tag, claim < own), kind)
             {
                 return true;
             }
@@ -547,6 +642,7 @@ fn has_it<E: Entry>(
     entry: &E,
     word: Word,
     claim: (u32, bool),
+    kind: Kind,
 ) -> bool {
     let (tag, earlier) = claim;
     match word.status() {
@@ -557,7 +653,8 @@ fn has_it<E: Entry>(
             earlier || killed(word).is_err_and(|found| Word(found).is_live())
         }
         Status::Live if entry.is(insert.key, word) => {
-            let over = word.expired(insert.clock.now, insert.clock.hz);
+            // A template ends in its own way.
+            let over = kind == Kind::Connection && word.expired(insert.clock.now, insert.clock.hz);
             !(over && release(tables, entry, word, entry.dest().load()))
         }
         _ => false,

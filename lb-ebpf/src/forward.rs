@@ -60,6 +60,9 @@ impl Halt {
             7 => Some(Stage::Overflow),
             8 => Some(Stage::Six),
             9 => Some(Stage::Mark),
+            10 => Some(Stage::Persist),
+            11 => Some(Stage::PersistOverflow),
+            12 => Some(Stage::PersistAlike),
             _ => None,
         }
     }

@@ -1,7 +1,7 @@
 //! ICMP errors (RFC 792, RFC 4443): those the director sends, and those it relays.
 
 use lb_common::{
-    abi::{Config, EndpointKey as _, PathMtu, Target},
+    abi::{Config, EndpointKey as _, PathMtu, Target, reckon},
     addr::{Address as _, Ip4, Ip6, Port},
     checksum::{self, Delta},
     event::Event,
@@ -511,13 +511,13 @@ const fn inside_tunnel<I: Wrap>(mtu: u32) -> u32 {
 }
 
 /// Whether there may be connections at an end of a quoted packet: it is `known` to be one of a service's or server's, or there
-/// are services of marks, whose ends nobody knows.
+/// are services of marks, or at ports that they do not name, whose ends nobody knows.
 ///
 /// Verifier: hidden, or it would follow the rest once for each reason.
 #[inline(always)]
 fn may_be_ours(tables: &impl Tables, known: bool) -> bool {
-    let marks = tables.config().map_or(0, |config| config.marks.load());
-    tables.hide(u64::from(known) | u64::from(marks)) != 0
+    let unknown = tables.config().map_or(0, |config| config.reckon.load() & (reckon::MARKS | reckon::ANY_PORT));
+    tables.hide(u64::from(known) | u64::from(unknown)) != 0
 }
 
 /// Relays an error about what a service has sent to the server that sent it (`docs/ipvs.md`, section 5.3). `None` when it is

@@ -44,6 +44,7 @@ pub mod parse;
 pub mod pipeline;
 pub mod schedule;
 pub mod tables;
+pub mod template;
 pub mod track;
 pub mod tunnel;
 pub mod upkeep;

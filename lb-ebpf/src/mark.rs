@@ -18,8 +18,8 @@ use crate::{
 
 /// The service of a packet's mark.
 ///
-/// Verifier: one word, and no address of any. The index of the service's view in force plus one, 0 when there is no service,
-/// or all ones when the rules were changed meanwhile.
+/// Verifier: one word, and no address of any. The [`Target`] that the service is, without what else it is, 0 when there is no
+/// service, or all ones when the rules were changed meanwhile.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Marked(u64);
 
@@ -31,7 +31,7 @@ impl Marked {
     /// The service that an endpoint is.
     #[inline(always)]
     pub const fn of(target: Target) -> Self {
-        Self(target.0 & 0xffff_ffff)
+        Self(if target.0 as u32 == 0 { 0 } else { target.0 & (0xffff_ffff | Target::PERSISTENT) })
     }
 
     /// The index of the view of the service, if there is one.
@@ -40,10 +40,20 @@ impl Marked {
     ///
     /// [`Reason::ConfigurationChanged`].
     #[inline(always)]
-    pub const fn view(self) -> Result<Option<u32>, Reason> {
+    pub fn view(self) -> Result<Option<u32>, Reason> {
+        Ok(self.target()?.view())
+    }
+
+    /// The service as an endpoint.
+    ///
+    /// # Errors
+    ///
+    /// [`Reason::ConfigurationChanged`].
+    #[inline(always)]
+    pub const fn target(self) -> Result<Target, Reason> {
         match self {
             Self::CHANGED => Err(Reason::ConfigurationChanged),
-            Self(index) => Ok((index as u32).checked_sub(1)),
+            Self(bits) => Ok(Target(bits)),
         }
     }
 

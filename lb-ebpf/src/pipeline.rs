@@ -1,7 +1,7 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target},
+    abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target, View, reckon},
     addr::{Address, Ip4, Port},
     event::Event,
     flow::{Entry, Key as _, Place, Word, flag},
@@ -11,9 +11,9 @@ use lb_common::{
 };
 
 use crate::{
-    endpoint,
+    endpoint::{self, By},
     env::{Clock, Env, HandOver},
-    flow_table::{self, Found, Insert, Inserted},
+    flow_table::{self, Buckets, Found, Insert, Inserted},
     forward::{self, Exit, Halt},
     icmp::{self, Complaint, Messages},
     mark::{self, Marked},
@@ -22,6 +22,7 @@ use crate::{
     parse::{self, Ip, Ip4Packet, Ip6Packet, Segment},
     schedule::{self, Parties},
     tables::{Tables, TablesOf},
+    template::{self, Held, Made},
     track::{self, From},
     tunnel,
 };
@@ -93,6 +94,9 @@ where
         Stage::Open => open::<I, P, T, E>(packet, tables, env),
         Stage::Overflow => overflow::<I, P, T, E>(packet, tables, env),
         Stage::Mark => marked::<I, P, T, E>(packet, tables, env),
+        Stage::Persist => persist::<I, P, T, E>(packet, tables, env),
+        Stage::PersistOverflow => persist_overflow::<I, P, T, E>(packet, tables, env),
+        Stage::PersistAlike => persist_alike::<I, P, T, E>(packet, tables, env),
         // Not of this family.
         Stage::Six => Err(Reason::Impossible.into()),
     };
@@ -199,7 +203,7 @@ where
 #[inline(always)]
 fn unless_marked(tables: &impl Tables) -> Halt {
     match tables.config() {
-        Some(config) if config.marks.load() != 0 => Halt::go_on(Stage::Mark),
+        Some(config) if config.reckon.load() & (reckon::MARKS | reckon::ANY_PORT) != 0 => Halt::go_on(Stage::Mark),
         _ => Reason::NotService.into(),
     }
 }
@@ -420,16 +424,12 @@ where
     if !segment.opens(now.config.switches.load()) {
         return Err(Halt::go_on(Stage::Overflow));
     }
-    let view = view_for(tables, marked, ip, segment)?.ok_or(Reason::NotService)?;
-    if is_dropped(tables, now.config) {
-        return Err(Reason::DropPacket.into());
+    let service = service_for(tables, marked, ip, segment)?;
+    if service.view().is_none() && now.config.reckon.load() & reckon::ANY_PORT == 0 {
+        return Err(Reason::NotService.into());
     }
-    if !ip.source().is_host() {
-        return Err(Reason::SourceAddress.into());
-    }
-    if segment.source() == Port::new(20) {
-        return Err(Reason::FtpDataSource.into());
-    }
+    may_open(tables, now, ip, segment)?;
+    let Some(view) = service.plain_view() else { return Err(Halt::go_on(Stage::Persist)) };
     let number = match schedule::pick(tables, env, view, Parties::of(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
@@ -447,7 +447,7 @@ where
     let inserted = if is_one_packet(tables, view, segment) {
         Inserted::New
     } else {
-        flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock })
+        flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock, control: 0 })
     };
     match inserted {
         Inserted::New => {
@@ -482,23 +482,22 @@ where
     T: TablesOf<I::Addr>,
     E: Stages<I, P, T>,
 {
-    if now.config.marks.load() == 0 { Marked::NONE } else { env.marked(packet, tables) }
+    if now.config.reckon.load() & reckon::MARKS == 0 { Marked::NONE } else { env.marked(packet, tables) }
 }
 
-/// The index of the view in force of the service that a new connection is to: that of the packet's mark, else that of its
-/// destination.
+/// The service that a new connection is to: that of the packet's mark, else that of its destination.
 #[inline(always)]
-fn view_for<I: Ip>(
+fn service_for<I: Ip>(
     tables: &impl TablesOf<I::Addr>,
     marked: Marked,
     ip: &I,
     segment: Segment,
-) -> Result<Option<u32>, Reason> {
+) -> Result<Target, Reason> {
     if marked != Marked::NONE {
-        return marked.view();
+        return marked.target();
     }
     let key = EndpointOf::<I>::new(ip.destination(), segment.destination(), segment.protocol());
-    Ok(endpoint::find(tables, key).view())
+    Ok(endpoint::find(tables, key))
 }
 
 /// Whether a packet that would open a connection is one of those that ip_vs's `drop_packet` drops (`docs/ipvs.md`, section
@@ -517,6 +516,221 @@ fn is_dropped(tables: &impl Tables, config: &Config) -> bool {
         dropped = 1;
     }
     tables.hide(dropped) != 0
+}
+
+/// Checks that a packet comes from where one may that opens a connection, and is not to be dropped.
+///
+/// # Errors
+///
+/// Why it may not.
+#[inline(always)]
+fn may_open<I: Ip>(tables: &impl Tables, now: &Now<'_>, ip: &I, segment: Segment) -> Result<(), Halt> {
+    if is_dropped(tables, now.config) {
+        return Err(Reason::DropPacket.into());
+    }
+    if !ip.source().is_host() {
+        return Err(Reason::SourceAddress.into());
+    }
+    if segment.source() == endpoint::FTP_DATA {
+        return Err(Reason::FtpDataSource.into());
+    }
+    Ok(())
+}
+
+/// A packet of a client that opens a connection to a persistent service, of which no connection is known: the client's template
+/// says to which destination, or the scheduler, which says it for a new template, too.
+///
+/// # Errors
+///
+/// Where its path goes on, or why it opens none.
+#[inline(always)]
+fn persist<I, P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    open_persistent::<I, P, T, E>(packet, tables, env, now)?;
+    // A second look at the segment that has opened a connection leaves it as it is.
+    Err(Halt::go_on(Stage::Request))
+}
+
+/// A persistent service, as a packet for it has found it.
+#[derive(Clone, Copy)]
+struct Persistent<'t> {
+    /// The number of its view.
+    number: u32,
+    view: &'t View,
+    /// How the packet has come to it.
+    by: By,
+}
+
+impl<'t> Persistent<'t> {
+    /// The persistent service that a packet is for, if any.
+    #[inline(always)]
+    fn find<I: Ip, T: TablesOf<I::Addr>>(
+        tables: &'t T,
+        marked: Marked,
+        ip: &I,
+        segment: Segment,
+        nobody: Reason,
+    ) -> Result<Self, Reason> {
+        let (to, by) = if marked == Marked::NONE {
+            endpoint::serving(tables, ip.destination(), segment.destination(), segment.protocol())
+        } else {
+            (marked.target()?, By::Mark)
+        };
+        match to.view() {
+            Some(number) if to.has(Target::PERSISTENT) => {
+                Ok(Self { number, view: tables.view(number).ok_or(Reason::Impossible)?, by })
+            }
+            _ => Err(nobody),
+        }
+    }
+
+    /// Whether templates are for one port, and not for all of the address (`docs/ipvs.md`, section 6.1).
+    #[inline(always)]
+    fn is_of_one_port(&self, segment: Segment) -> bool {
+        self.by == By::Itself && segment.destination() != endpoint::FTP
+    }
+
+    /// The template that a packet belongs to.
+    #[inline(always)]
+    fn template<I: Ip>(&self, ip: &I, segment: Segment) -> KeyOf<I> {
+        let port = if self.is_of_one_port(segment) { segment.destination() } else { Port::default() };
+        let clients = ip.source().network(self.view.netmask.load());
+        if self.by == By::Mark {
+            // For all protocols, and all addresses and ports that have the mark.
+            let mark = I::Addr::from_words([self.view.mark.load().to_be(), 0, 0, 0]);
+            return KeyOf::<I>::template(0, clients, mark, port);
+        }
+        KeyOf::<I>::template(segment.protocol() as u8, clients, ip.destination(), port)
+    }
+
+    /// Makes a template, whose connections go to this destination.
+    #[inline(always)]
+    fn make<E: Entry>(
+        &self,
+        tables: &impl Buckets<E>,
+        key: &E::Key,
+        (number, dest): (u32, &Dest),
+        segment: Segment,
+        now: &Now<'_>,
+    ) -> Inserted {
+        let port = if self.is_of_one_port(segment) { 0 } else { flag::SERVICE_PORT };
+        let word = Word(tables.hide(Word::template(dest.method(), port, now.clock.now).0));
+        let made = &Made { word, timeout: self.view.persistence.load(), dest: number };
+        template::make::<E>(tables, key, made, now.clock)
+    }
+
+    /// Whether packets reach the destination at the port that they are for, as a flag of the connection.
+    #[inline(always)]
+    fn service_port(&self, dest: &Dest) -> u64 {
+        if self.by == By::Itself && dest.port() != Port::default() { 0 } else { flag::SERVICE_PORT }
+    }
+}
+
+/// Opens a connection that a template controls.
+#[inline(always)]
+fn open_persistent<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<(), Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let service = Persistent::find(tables, marked, ip, segment, Reason::NotService)?;
+    let held = template_for(tables, env, ip, segment, service, now)?;
+    let number = held.dest();
+    if is_one_packet(tables, service.number, segment) {
+        template::let_go(tables, held.number(), 0);
+        return Err(Halt::go_on(Stage::PersistOverflow));
+    }
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    if ip.source().is_loopback()
+        && let Err(halt) = stays_here::<I::Addr, T, E>(tables, env, now, dest, number)
+    {
+        template::let_go(tables, held.number(), 0);
+        return Err(halt);
+    }
+    // Of UDP connections it has to be noticed when a server answers, masqueraded or not: that assures the template.
+    let no_output = if segment.protocol() == Protocol::Udp { flag::NO_OUTPUT } else { 0 };
+    let flags = service.service_port(dest) | no_output | flag::CONTROLLED;
+    let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), flags);
+    let birth = Word(tables.hide(birth.0));
+    let key = &request_key(ip, segment);
+    let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
+    let control = held.number();
+    let insert = Insert { key, place, dest: number, birth, clock: now.clock, control };
+    let inserted = flow_table::insert(tables, &insert);
+    if inserted == Inserted::New {
+        let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
+        cpu.counters.connections.update(|connections| connections + 1);
+        return Ok(());
+    }
+    template::let_go(tables, held.number(), 0);
+    if inserted == Inserted::Full {
+        return Err(Halt::go_on(Stage::PersistOverflow));
+    }
+    // Another CPU has just opened it with a packet of the same client, or is about to.
+    let found = flow_table::find_number(tables, key, place);
+    if found == 0 { Err(Reason::FlowContended.into()) } else { Ok(()) }
+}
+
+/// The template that a packet belongs to, which is held then.
+///
+/// Verifier: when there is none that is valid, one is made, and the path begins anew: so what comes after is followed once.
+///
+/// # Errors
+///
+/// Why there is none, or where the path goes on.
+#[inline(always)]
+fn template_for<I, T, E>(
+    tables: &T,
+    env: &E,
+    ip: &I,
+    segment: Segment,
+    service: Persistent<'_>,
+    now: &Now<'_>,
+) -> Result<Held, Halt>
+where
+    I: Family,
+    T: TablesOf<I::Addr>,
+    E: Env,
+{
+    let key = &service.template(ip, segment);
+    let clock = now.clock;
+    let held = Held::from_bits(tables.hide(template::hold::<EntryOf<I>>(tables, key, clock.now.0, clock.hz).bits()));
+    if held.is_some() {
+        return Ok(held);
+    }
+    if held != Held::NONE {
+        // Another CPU makes or ends it at this moment.
+        return Err(Reason::FlowContended.into());
+    }
+    let number = match schedule::pick(tables, env, service.number, Parties::of(&request_key(ip, segment))) {
+        Ok(number) => number,
+        Err(Reason::NoDestination) => return Err(no_destination(service.by)),
+        Err(reason) => return Err(reason.into()),
+    };
+    let number = tables.hide(number.into()) as u32;
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    made(service.make(tables, key, (number, dest), segment, now))
+}
+
+/// What becomes of a packet for a service without a usable destination (`docs/ipvs.md`, section 2.5). What may be a data
+/// connection of FTP may as well be one to this host.
+#[inline(always)]
+fn no_destination(by: By) -> Halt {
+    if by == By::Ftp {
+        return Reason::NotService.into();
+    }
+    Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)
 }
 
 /// A packet of a client for a service, of which no connection is known, where there is no room for one, or which opens
@@ -566,12 +780,13 @@ where
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     let opens = segment.opens(now.config.switches.load());
     // What was asked of a packet that opens a connection has not been asked of others.
-    let is_strange = !ip.source().is_host() || ip.source().is_loopback() || segment.source() == Port::new(20);
+    let is_strange = !ip.source().is_host() || ip.source().is_loopback() || segment.source() == endpoint::FTP_DATA;
     if !opens && (is_strange || flow_table::has_room(tables, place, now.clock)) {
         return Err(Reason::NoConnection.into());
     }
-    let view = view_for(tables, marked, ip, segment)?;
-    let view = view.ok_or(if opens { Reason::NotService } else { Reason::NoConnection })?;
+    let Some(view) = service_for(tables, marked, ip, segment)?.plain_view() else {
+        return Err(Halt::go_on(Stage::PersistOverflow));
+    };
     let number = match schedule::pick_alike(tables, env, view, Parties::of(key), EntryOf::<I>::common_hash(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
@@ -588,7 +803,12 @@ where
     // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
     let birth = Word(tables.hide(birth.0));
     if opens {
-        let insert = Insert { key, place, dest: number, birth, clock: now.clock };
+        let insert = Insert { key, place, dest: number, birth, clock: now.clock, control: 0 };
+        if now.config.reckon.load() & reckon::TEMPLATES != 0
+            && flow_table::clear_way(tables, place.hash(), now.clock, idle(now), false) != 0
+        {
+            return Err(Halt::go_on(Stage::Open));
+        }
         match flow_table::displace(tables, &insert, idle(now)) {
             Inserted::New => {
                 let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
@@ -606,6 +826,139 @@ where
         return Err(if opens { Reason::TableFull } else { Reason::NoConnection }.into());
     }
     Ok(Connection::of(birth, number).stateless())
+}
+
+/// A packet of a client for a persistent service, of which no connection is known, where there is no room for one, or for the
+/// template, or which opens none; or one of a UDP service whose packets are scheduled one by one, the way that its template goes.
+///
+/// What shall make room first does, if anything shall, and the connection is opened after all. Else the packet is forwarded as by
+/// [`overflow`]; but to the destination of the client's template, or one that depends on nothing but the client's network, the
+/// service and the configuration. So a client stays at one destination without a template, too, as long as it cannot have one.
+///
+/// # Errors
+///
+/// Why it does not get to a destination, or where its path goes on.
+#[inline(always)]
+fn persist_overflow<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let connection = stateless_persistent::<I, P, T, E>(packet, tables, env, now)?;
+    let connection = Connection(tables.hide(connection.0));
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let exit = to_server(packet, tables, env, ip, Some(segment), connection, now)?;
+    if connection.is_stateless() {
+        tables.count_event(Event::Stateless);
+    }
+    Ok(exit)
+}
+
+/// Makes a template for a packet for which something has made room. Its connections go where they would go without it: should it
+/// have to make room again before they are established, they go on at the same destination.
+///
+/// # Errors
+///
+/// Where the path goes on, or why there is no template.
+#[inline(always)]
+fn persist_alike<I, P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let service = Persistent::find(tables, marked, ip, segment, Reason::NotService)?;
+    let key = &service.template(ip, segment);
+    let common = EntryOf::<I>::common_hash(key);
+    let number = match schedule::pick_alike(tables, env, service.number, Parties::of(key), common) {
+        Ok(number) => number,
+        Err(Reason::NoDestination) => return Err(no_destination(service.by)),
+        Err(reason) => return Err(reason.into()),
+    };
+    let number = tables.hide(number.into()) as u32;
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    made(service.make(tables, key, (number, dest), segment, now))
+}
+
+/// Where a path goes on after a template has been made, or not.
+#[inline(always)]
+fn made<R>(result: Inserted) -> Result<R, Halt> {
+    match result {
+        Inserted::New => Err(Halt::go_on(Stage::Persist)),
+        Inserted::Full => Err(Halt::go_on(Stage::PersistOverflow)),
+        Inserted::Contended => Err(Reason::FlowContended.into()),
+    }
+}
+
+/// The connection of a packet for [`persist_overflow`], which is stored nowhere.
+#[inline(always)]
+fn stateless_persistent<I, P, T, E>(packet: &P, tables: &T, env: &E, now: &Now<'_>) -> Result<Connection, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let opens = segment.opens(now.config.switches.load());
+    let nobody = if opens { Reason::NotService } else { Reason::NoConnection };
+    let service = Persistent::find(tables, marked, ip, segment, nobody)?;
+    let one_packet = is_one_packet(tables, service.number, segment);
+    let key = &service.template(ip, segment);
+    let held = template::hold::<EntryOf<I>>(tables, key, now.clock.now.0, now.clock.hz);
+    let held = Held::from_bits(tables.hide(held.bits()));
+    if held.is_some() {
+        template::let_go(tables, held.number(), 0);
+    }
+    if opens && !one_packet {
+        // Either there is a template, and no room for the connection, or there is no room for a template.
+        let hash = if held.is_some() {
+            EntryOf::<I>::hash(&request_key(ip, segment), &tables.seed())
+        } else {
+            EntryOf::<I>::template_place(key, &tables.seed()).hash()
+        };
+        if flow_table::clear_way(tables, hash, now.clock, idle(now), true) != 0 {
+            return Err(Halt::go_on(if held.is_some() { Stage::Persist } else { Stage::PersistAlike }));
+        }
+    }
+    let number = if held.is_some() {
+        held.dest()
+    } else {
+        let common = EntryOf::<I>::common_hash(key);
+        match schedule::pick_alike(tables, env, service.number, Parties::of(key), common) {
+            Ok(number) => number,
+            Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
+            Err(Reason::NoDestination) => return Err(no_destination(service.by)),
+            Err(reason) => return Err(reason.into()),
+        }
+    };
+    let number = tables.hide(number.into()) as u32;
+    let dest = tables.dest(number).ok_or(Reason::Impossible)?;
+    if ip.source().is_loopback() {
+        stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
+    }
+    let word = Word::born(segment.protocol(), 0, dest.method(), service.service_port(dest), now.clock.now);
+    if one_packet {
+        let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
+        cpu.counters.connections.update(|connections| connections + 1);
+        return Ok(Connection::of(word, number));
+    }
+    if dest.method() == MASQ {
+        // The replies could not be translated.
+        return Err(if opens { Reason::TableFull } else { Reason::NoConnection }.into());
+    }
+    Ok(Connection::of(word, number).stateless())
 }
 
 /// How many ticks a UDP connection has left when half its time has passed without a packet.
@@ -772,7 +1125,7 @@ fn established_reply<I, P, T, E>(
 where
     I: Family,
     P: Packet + HandOver,
-    T: Tables,
+    T: TablesOf<I::Addr>,
     E: Env,
 {
     let (ip, segment) = parsed;
@@ -845,8 +1198,8 @@ fn rewrite_to_client<I: Family>(
     nat::translate(packet, ip, Some(segment), End::Source, service, hops).ok_or(Reason::Impossible.into())
 }
 
-/// A packet of no service's address and port and of no masqueraded server, while there are services of marks: one of a
-/// connection to such a service, or one that may open one.
+/// A packet of no service's address and port and of no masqueraded server, while there are services of marks, or at ports that
+/// they do not name: one of a connection to such a service, or one that may open one.
 ///
 /// # Errors
 ///
@@ -879,7 +1232,11 @@ where
     if flow_table::find::<EntryOf<I>>(tables, &key, place).is_some() {
         return Err(Halt::go_on(Stage::Observe));
     }
-    if env.marked(packet, tables).view()?.is_none() {
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let (to, port, protocol) = (ip.destination(), segment.destination(), segment.protocol());
+    if service_of_mark::<I, P, T, E>(packet, tables, env, now).view()?.is_none()
+        && endpoint::any_port(tables, to, port, protocol).0.view().is_none()
+    {
         return Err(Reason::NotService.into());
     }
     if ip.checksum_holds(packet) { Err(Halt::go_on(Stage::Open)) } else { Err(Reason::IpChecksum.into()) }

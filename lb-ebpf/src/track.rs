@@ -9,9 +9,10 @@ use lb_common::{
 };
 
 use crate::{
-    flow_table::{self, Found},
+    flow_table::{self, Buckets, Found},
     pipeline::Now,
     tables::Tables,
+    template,
 };
 
 /// How often a step is tried again after another CPU has changed the connection.
@@ -82,7 +83,7 @@ fn next(config: &Config, word: Word, tcp_flags: u8, from: From) -> Word {
 /// [`Gone`] when the packet does not belong to the connection, which has ended then.
 #[inline(always)]
 pub fn step<E: Entry>(
-    tables: &impl Tables,
+    tables: &impl Buckets<E>,
     found: &Found<'_, E>,
     packet: (u8, From),
     now: &Now<'_>,
@@ -110,6 +111,9 @@ pub fn step<E: Entry>(
         match found.entry.word().compare_exchange(word.0, after.0) {
             Ok(_) => {
                 count(tables, found.dest, word, after);
+                if assures(word, after) {
+                    template::assure(tables, found.entry.control().load());
+                }
                 return Ok(after);
             }
             Err(current) if Word(current).same_life(word) => word = Word(tables.hide(current)),
@@ -148,6 +152,17 @@ fn count(tables: &impl Tables, dest: u32, before: Word, after: Word) {
     {
         load.connections.fetch_add(if is { ONE_ACTIVE.wrapping_neg() } else { ONE_ACTIVE });
     }
+}
+
+/// Whether what has become of a connection assures the template that controls it, if any does (`docs/ipvs.md`, section 6.4).
+#[inline(always)]
+fn assures(before: Word, after: Word) -> bool {
+    const ESTABLISHED: u8 = tcp::State::Established as u8;
+    after.has(flag::CONTROLLED)
+        && match after.protocol() {
+            Protocol::Tcp => after.state() == ESTABLISHED && before.state() != ESTABLISHED,
+            Protocol::Udp => before.has(flag::NO_OUTPUT) && !after.has(flag::NO_OUTPUT),
+        }
 }
 
 /// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8).

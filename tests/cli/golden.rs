@@ -52,8 +52,6 @@ fn records() -> Vec<Record> {
 enum Lacking {
     /// `cat`: files of the kernel.
     ProcFile,
-    /// `-p`.
-    Persistence,
     /// `--sctp-service`.
     Sctp,
     /// A destination of another address family than the service.
@@ -110,7 +108,6 @@ impl Missing {
         let has = |option| words.contains(&option);
         let service = service(words);
         let found = match () {
-            () if has("-p") => Lacking::Persistence,
             () if has("--sctp-service") => Lacking::Sctp,
             () if is_mixed(words) => Lacking::MixedFamilies,
             () if has("--pe") => Lacking::Engine,
@@ -276,12 +273,10 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
         left_out,
         [
             (Lacking::ProcFile, 6),
-            (Lacking::Persistence, 16),
             (Lacking::Sctp, 6),
             (Lacking::MixedFamilies, 4),
             (Lacking::Engine, 4),
             (Lacking::TunnelType, 6),
-            (Lacking::MissingService, 1),
         ]
     );
     assert_eq!(replayed, 132);

@@ -46,7 +46,7 @@ fn what_is_configured_is_listed() -> Result<()> {
     }
     let dest = |address: &str, method: &str, weight: u32, thresholds: [u32; 2]| {
         json!({
-            "address": address, "method": method, "weight": weight, "active": 0, "inactive": 0,
+            "address": address, "method": method, "weight": weight, "active": 0, "inactive": 0, "templates": 0,
             "upper_threshold": thresholds[0], "lower_threshold": thresholds[1], "overloaded": false,
         })
     };
@@ -183,7 +183,7 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
             "service tcp 10.9.9.9:80 has destination 10.2.0.12:80 already: use `xdpvs dest edit` to change it",
             1,
         ),
-        refusal("service add -t 10.9.9.9:0", "service tcp 10.9.9.9:0: port 0 is for persistent services only", 1),
+        refusal("service add -t 10.9.9.9:0", "service tcp 10.9.9.9:0: port 0 is for persistent services only: use -p, or another port", 1),
         refusal(
             "service add -t 10.9.9.300:80",
             &format!("invalid value '10.9.9.300:80' {address}: `10.9.9.300` is no IP address"),
@@ -487,7 +487,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
     configure(&stage)?;
     let before = stage.ask("list")?;
     for (words, what) in [
-        ("-A -t 10.9.9.9:81 -p 60", "persistence (-p) is not supported by xdpvs yet"),
         ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
         (

@@ -58,7 +58,7 @@ fn services_of_both_families_are_listed() -> Result<()> {
     let dest = |address: &str, method: &str, weight: u32| {
         json!({
             "address": address, "method": method, "weight": weight, "active": 0, "inactive": 0,
-            "upper_threshold": 0, "lower_threshold": 0, "overloaded": false,
+            "upper_threshold": 0, "lower_threshold": 0, "overloaded": false, "templates": 0,
         })
     };
     let service = |protocol: &str, address: &str, scheduler: &str, destinations: Value| json!({"protocol": protocol, "address": address, "scheduler": scheduler, "flags": [], "destinations": destinations});
@@ -210,7 +210,7 @@ fn what_cannot_be_by_ipv6_is_refused() -> Result<()> {
     let mut refused = vec![
         (
             "service add -t [fd00::1]:0".to_owned(),
-            "service tcp [fd00::1]:0: port 0 is for persistent services only".to_owned(),
+            "service tcp [fd00::1]:0: port 0 is for persistent services only: use -p, or another port".to_owned(),
             1,
         ),
         (

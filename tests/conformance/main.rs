@@ -3,5 +3,6 @@
 //! What is left out is left out by rules about the records themselves, and how many are replayed and left out is asserted.
 
 mod packets;
+mod persistence;
 mod sched;
 mod states;

@@ -27,12 +27,12 @@ const RECORDS: &str = include_str!("../golden/states.txt");
 const CONNECTIONS: usize = 37;
 
 /// A heading and the lines below it.
-struct Section<'a> {
-    heading: &'a str,
-    lines: Vec<&'a str>,
+pub(crate) struct Section<'a> {
+    pub(crate) heading: &'a str,
+    pub(crate) lines: Vec<&'a str>,
 }
 
-fn sections() -> Vec<Section<'static>> {
+pub(crate) fn sections() -> Vec<Section<'static>> {
     let mut sections: Vec<Section<'_>> = Vec::new();
     for line in RECORDS.lines() {
         if let Some(heading) = line.strip_prefix("=== ") {
@@ -46,7 +46,7 @@ fn sections() -> Vec<Section<'static>> {
     sections
 }
 
-/// Which sections are about what xdpvs does: not the defence against floods, and not persistence.
+/// Which sections are about what xdpvs does, packet by packet: persistence has a replay of its own.
 fn is_supported(section: &Section<'_>) -> bool {
     let about = section.heading;
     let other_defence = about.contains("secure_tcp") && !about.contains("secure_tcp 0");

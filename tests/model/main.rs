@@ -395,6 +395,7 @@ fn service_spec(scheduler: &str, (fallback, with_port): (bool, bool)) -> Service
     ServiceSpec {
         scheduler: Scheduler::from_name(scheduler).expect("a scheduler"),
         flags: flag(fallback, sched_flag::FALLBACK) | flag(with_port, sched_flag::PORT),
+        persistence: None,
     }
 }
 

@@ -6,7 +6,7 @@
 
 use std::{
     fmt::{Display, Write as _},
-    net::Ipv4Addr,
+    net::{Ipv4Addr, SocketAddr},
 };
 
 use lb_common::{
@@ -16,6 +16,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     change::Change,
+    connections::{Connection, Reader},
     model::{Rule, ServiceKey, Transport},
     settings as settings_of_ip_vs,
 };
@@ -23,8 +24,8 @@ use lb_userspace::control::{
 use crate::{
     cast,
     executor::{Counts, DestCounts, Executor, Verdict, Wire},
-    family::Family,
-    frames::{ETHERNET, Frame, with_id},
+    family::{self, Family},
+    frames::{ETHERNET, Frame, packet_of, with_id},
     world::{dest, scheduled},
 };
 
@@ -33,6 +34,7 @@ mod foreign;
 mod forwarding;
 mod life;
 mod marks;
+mod persistence;
 mod settings;
 mod way;
 
@@ -43,10 +45,19 @@ pub fn all() -> Vec<Case> {
 
 /// Every case of a family.
 fn of(family: Family) -> Vec<Case> {
-    [forwarding::cases, way::cases, life::cases, errors::cases, foreign::cases, marks::cases, settings::cases]
-        .into_iter()
-        .flat_map(|cases| cases(family))
-        .collect()
+    [
+        forwarding::cases,
+        way::cases,
+        life::cases,
+        errors::cases,
+        foreign::cases,
+        marks::cases,
+        settings::cases,
+        persistence::cases,
+    ]
+    .into_iter()
+    .flat_map(|cases| cases(family))
+    .collect()
 }
 
 /// A case.
@@ -69,7 +80,22 @@ enum Step {
     Forwarding(bool),
     Pass(u32),
     YoungSecond,
+    /// What the timer does.
+    Age,
+    /// The templates that there are then; or one of them.
+    Templates(Vec<String>, Listed),
+    /// Frames of which nothing is known but that they leave for one and the same destination, which is any.
+    Together(Vec<Vec<u8>>),
+    /// A frame of which nothing is known but that it leaves for a destination.
+    Leaves(Vec<u8>),
     Arrive(Arrival),
+}
+
+/// How much of a list is known.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Listed {
+    All,
+    Among,
 }
 
 struct Arrival {
@@ -107,7 +133,8 @@ impl Step {
             Self::Forwarding(on) => executor.set_forwarding(*on),
             Self::Pass(seconds) => executor.pass(*seconds),
             Self::YoungSecond => executor.wait_for_a_young_second(),
-            Self::Arrive(_) => {}
+            Self::Age => executor.age(),
+            Self::Arrive(_) | Self::Templates(..) | Self::Together(_) | Self::Leaves(_) => {}
         }
     }
 }
@@ -191,6 +218,36 @@ impl Case {
     /// Waits until the limit of ICMP errors will not be renewed for a while.
     fn in_a_young_second(mut self) -> Self {
         self.steps.push(Step::YoungSecond);
+        self
+    }
+
+    /// Lets the ageing timer go over the tables.
+    fn age(mut self) -> Self {
+        self.steps.push(Step::Age);
+        self
+    }
+
+    /// The templates that there are, in the order of their lines: protocol, state, client, service and destination.
+    fn shows<const N: usize>(mut self, templates: [&str; N]) -> Self {
+        self.steps.push(Step::Templates(templates.map(str::to_owned).to_vec(), Listed::All));
+        self
+    }
+
+    /// A template that is among those that there are.
+    fn shows_one(mut self, template: &str) -> Self {
+        self.steps.push(Step::Templates(vec![template.to_owned()], Listed::Among));
+        self
+    }
+
+    /// Lets frames of clients arrive, which all go to the same destination without being stored.
+    fn together(mut self, frames: Vec<Vec<u8>>) -> Self {
+        self.steps.push(Step::Together(frames));
+        self
+    }
+
+    /// Lets a frame of a client arrive, which goes to a destination.
+    fn leaves(mut self, frame: Vec<u8>) -> Self {
+        self.steps.push(Step::Leaves(frame));
         self
     }
 
@@ -292,13 +349,20 @@ pub fn run(case: &Case, executor: &mut impl Executor) -> Result<(), String> {
     executor.reset();
     let mut frames = 0;
     for step in &case.steps {
-        if let Step::Arrive(arrival) = step {
-            frames += 1;
-            arrive(arrival, executor)
-                .map_err(|difference| format!("{}, {}, frame {frames}:\n{difference}", case.name, executor.name()))?;
-        } else {
-            step.prepare(executor);
-        }
+        let result = match step {
+            Step::Arrive(arrival) => {
+                frames += 1;
+                arrive(arrival, executor)
+            }
+            Step::Templates(expected, listed) => list(expected, *listed, executor),
+            Step::Together(frames) => together(frames, executor),
+            Step::Leaves(frame) => leave(frame, executor).map(drop),
+            _ => {
+                step.prepare(executor);
+                Ok(())
+            }
+        };
+        result.map_err(|difference| format!("{}, {}, frame {frames}:\n{difference}", case.name, executor.name()))?;
         executor.audit().map_err(|error| format!("{}, {}: {error}", case.name, executor.name()))?;
     }
     Ok(())
@@ -308,13 +372,73 @@ pub fn run(case: &Case, executor: &mut impl Executor) -> Result<(), String> {
 pub fn rehearse<E: Executor>(case: &Case, executor: &mut E, visit: &mut impl FnMut(&mut E, Wire, &[u8])) {
     executor.reset();
     for step in &case.steps {
-        if let Step::Arrive(arrival) = step {
-            visit(executor, arrival.wire, &arrival.frame);
-            executor.arrive(arrival.wire, &arrival.frame);
-        } else {
-            step.prepare(executor);
+        match step {
+            Step::Arrive(arrival) => {
+                visit(executor, arrival.wire, &arrival.frame);
+                executor.arrive(arrival.wire, &arrival.frame);
+            }
+            Step::Together(frames) => {
+                for frame in frames {
+                    visit(executor, Wire::Outside, frame);
+                    executor.arrive(Wire::Outside, frame);
+                }
+            }
+            Step::Leaves(frame) => {
+                visit(executor, Wire::Outside, frame);
+                executor.arrive(Wire::Outside, frame);
+            }
+            _ => step.prepare(executor),
         }
     }
+}
+
+/// Compares the templates that there are with lines.
+fn list(expected: &[String], listed: Listed, executor: &impl Executor) -> Result<(), String> {
+    let shared = executor.shared();
+    let (now, hz) = (executor.now(), shared.instance.hz.load());
+    let reader = Reader {
+        flows4: executor.flows(),
+        flows6: executor.flows6(),
+        dests: shared.dests,
+        services: shared.services,
+        now,
+        hz,
+    };
+    let templates = reader.connections().filter(|connection| connection.client.port() == 0);
+    let mut found: Vec<String> = templates
+        .map(|Connection { protocol, client, service, destination, state, .. }| {
+            let protocol = protocol.map_or_else(|| "ip".to_owned(), |protocol| protocol.to_string());
+            let end = |end: SocketAddr| format!("{}:{}", family::network_member(end.ip()), end.port());
+            format!("{protocol} {state} {} {} {}", end(client), end(service), end(destination))
+        })
+        .collect();
+    found.sort();
+    let met = match listed {
+        Listed::All => found == expected,
+        Listed::Among => expected.iter().all(|line| found.contains(line)),
+    };
+    if met { Ok(()) } else { Err(format!("  templates {found:#?}, expected {expected:#?}")) }
+}
+
+/// Lets a frame of a client arrive. Returns the link-layer address that it leaves for.
+fn leave(frame: &[u8], executor: &mut impl Executor) -> Result<Vec<u8>, String> {
+    let outcome = executor.arrive(Wire::Outside, frame);
+    if !INSIDE.is_met_by(outcome.verdict) {
+        return Err(format!("  verdict {:?}", outcome.verdict));
+    }
+    Ok(outcome.frame[..6].to_vec())
+}
+
+fn together(frames: &[Vec<u8>], executor: &mut impl Executor) -> Result<(), String> {
+    let before = executor.counts();
+    let to = frames.iter().map(|frame| leave(frame, executor)).collect::<Result<Vec<_>, _>>()?;
+    let counts = executor.counts().since(&before);
+    if to.iter().any(|address| *address != to[0]) {
+        return Err(format!("  left for {to:02x?}"));
+    }
+    let stateless = counts.stateless == frames.len() as i64;
+    let stored = counts.dests.values().any(|dest| dest.connections != 0 || dest.templates != 0);
+    if stateless && !stored { Ok(()) } else { Err(format!("  counted {counts:?}")) }
 }
 
 fn arrive(arrival: &Arrival, executor: &mut impl Executor) -> Result<(), String> {

@@ -101,6 +101,7 @@ pub struct DestCounts {
     pub bytes_out: i64,
     pub active: i64,
     pub inactive: i64,
+    pub templates: i64,
 }
 
 impl DestCounts {
@@ -113,6 +114,7 @@ impl DestCounts {
             bytes_out: self.bytes_out - other.bytes_out,
             active: self.active - other.active,
             inactive: self.inactive - other.inactive,
+            templates: self.templates - other.templates,
         }
     }
 }
@@ -192,6 +194,9 @@ pub trait Executor {
     /// Ends all connections.
     fn end_connections(&mut self);
 
+    /// Lets the ageing timer go over the tables, and ends it.
+    fn age(&mut self);
+
     /// Lets the director send as many ICMP errors as it may in a second, and begins to count anew which packets it drops.
     fn refill_limiter(&mut self);
 
@@ -254,8 +259,8 @@ pub trait Executor {
                 continue;
             }
             let address = family::member(dest_address(&record).ip());
-            let load = shared.dest_loads.get(number as usize).map_or(0, |load| load.connections.load());
-            let (active, total) = active_and_total(load);
+            let load = shared.dest_loads.get(number as usize);
+            let (active, total) = active_and_total(load.map_or(0, |load| load.connections.load()));
             let traffic = self.traffic(number).map(u64::cast_signed);
             let sum = counts.dests.entry(address).or_default();
             sum.connections += traffic[0];
@@ -265,6 +270,7 @@ pub trait Executor {
             sum.bytes_out += traffic[4];
             sum.active += i64::from(active);
             sum.inactive += i64::from(total) - i64::from(active);
+            sum.templates += i64::from(load.map_or(0, |load| load.templates.load()));
         }
         counts
     }

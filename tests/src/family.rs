@@ -42,6 +42,17 @@ pub fn member(address: IpAddr) -> Ipv4Addr {
     }
 }
 
+/// The address or network of the cast that stands for `address`, which is of no more than four octets of IPv6 if it is one.
+pub fn network_member(address: IpAddr) -> Ipv4Addr {
+    match address {
+        IpAddr::V6(network) if network.octets()[4..] == [0; 12] => {
+            let [_, a, b, c, ..] = network.octets();
+            Ipv4Addr::new(a, b, c, 0)
+        }
+        address => member(address),
+    }
+}
+
 /// The first `kept` octets, and zeros.
 fn begin<const N: usize>(octets: [u8; N], kept: usize) -> [u8; N] {
     std::array::from_fn(|index| if index < kept { octets[index] } else { 0 })

@@ -235,7 +235,7 @@ pub fn service(protocol: Transport, port: u16) -> ServiceKey {
 
 /// How a service is set that has this scheduler.
 pub const fn scheduled(scheduler: Scheduler) -> ServiceSpec {
-    ServiceSpec { scheduler, flags: 0 }
+    ServiceSpec { scheduler, flags: 0, persistence: None }
 }
 
 /// How a destination is set.

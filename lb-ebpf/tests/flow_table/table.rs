@@ -113,7 +113,7 @@ impl<E: Entry> Table<E> {
     /// Makes it as new. Every word keeps its address.
     pub(crate) fn clear(&self) {
         for entry in self.flows.iter().flat_map(Bucket::entries) {
-            entry.fill(&key::<E>(Protocol::Tcp, 0, 0), 0);
+            entry.fill(&key::<E>(Protocol::Tcp, 0, 0), 0, 0);
             entry.word().store(0);
         }
         self.loads.iter().for_each(|load| load.connections.store(0));
@@ -126,7 +126,7 @@ impl<E: Entry> Table<E> {
     fn birth<'k>(&self, opening: &'k Opening<E::Key>, clock: Clock) -> Insert<'k, E> {
         let Opening { ref key, place, dest, tcp_flags } = *opening;
         let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, 0);
-        Insert { key, place, dest, birth, clock }
+        Insert { key, place, dest, birth, clock, control: 0 }
     }
 
     /// Creates a connection that has not been found.

@@ -11,7 +11,7 @@ use lb_common::{
 use lb_userspace::{
     control::{
         change::Change,
-        model::{DestSpec, Family, Identity, MarkKey, Refusal, ServiceKey, Transport},
+        model::{DestSpec, Family, Identity, MarkKey, Persistence, Refusal, ServiceKey, ServiceSpec, Transport},
         session::Session,
     },
     datapath::{
@@ -27,7 +27,7 @@ use crate::cli::{
     failure::Failure,
     instance::mode_word,
     output::{self, Form},
-    words::{self, DestWords, FlagWords, MethodWords, ServiceWords, ThresholdWords},
+    words::{self, DestWords, FlagWords, MethodWords, PersistenceWords, ServiceWords, ThresholdWords},
 };
 
 /// The weight of a destination unless another is given.
@@ -49,8 +49,11 @@ pub(crate) enum ServiceCommand {
         scheduler: Scheduler,
         #[command(flatten)]
         flags: FlagWords,
+        #[command(flatten)]
+        persistence: PersistenceWords,
     },
-    /// Give a service another scheduler; connections stay where they are
+    /// Give a service another scheduler, flags and persistence: those that are not given it has no more. Connections stay where
+    /// they are
     Edit {
         #[command(flatten)]
         service: ServiceWords,
@@ -60,6 +63,8 @@ pub(crate) enum ServiceCommand {
         scheduler: Scheduler,
         #[command(flatten)]
         flags: FlagWords,
+        #[command(flatten)]
+        persistence: PersistenceWords,
     },
     /// Remove a service with its destinations; packets of its connections go nowhere from then on
     Del {
@@ -122,8 +127,14 @@ impl ServiceCommand {
             ipv6::check(key)?;
         }
         change(place, |change| match self {
-            Self::Add { service, scheduler, flags } => change.add_service(service.key(), flags.of(scheduler)?),
-            Self::Edit { service, scheduler, flags } => change.edit_service(service.key(), flags.of(scheduler)?),
+            Self::Add { service, scheduler, flags, persistence } => {
+                let key = service.key();
+                change.add_service(key, ServiceSpec { persistence: persistence.of(key)?, ..flags.of(scheduler)? })
+            }
+            Self::Edit { service, scheduler, flags, persistence } => {
+                let key = service.key();
+                change.edit_service(key, ServiceSpec { persistence: persistence.of(key)?, ..flags.of(scheduler)? })
+            }
             Self::Del { service } => change.delete_service(service.key()),
             Self::Flush => {
                 change.flush();
@@ -198,9 +209,17 @@ struct ListedService {
     name: Name,
     scheduler: &'static str,
     flags: Vec<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    persistence: Option<ListedPersistence>,
     #[serde(skip)]
     schedule: [String; 2],
     destinations: Vec<ListedDest>,
+}
+
+#[derive(Serialize)]
+struct ListedPersistence {
+    timeout: u32,
+    netmask: String,
 }
 
 #[derive(Serialize)]
@@ -214,6 +233,7 @@ struct ListedDest {
     overloaded: bool,
     active: u32,
     inactive: u32,
+    templates: u32,
 }
 
 /// Prints the configuration, services and destinations in the order of their addresses.
@@ -237,6 +257,7 @@ pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
                 overloaded: load.is_some_and(|load| load.is_overloaded(thresholds)),
                 active,
                 inactive: total.saturating_sub(active),
+                templates: load.map_or(0, |load| load.templates.load()),
             }
         });
         ListedService {
@@ -244,6 +265,10 @@ pub(crate) fn list(place: &Place, form: Form) -> Result<(), Failure> {
             scheduler: service.spec.scheduler.as_str(),
             flags: [service.spec.flag_names(), service.spec.is_one_packet().then_some("ops").into_iter().collect()]
                 .concat(),
+            persistence: service
+                .spec
+                .persistence
+                .map(|Persistence { timeout, netmask }| ListedPersistence { timeout, netmask: netmask.to_string() }),
             schedule: [service.key.to_string(), service.spec.describe()],
             destinations: dests.collect(),
         }

@@ -7,6 +7,7 @@ use lb_userspace::{
     control::{
         bulk::Selection,
         connections::{Connection, Filter, Reader},
+        model::Transport,
         session::Session,
     },
     datapath::{open::Maps, place::Place, run::Control},
@@ -97,6 +98,11 @@ fn list(place: &Place, filter: &Filter, count: bool, form: Form) -> Result<(), F
     output::written(if form.json { json(out, connections) } else { text(out, connections) }.map(drop))
 }
 
+/// A protocol by its name.
+fn name(protocol: Option<Transport>) -> &'static str {
+    protocol.map_or("ip", |protocol| protocol.protocol().as_str())
+}
+
 /// One JSON object, each connection on a line of its own.
 fn json<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connection>) -> io::Result<W> {
     out.text("{\"connections\":[");
@@ -106,7 +112,7 @@ fn json<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connectio
         comma = ",";
         let Connection { protocol, client, service, destination, state, expires, method, mark } = connection;
         // No word or address has anything that JSON escapes.
-        out.text("{\"protocol\":\"").text(protocol.protocol().as_str());
+        out.text("{\"protocol\":\"").text(name(protocol));
         out.text("\",\"client\":\"").socket(client);
         out.text("\",\"service\":\"").socket(service);
         out.text("\",\"destination\":\"").socket(destination);
@@ -134,7 +140,7 @@ fn text<W: Write>(mut out: Lines<W>, connections: impl Iterator<Item = Connectio
     out.text("Method").end()?;
     for connection in connections {
         let Connection { protocol, client, service, destination, state, expires, method, .. } = connection;
-        out.text(protocol.protocol().as_str()).cell(protocol_width, GAP);
+        out.text(name(protocol)).cell(protocol_width, GAP);
         out.clock(expires).cell(expires_width, GAP);
         out.text(state).cell(state_width, GAP);
         out.socket(client).cell(client_width, GAP);
@@ -150,14 +156,13 @@ mod tests {
     use std::num::NonZeroU32;
 
     use lb_common::proto::Method;
-    use lb_userspace::control::model::Transport;
     use serde_json::{Value, json};
 
     use super::*;
 
     fn connections() -> impl Iterator<Item = Connection> {
         [1, 2].into_iter().map(|last| Connection {
-            protocol: Transport::Tcp,
+            protocol: Some(Transport::Tcp),
             client: ([10, 1, 0, last], 54_321).into(),
             service: ([10, 9, 9, 9], 80).into(),
             destination: ([10, 2, 0, 11], 8080).into(),

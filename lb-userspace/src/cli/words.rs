@@ -13,8 +13,11 @@ use lb_common::{
 };
 use lb_userspace::control::{
     bulk::Selection,
-    connections::UDP,
-    model::{Family, Identity, MarkKey, Prefix, Refusal, RuleProtocol, ServiceKey, ServiceSpec, Transport},
+    connections::{ASSURED, UDP},
+    model::{
+        Family, Identity, MarkKey, Netmask, Persistence, Prefix, Refusal, RuleProtocol, ServiceKey, ServiceSpec,
+        Transport,
+    },
 };
 
 /// Which service.
@@ -29,10 +32,10 @@ pub(crate) struct ServiceWords {
 #[derive(Args, Clone, Copy, Debug)]
 #[command(group = clap::ArgGroup::new("at_most_one").args(["tcp", "udp", "mark"]))]
 pub(crate) struct MaybeServiceWords {
-    /// A TCP service, by address and port (1 to 65535)
+    /// A TCP service, by address and port (1 to 65535, or 0 with -p for all that no other service has)
     #[arg(short = 't', long = "tcp-service", value_name = "VIP:PORT", value_parser = socket)]
     tcp: Option<SocketAddr>,
-    /// A UDP service, by address and port (1 to 65535)
+    /// A UDP service, by address and port (1 to 65535, or 0 with -p for all that no other service has)
     #[arg(short = 'u', long = "udp-service", value_name = "VIP:PORT", value_parser = socket)]
     udp: Option<SocketAddr>,
     /// The service of packets with this mark, 1 to 4294967295: see `xdpvs mark`
@@ -193,8 +196,38 @@ impl FlagWords {
             let known = sched_flag::names(scheduler).iter().find(|(known, _)| *known == name);
             flags |= known.map(|(_, flag)| flag).ok_or(Refusal::SchedFlag { scheduler, name })?;
         }
-        Ok(ServiceSpec { scheduler, flags })
+        Ok(ServiceSpec { scheduler, flags, persistence: None })
     }
+}
+
+/// Whether, and how, the connections of a client go to one destination.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct PersistenceWords {
+    /// All connections of a client go to the destination of its first, until it has opened none for so many seconds
+    #[arg(short, long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "360")]
+    persistent: Option<u32>,
+    /// Which clients are taken for one: an IPv4 mask, or the length of an IPv6 prefix (for -p)
+    #[arg(short = 'M', long, value_name = "MASK", value_parser = netmask)]
+    netmask: Option<Netmask>,
+}
+
+impl PersistenceWords {
+    /// What has been said about the service `key`.
+    pub(crate) fn of(self, key: Identity) -> Result<Option<Persistence>, Refusal> {
+        match (self.persistent, self.netmask) {
+            (None, Some(_)) => Err(Refusal::NetmaskAlone),
+            (None, None) => Ok(None),
+            (Some(timeout), netmask) => {
+                Ok(Some(Persistence { timeout, netmask: netmask.unwrap_or(Netmask::whole(key.family())) }))
+            }
+        }
+    }
+}
+
+fn netmask(word: &str) -> Result<Netmask, String> {
+    let length = word.parse().ok().filter(|length| (1..=128).contains(length)).map(Netmask::V6);
+    let netmask = length.or_else(|| word.parse().ok().map(Netmask::V4));
+    netmask.ok_or_else(|| "use a mask like 255.255.255.0, or for IPv6 a prefix length from 1 to 128".into())
 }
 
 /// How many connections a destination is to have.
@@ -268,7 +301,7 @@ pub(crate) fn prefix(word: &str) -> Result<Prefix, String> {
 }
 
 fn state(word: &str) -> Result<&'static str, String> {
-    let names = State::ALL.iter().map(|state| state.as_str()).chain([UDP]);
+    let names = State::ALL.iter().map(|state| state.as_str()).chain([UDP, ASSURED]);
     let all = || names.clone().collect::<Vec<_>>().join(", ");
     names
         .clone()
@@ -338,7 +371,7 @@ mod tests {
         assert_eq!(prefix("10.1.2/24"), Err("`10.1.2` is no IP address".into()));
         assert_eq!(state("time_wait"), Ok("TIME_WAIT"));
         assert_eq!(state("UDP"), Ok("UDP"));
-        assert!(state("OPEN").is_err_and(|line| line.ends_with("LISTEN, SYNACK, UDP")));
+        assert!(state("OPEN").is_err_and(|line| line.ends_with("LISTEN, SYNACK, UDP, ASSURED")));
     }
 
     #[test]

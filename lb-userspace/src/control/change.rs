@@ -7,9 +7,9 @@ use std::{
 
 use bytemuck::Zeroable as _;
 use lb_common::{
-    abi::{DestRecord, Record as _, ServiceRecord, active_and_total, slot},
+    abi::{DestLoad, DestRecord, Record as _, ServiceRecord, active_and_total, slot},
     addr::Port,
-    proto::{Method, Scheduler},
+    proto::{Method, Scheduler, service_flag},
 };
 
 use crate::{
@@ -17,7 +17,8 @@ use crate::{
         compile::{self, Compiled},
         index::Index,
         journal::{self, Plan},
-        model::{DestSpec, Family, Identity, MarkKey, Refusal, ServiceKey, ServiceSpec, Transport},
+        model::{DestSpec, Family, Identity, MarkKey, Persistence, Refusal, ServiceKey, ServiceSpec, Transport},
+        settings::longest_s,
         shared::{Counters, Object, Shared},
         state::{State, dest_family, dest_spec, words},
         traffic,
@@ -100,7 +101,7 @@ impl<'a> Change<'a> {
     /// When it exists, or cannot be, or there is no room for it.
     pub fn add_service(&mut self, key: impl Into<Identity>, spec: ServiceSpec) -> Result<(), Refusal> {
         let key = key.into();
-        check_flags(key, spec)?;
+        self.check_spec(key, spec)?;
         let (family, addr, port_protocol) = match key {
             Identity::Address(key) => {
                 check_service(key)?;
@@ -121,7 +122,9 @@ impl<'a> Change<'a> {
             addr,
             port_protocol,
             scheduler: spec.scheduler as u32,
-            flags: spec.flags,
+            flags: flags(spec),
+            persistence: spec.persistence.map_or(0, |persistence| persistence.timeout),
+            netmask: spec.persistence.map_or(0, |persistence| persistence.netmask.word()),
             // The first view of a slot that was used before must not be the one that packets may still look at.
             view: self.shared.services.get(slot as usize).map_or(2 * slot, |old| 2 * slot + (!old.load().view & 1)),
             threshold: if compile::is_cached(spec.scheduler as u32) { cache(order) } else { 0 },
@@ -141,16 +144,18 @@ impl<'a> Change<'a> {
     ///
     /// # Errors
     ///
-    /// When it does not exist.
+    /// When it does not exist, or cannot be.
     pub fn edit_service(&mut self, key: impl Into<Identity>, spec: ServiceSpec) -> Result<(), Refusal> {
         let key = key.into();
         let slot = self.service(key)?;
-        check_flags(key, spec)?;
+        self.check_spec(key, spec)?;
         self.catch_up(slot);
         let top = if spec.scheduler == Scheduler::Wrr { self.index.wrr(&self.state, slot).top } else { 0 };
         let order = self.next_order();
         let Some(record) = self.state.services.get_mut(&slot) else { return Ok(()) };
-        record.flags = spec.flags;
+        record.flags = flags(spec);
+        record.persistence = spec.persistence.map_or(0, |persistence| persistence.timeout);
+        record.netmask = spec.persistence.map_or(0, |persistence| persistence.netmask.word());
         if record.scheduler != spec.scheduler as u32 {
             record.scheduler = spec.scheduler as u32;
             record.pointer = 0;
@@ -346,6 +351,21 @@ impl<'a> Change<'a> {
         compile::compile(&self.shared, &self.state, views)
     }
 
+    fn check_spec(&self, key: Identity, spec: ServiceSpec) -> Result<(), Refusal> {
+        check_flags(key, spec)?;
+        let limit = longest_s(self.shared.instance.hz.load());
+        match (key, spec.persistence) {
+            (Identity::Address(key), None) if key.address.port() == 0 => Err(Refusal::ZeroPort(key)),
+            (_, Some(Persistence { netmask, .. })) if !netmask.fits(key.family()) => {
+                Err(Refusal::Netmask { service: key, netmask })
+            }
+            (_, Some(Persistence { timeout, .. })) if timeout == 0 || timeout > limit => {
+                Err(Refusal::PersistenceTimeout { seconds: timeout, limit })
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn service(&self, key: Identity) -> Result<u32, Refusal> {
         self.state.by_key.get(&key).copied().ok_or(Refusal::NoService(key))
     }
@@ -395,11 +415,11 @@ impl<'a> Change<'a> {
         self.plan.dests.insert(number);
     }
 
-    /// Forgets removed destinations without connections, and removed services without destinations.
+    /// Forgets removed destinations without connections and templates, and removed services without destinations.
     fn forget(&mut self, counters: &impl Counters) -> Result<(), Error> {
         let connections = |number: u32| {
-            let load = self.shared.dest_loads.get(number as usize).map_or(0, |load| load.connections.load());
-            active_and_total(load).1
+            let of = |load: &DestLoad| active_and_total(load.connections.load()).1.max(load.templates.load());
+            self.shared.dest_loads.get(number as usize).map_or(0, of)
         };
         let over = |(number, record): (&u32, &DestRecord)| {
             let old = self.now_s.saturating_sub(record.removed_at) > TRASH_S;
@@ -499,10 +519,14 @@ const fn is_routed_unicast(address: Ipv6Addr) -> bool {
         || address.to_ipv4_mapped().is_some())
 }
 
+/// The flags of a service as its record has them.
+fn flags(spec: ServiceSpec) -> u32 {
+    spec.flags | if spec.persistence.is_some() { service_flag::PERSISTENT } else { 0 }
+}
+
 fn check_service(key: ServiceKey) -> Result<(), Refusal> {
     match key.address.ip() {
         IpAddr::V6(address) if !is_routed_unicast(address) => Err(Refusal::NotServed(key)),
-        _ if key.address.port() == 0 => Err(Refusal::ZeroPort(key)),
         _ => Ok(()),
     }
 }

@@ -9,11 +9,11 @@ use bytemuck::Zeroable as _;
 use lb_common::{
     abi::{
         DestRecord, ENDPOINT_PROBES, EndpointBucket, EndpointKey, EndpointKey4, EndpointKey6, Record as _,
-        SLOTS_PER_LINE, ServiceRecord, Slot, SlotRecord, Target, View, ViewRecord, cursor, slot,
+        SLOTS_PER_LINE, ServiceRecord, Slot, SlotRecord, Target, View, ViewRecord, cursor, reckon, slot,
     },
     addr::{Address, Ip4, Ip6, Port},
     hash::Seed,
-    proto::{Protocol, Scheduler},
+    proto::{Protocol, Scheduler, service_flag},
     sched::{DrawColumn, MhDest, dh_table, draw_table, mh_table, sh_table, wrr_cycle},
 };
 
@@ -28,8 +28,8 @@ pub struct Compiled {
     views: Vec<CompiledView>,
     endpoints4: Vec<EndpointEdit<EndpointKey4>>,
     endpoints6: Vec<EndpointEdit<EndpointKey6>>,
-    /// Whether there may be connections to services of marks.
-    marks: bool,
+    /// See [`lb_common::abi::Config::reckon`].
+    reckon: u32,
 }
 
 struct CompiledView {
@@ -78,9 +78,9 @@ pub fn compile(shared: &Shared<'_>, state: &State, services: impl Iterator<Item 
     let endpoints4 = edits(shared.endpoints4, &seed, targets::<Ip4>(state))?;
     let endpoints6 = edits(shared.endpoints6, &seed, targets::<Ip6>(state))?;
     let mut room = Room::new(shared);
-    let views = services.map(|slot| compile_view(state, slot, &mut room)).collect::<Result<_, _>>()?;
-    let marks = state.services.values().any(|record| service_mark(record).is_some());
-    Ok(Compiled { views, endpoints4, endpoints6, marks })
+    let hz = shared.instance.hz.load();
+    let views = services.map(|slot| compile_view(state, slot, hz, &mut room)).collect::<Result<_, _>>()?;
+    Ok(Compiled { views, endpoints4, endpoints6, reckon: to_reckon(shared, state) })
 }
 
 impl Compiled {
@@ -90,9 +90,11 @@ impl Compiled {
         for view in &self.views {
             view.write(shared);
         }
+        let reckon = &shared.config.reckon;
+        reckon.store(reckon.load() | self.reckon);
         write(&self.endpoints4, shared.endpoints4);
         write(&self.endpoints6, shared.endpoints6);
-        shared.config.marks.store(self.marks.into());
+        reckon.store(self.reckon);
     }
 
     /// Makes packets notice that still look at a view which is written anew, or whose slots are.
@@ -153,7 +155,7 @@ impl CompiledView {
     }
 }
 
-fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledView, Refusal> {
+fn compile_view(state: &State, slot: u32, hz: u32, room: &mut Room) -> Result<CompiledView, Refusal> {
     let service = state.services.get(&slot).copied().unwrap_or_else(ServiceRecord::zeroed);
     let key = service_key(&service);
     let list = state.list(slot);
@@ -183,7 +185,10 @@ fn compile_view(state: &State, slot: u32, room: &mut Room) -> Result<CompiledVie
         ring_final: final_pass,
         flags: service.flags,
         cache: if is_cached(service.scheduler) { service.threshold } else { 0 },
-        reserved: [0; 6],
+        persistence: service.persistence * hz,
+        netmask: service.netmask,
+        mark: service_mark(&service).map_or(0, std::num::NonZeroU32::get),
+        reserved: [0; 3],
     };
     let cursor = match Scheduler::try_from(service.scheduler as u8) {
         Ok(Scheduler::Rr) => first_cursor((0..list.len()).map(|position| at(position, 0)), service.pointer, 0),
@@ -310,9 +315,11 @@ fn targets<A: Address>(state: &State) -> HashMap<A::Endpoint, Target> {
     let mut wanted: HashMap<A::Endpoint, Target> = HashMap::new();
     let mut add = |key: A::Endpoint, flags: u64| wanted.entry(key).or_default().0 |= flags;
     for record in state.services.values().filter(|record| record.family == A::FAMILY) {
+        let persistent = if record.flags & service_flag::PERSISTENT != 0 { Target::PERSISTENT } else { 0 };
+        let in_force = Target::default().with_view(record.view).0 | persistent;
         if let Some(mark) = service_mark(record) {
             if record.state == slot::USED {
-                add(A::Endpoint::mark(mark.get()), Target::default().with_view(record.view).0);
+                add(A::Endpoint::mark(mark.get()), in_force);
             }
             continue;
         }
@@ -320,7 +327,7 @@ fn targets<A: Address>(state: &State) -> HashMap<A::Endpoint, Target> {
         let key = A::Endpoint::new(addr, port(record.port_protocol), protocol(record));
         add(A::Endpoint::address(addr), Target::ADDRESS);
         if record.state == slot::USED {
-            add(key, Target::default().with_view(record.view).0);
+            add(key, in_force);
         } else {
             add(key, Target::FORMER_SERVICE);
         }
@@ -341,6 +348,25 @@ fn targets<A: Address>(state: &State) -> HashMap<A::Endpoint, Target> {
         }
     }
     wanted
+}
+
+/// What packets have to reckon with.
+fn to_reckon(shared: &Shared<'_>, state: &State) -> u32 {
+    let has = |what: fn(&ServiceRecord) -> bool| state.services.values().any(what);
+    let templates = || shared.dest_loads.iter().any(|load| load.templates.load() != 0);
+    let bits = [
+        (reckon::MARKS, has(|service| service_mark(service).is_some())),
+        (reckon::ANY_PORT, has(has_unnamed_ports)),
+        (reckon::TEMPLATES, has(|service| service.flags & service_flag::PERSISTENT != 0) || templates()),
+    ];
+    bits.into_iter().filter(|(_, set)| *set).map(|(bit, _)| bit).sum()
+}
+
+/// Whether a service gets packets to ports that it does not name: one for all ports of its address, or FTP (`docs/ipvs.md`,
+/// section 2.1). One that has been removed counts, for its connections are still there.
+fn has_unnamed_ports(service: &ServiceRecord) -> bool {
+    let port = port(service.port_protocol).number();
+    service_mark(service).is_none() && (port == 0 || port == 21 && protocol(service) == Protocol::Tcp)
 }
 
 fn port(word: u32) -> Port {

@@ -3,9 +3,9 @@
 use std::{net::SocketAddr, num::NonZeroU32};
 
 use lb_common::{
-    abi::{Dest, Record as _, Service},
+    abi::{Dest, DestRecord, Record as _, Service},
     addr::{Address, Port},
-    flow::{Bucket, Bucket4, Bucket6, Entry, Key as _, Word},
+    flow::{Bucket, Bucket4, Bucket6, Entry, Key as FlowKey, Purpose, Word, control, template},
     jiffies::Jiffies,
     proto::{Method, Protocol},
     tcp,
@@ -20,14 +20,15 @@ use crate::control::{
 /// How often an entry that is being given to another connection is read again.
 const ATTEMPTS: usize = 8;
 
-/// A connection.
+/// A connection, or a persistence template.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Connection {
-    /// Its protocol.
-    pub protocol: Transport,
-    /// The client's address and port.
+    /// Its protocol; `None` for a template of a firewall mark, which is for all.
+    pub protocol: Option<Transport>,
+    /// The client's address and port. Of a template, the network of clients, and port 0.
     pub client: SocketAddr,
-    /// The service's address and port, as the client knows them.
+    /// The service's address and port, as the client knows them. Of a template that is for all ports, port 0; of one that is not
+    /// used any more, port 65535.
     pub service: SocketAddr,
     /// The destination's address and port.
     pub destination: SocketAddr,
@@ -58,7 +59,7 @@ impl Filter {
         let Self { selection: Selection { service, dest }, client, state } = self;
         let Connection { protocol, service: address, destination, mark, .. } = connection;
         let is_to = |service| match service {
-            Identity::Address(key) => (key.protocol, key.address) == (*protocol, *address),
+            Identity::Address(key) => (Some(key.protocol), key.address) == (*protocol, *address),
             Identity::Mark(key) => (Some(key.mark), key.family) == (*mark, Family::of(address.ip())),
         };
         service.is_none_or(is_to)
@@ -105,11 +106,16 @@ impl<'a> Reader<'a> {
             // A destination keeps its slot as long as it has connections, so this is one more thing to be read before the
             // second look at the word.
             let record = self.dests.get(entry.dest().load() as usize).map(Dest::load);
+            let control = entry.control().load();
             // What has been read belongs together if the entry has been one connection all the while; the state is the
             // newest.
             let word = Word(entry.word().load());
             if !word.same_life(before) {
                 continue;
+            }
+            if word.is_template() {
+                let held = control::holders(control).is_some_and(|holders| holders != 0);
+                return Some(self.template(word.template_at(self.now, self.hz, held)?, &key, &record?));
             }
             if word.expired(self.now, self.hz) {
                 return None;
@@ -119,13 +125,12 @@ impl<'a> Reader<'a> {
             let service = self.services.get(record.service as usize).map(Service::load);
             let port = word.port(Port::from_raw(record.port_method as u16), key.vport());
             return Some(Connection {
-                protocol: word.protocol().into(),
+                protocol: Some(word.protocol().into()),
                 client: socket(key.caddr(), key.cport()),
                 service: socket(key.vaddr(), key.vport()),
                 destination: SocketAddr::new(ip(dest_family(&record), record.addr), port.number()),
                 state: state_name(word),
-                expires: u64::from(word.expires().since(self.now).max(0).cast_unsigned()) * 1000
-                    / u64::from(self.hz.max(1)),
+                expires: self.remaining_ms(word),
                 method: Method::try_from(word.method()).unwrap_or(Method::Route),
                 mark: service.as_ref().and_then(service_mark),
             });
@@ -133,11 +138,41 @@ impl<'a> Reader<'a> {
         // So short-lived that it is as good as over.
         None
     }
+
+    fn remaining_ms(&self, word: Word) -> u64 {
+        u64::from(word.expires().since(self.now).max(0).cast_unsigned()) * 1000 / u64::from(self.hz.max(1))
+    }
+
+    /// The template with this word and key, whose destination has this record.
+    fn template(&self, word: Word, key: &impl FlowKey, record: &DestRecord) -> Connection {
+        let purpose = Purpose::of(key);
+        let (service, port) = if purpose.is_retired() {
+            (RETIRED, RETIRED)
+        } else {
+            (key.vport(), word.port(Port::from_raw(record.port_method as u16), key.vport()))
+        };
+        let of = self.services.get(record.service as usize).map(Service::load);
+        Connection {
+            protocol: Protocol::try_from(purpose.protocol()).ok().map(Transport::from),
+            client: socket(key.caddr(), Port::default()),
+            service: socket(key.vaddr(), service),
+            destination: SocketAddr::new(ip(dest_family(record), record.addr), port.number()),
+            state: if word.has(template::ASSURED) { ASSURED } else { tcp::State::None.as_str() },
+            expires: self.remaining_ms(word),
+            method: Method::try_from(word.method()).unwrap_or(Method::Route),
+            mark: of.as_ref().and_then(service_mark),
+        }
+    }
 }
 
 fn socket<A: Address>(address: A, port: Port) -> SocketAddr {
     SocketAddr::new(ip(A::FAMILY, address.words()), port.number())
 }
+
+/// The state of a template that controls, or has controlled, a connection which was established or answered.
+pub const ASSURED: &str = "ASSURED";
+/// What ip_vs shows for the ports of a template that is not used any more.
+const RETIRED: Port = Port::new(65_535);
 
 /// What stands for the state of a UDP connection.
 pub const UDP: &str = "UDP";
@@ -155,7 +190,7 @@ mod tests {
 
     use bytemuck::Zeroable as _;
     use lb_common::{
-        abi::{DestRecord, ServiceRecord, slot},
+        abi::{ServiceRecord, slot},
         addr::Ip4,
         flow::{Key4, flag},
     };
@@ -169,7 +204,7 @@ mod tests {
         let bucket = Bucket4::zeroed();
         let client = (Ip4::new([10, 1, 0, 1]), Port::new(10_000));
         let service = (Ip4::new([10, 9, 9, 9]), Port::new(80));
-        bucket.entries()[3].fill(&Key4::new(Protocol::Tcp, client, service), 0);
+        bucket.entries()[3].fill(&Key4::new(Protocol::Tcp, client, service), 0, 0);
         bucket.entries()[3].word.store(word.0);
         bucket
     }
@@ -204,7 +239,7 @@ mod tests {
         assert_eq!(
             found,
             [Connection {
-                protocol: Transport::Tcp,
+                protocol: Some(Transport::Tcp),
                 client: ([10, 1, 0, 1], 10_000).into(),
                 service: ([10, 9, 9, 9], 80).into(),
                 destination: ([10, 2, 0, 11], 8080).into(),
@@ -217,6 +252,34 @@ mod tests {
         let at_service_port = read(entry(live(tcp::State::SynRecv, flag::SERVICE_PORT, NOW)));
         assert_eq!(at_service_port[0].destination, ([10, 2, 0, 11], 80).into());
         assert_eq!(at_service_port[0].expires, 0);
+    }
+
+    #[test]
+    fn a_template_is_shown_as_ip_vs_shows_it() {
+        let mark = Ip4::new([0, 0, 0, 7]);
+        let (clients, vip) = (Ip4::new([10, 1, 0, 0]), Ip4::new([10, 9, 9, 9]));
+        let shown = |key: Key4, flags: u64, holders: u32, retired: bool| {
+            let bucket = Bucket4::zeroed();
+            let entry = &bucket.entries()[3];
+            entry.fill(&key, 0, control::TEMPLATE | holders);
+            if retired {
+                entry.retire();
+            }
+            entry.word.store(Word(0).claimed(1).live(Word::template(3, 0, NOW.after(1250))).with(flags).0);
+            let [Connection { protocol, client, service, destination, state, expires, .. }] = read(bucket)[..] else {
+                panic!("one template")
+            };
+            let protocol = protocol.map_or_else(|| "ip".to_owned(), |protocol| protocol.to_string());
+            format!("{protocol} {} {state} {client} {service} {destination}", expires / 1000)
+        };
+        let web = Key4::template(Protocol::Tcp as u8, clients, vip, Port::new(80));
+        assert_eq!(shown(web, 0, 0, false), "tcp 5 NONE 10.1.0.0:0 10.9.9.9:80 10.2.0.11:8080");
+        assert_eq!(shown(web, template::ASSURED, 1, false), "tcp 5 ASSURED 10.1.0.0:0 10.9.9.9:80 10.2.0.11:8080");
+        assert_eq!(shown(web, 0, 1, true), "tcp 5 NONE 10.1.0.0:0 10.9.9.9:65535 10.2.0.11:65535");
+        let all = Key4::template(Protocol::Udp as u8, clients, vip, Port::default());
+        assert_eq!(shown(all, flag::SERVICE_PORT, 0, false), "udp 5 NONE 10.1.0.0:0 10.9.9.9:0 10.2.0.11:0");
+        let of_mark = Key4::template(0, clients, mark, Port::default());
+        assert_eq!(shown(of_mark, flag::SERVICE_PORT, 0, false), "ip 5 NONE 10.1.0.0:0 0.0.0.7:0 10.2.0.11:0");
     }
 
     #[test]

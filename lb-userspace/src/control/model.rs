@@ -309,6 +309,75 @@ pub struct ServiceSpec {
     pub scheduler: Scheduler,
     /// Flags of the service and its scheduler, [`service_flag`] and [`sched_flag`].
     pub flags: u32,
+    /// Whether, and how, the connections of a client go to one destination.
+    pub persistence: Option<Persistence>,
+}
+
+/// How the connections of a client go to one destination (`docs/ipvs.md`, section 6).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Persistence {
+    /// How long that is remembered from each new connection on, in seconds, at least 1.
+    pub timeout: u32,
+    /// Which clients are taken for one.
+    pub netmask: Netmask,
+}
+
+/// Which clients are taken for one: those whose addresses agree in some bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Netmask {
+    /// Of IPv4, in these.
+    V4(Ipv4Addr),
+    /// Of IPv6, in so many, 1 to 128.
+    V6(u8),
+}
+
+impl Netmask {
+    /// Every client is one of its own.
+    pub const fn whole(family: Family) -> Self {
+        match family {
+            Family::Ipv4 => Self::V4(Ipv4Addr::BROADCAST),
+            Family::Ipv6 => Self::V6(128),
+        }
+    }
+
+    /// Whether every client is one of its own.
+    pub const fn is_whole(self) -> bool {
+        matches!(self, Self::V4(Ipv4Addr::BROADCAST) | Self::V6(128))
+    }
+
+    /// The netmask as the maps hold it.
+    pub const fn word(self) -> u32 {
+        match self {
+            Self::V4(mask) => Ip4::new(mask.octets()).raw(),
+            Self::V6(length) => length as u32,
+        }
+    }
+
+    /// The netmask of a service of this family that the maps hold as `word`.
+    pub fn from_word(family: Family, word: u32) -> Self {
+        match family {
+            Family::Ipv4 => Self::V4(Ip4::from_raw(word).octets().into()),
+            Family::Ipv6 => Self::V6(word as u8),
+        }
+    }
+
+    /// Whether it is one for services of this family.
+    pub const fn fits(self, family: Family) -> bool {
+        match (self, family) {
+            (Self::V4(_), Family::Ipv4) => true,
+            (Self::V6(length), Family::Ipv6) => length >= 1 && length <= 128,
+            _ => false,
+        }
+    }
+}
+
+impl fmt::Display for Netmask {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::V4(mask) => mask.fmt(f),
+            Self::V6(length) => length.fmt(f),
+        }
+    }
 }
 
 impl ServiceSpec {
@@ -323,13 +392,18 @@ impl ServiceSpec {
         self.flags & service_flag::ONE_PACKET != 0
     }
 
-    /// The scheduler and the flags as lists show them.
+    /// The scheduler, the flags and the persistence as lists show them.
     pub fn describe(self) -> String {
         let ops = if self.is_one_packet() { " ops" } else { "" };
-        match self.flags & sched_flag::ALL {
-            0 => format!("{}{ops}", self.scheduler),
-            _ => format!("{} ({}){ops}", self.scheduler, self.flag_names().join(",")),
-        }
+        let flags = match self.flags & sched_flag::ALL {
+            0 => String::new(),
+            _ => format!(" ({})", self.flag_names().join(",")),
+        };
+        let persistence = self.persistence.map_or_else(String::new, |Persistence { timeout, netmask }| {
+            let mask = if netmask.is_whole() { String::new() } else { format!(" mask {netmask}") };
+            format!(" persistent {timeout}{mask}")
+        });
+        format!("{}{flags}{persistence}{ops}", self.scheduler)
     }
 }
 
@@ -454,8 +528,27 @@ pub enum Refusal {
         because: &'static str,
     },
     /// Port 0.
-    #[error("service {0}: port 0 is for persistent services only")]
+    #[error("service {0}: port 0 is for persistent services only: use -p, or another port")]
     ZeroPort(ServiceKey),
+    /// The netmask of another family, or of no length.
+    #[error("netmask {netmask}: for service {service} use {}", fitting(.service))]
+    Netmask {
+        /// The service.
+        service: Identity,
+        /// The netmask.
+        netmask: Netmask,
+    },
+    /// A netmask without anything that it is for.
+    #[error("a netmask is for persistent services only: use -p, too")]
+    NetmaskAlone,
+    /// How long clients are remembered, out of range.
+    #[error("persistence timeout {seconds}: use 1 to {limit} seconds")]
+    PersistenceTimeout {
+        /// The timeout given, in seconds.
+        seconds: u32,
+        /// The longest that this kernel's clock allows, in seconds.
+        limit: u32,
+    },
     /// No slot is left.
     #[error("the instance is made for {limit} {what}: `xdpvs down`, then `xdpvs up` with a higher --max-{option}")]
     Full {
@@ -499,6 +592,13 @@ pub enum Refusal {
 
 fn not_one(address: &SocketAddr) -> &'static str {
     if address.is_ipv6() { "use a unicast address that is not link-local" } else { "not the address of one host" }
+}
+
+fn fitting(key: &Identity) -> &'static str {
+    match key.family() {
+        Family::Ipv4 => "one of IPv4, like 255.255.255.0",
+        Family::Ipv6 => "a prefix length from 1 to 128",
+    }
 }
 
 fn host(address: &IpAddr, port: Option<u16>) -> String {

@@ -59,6 +59,11 @@ const fn indices() -> [usize; 3] {
     ]
 }
 
+/// The longest timeout that a kernel with `hz` ticks per second allows, in seconds.
+pub fn longest_s(hz: u32) -> u32 {
+    LONGEST_S.min(LONGEST_TICKS / hz.max(1))
+}
+
 impl Timeouts {
     /// The timeouts in force, of an instance whose kernel has `hz` ticks per second.
     pub fn of(config: &Config, hz: u32) -> Self {
@@ -74,7 +79,7 @@ impl Timeouts {
     ///
     /// [`Refusal::Timeout`] when one is too long; none is set then.
     pub fn set(self, config: &Config, hz: u32) -> Result<(), Refusal> {
-        let limit = LONGEST_S.min(LONGEST_TICKS / hz.max(1));
+        let limit = longest_s(hz);
         let wanted = [self.tcp, self.tcpfin, self.udp];
         if let Some(&seconds) = wanted.iter().find(|seconds| **seconds > limit) {
             return Err(Refusal::Timeout { seconds, limit });
@@ -156,7 +161,7 @@ static SETTINGS: [Setting; 29] = [
     setting("est_cpulist", Kind::Fixed { is: Value::Text(""), because: NO_THREADS }),
     fixed("est_nice", 0, NO_THREADS),
     setting("expire_nodest_conn", Kind::Switch(switch::EXPIRE_NODEST_CONN)),
-    fixed("expire_quiescent_template", 0, "there are no persistent services"),
+    setting("expire_quiescent_template", Kind::Switch(switch::EXPIRE_QUIESCENT_TEMPLATE)),
     fixed("ignore_tunneled", 1, "a packet that the host takes out of a tunnel does not come by XDP again"),
     fixed("nat_icmp_send", 0, "replies without a connection are left to the host"),
     fixed("pmtu_disc", 1, "an XDP program cannot fragment packets"),
@@ -272,6 +277,7 @@ mod tests {
             ("conn_reuse_mode", 1),
             ("drop_packet", 0),
             ("expire_nodest_conn", 0),
+            ("expire_quiescent_template", 0),
             ("run_estimation", 1),
             ("secure_tcp", 0),
             ("sloppy_tcp", 0),

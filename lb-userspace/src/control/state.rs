@@ -10,11 +10,11 @@ use lb_common::{
     abi::{DestRecord, Record as _, ServiceRecord, slot},
     addr::{Address, Ip4, Ip6, Port},
     overload::Thresholds,
-    proto::{Method, Protocol, Scheduler},
+    proto::{Method, Protocol, Scheduler, service_flag},
 };
 
 use crate::control::{
-    model::{Dest, DestSpec, Family, Identity, MarkKey, Service, ServiceKey, ServiceSpec},
+    model::{Dest, DestSpec, Family, Identity, MarkKey, Netmask, Persistence, Service, ServiceKey, ServiceSpec},
     shared::Shared,
 };
 
@@ -97,9 +97,14 @@ impl State {
             Some(Dest { address: dest_address(record), spec: dest_spec(record), number: *number })
         });
         let scheduler = Scheduler::try_from(record.scheduler as u8).unwrap_or(Scheduler::Wlc);
+        let key = service_key(record);
+        let persistence = (record.flags & service_flag::PERSISTENT != 0).then(|| Persistence {
+            timeout: record.persistence,
+            netmask: Netmask::from_word(key.family(), record.netmask),
+        });
         Service {
-            key: service_key(record),
-            spec: ServiceSpec { scheduler, flags: record.flags },
+            key,
+            spec: ServiceSpec { scheduler, flags: record.flags & !service_flag::PERSISTENT, persistence },
             slot,
             dests: dests.collect(),
         }

@@ -174,6 +174,10 @@ impl Executor for Host {
         }
     }
 
+    fn age(&mut self) {
+        self.world.age();
+    }
+
     fn refill_limiter(&mut self) {
         let Limiter { second, drop_counter, .. } = &self.world.tables.limiter[0];
         second.store(0);

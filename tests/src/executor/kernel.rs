@@ -30,6 +30,7 @@ use lb_userspace::{
         memory::Access,
         object::{map, program},
         open::{self, Maps, PerCpu},
+        pace::Pace,
         place::{Place, remove_tree},
         run::{Control, Ending},
         sizes::Capacity,
@@ -148,6 +149,9 @@ impl Kernel<'_> {
         Site::new(role, flow_buckets)?.enter(work)
     }
 }
+
+/// How long a sweep of the ageing timer may take that is under way at once.
+const AGEING_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the names of the instances of these tests begin with.
 const INSTANCES: &str = "cases-";
@@ -294,6 +298,22 @@ impl Executor for Kernel<'_> {
 
     fn end_connections(&mut self) {
         self.control.flush(self.maps.instance().buckets(), Ending::All).expect("the control program runs");
+    }
+
+    fn age(&mut self) {
+        let buckets = self.maps.instance().buckets();
+        let sweeps = || open::ageing(&self.place).expect("the pin opens").record.sweeps;
+        let quick = Pace::new(buckets, Pace::SWEEP_MIN_MS).expect("the tables are small");
+        let before = sweeps();
+        self.control.start_ageing(quick).expect("the control program runs");
+        let begun = Instant::now();
+        while sweeps() < before + 2 {
+            assert!(begun.elapsed() < AGEING_LIMIT, "the timer does not run");
+            thread::sleep(Duration::from_millis(1));
+        }
+        // From now on it runs once in a time that no case takes.
+        let rare = Pace { interval_ns: 3_600_000_000_000, ..quick };
+        self.control.start_ageing(rare).expect("the control program runs");
     }
 
     fn refill_limiter(&mut self) {

@@ -54,7 +54,7 @@ pub(super) const MUTATIONS: &[Mutation] = &[
     Mutation {
         what: "an insert looks for no rival",
         file: TABLE,
-        from: "busy.status() != Status::Busy || rivalled(tables, insert, claim)",
+        from: "busy.status() != Status::Busy || rivalled(tables, insert, claim, kind)",
         to: "busy.status() != Status::Busy",
     },
     Mutation {

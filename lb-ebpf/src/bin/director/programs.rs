@@ -51,6 +51,12 @@ programs! {
     overflow: Ip4Packet, process_stage(Overflow);
     /// [`Stage::Mark`].
     mark: Ip4Packet, process_stage(Mark);
+    /// [`Stage::Persist`].
+    persist: Ip4Packet, process_stage(Persist);
+    /// [`Stage::PersistOverflow`].
+    persist_overflow: Ip4Packet, process_stage(PersistOverflow);
+    /// [`Stage::PersistAlike`].
+    persist_alike: Ip4Packet, process_stage(PersistAlike);
     /// [`Stage::Request`] of IPv6.
     request6: Ip6Packet, process_stage(Request);
     /// [`Stage::Reply`] of IPv6.
@@ -67,6 +73,12 @@ programs! {
     overflow6: Ip6Packet, process_stage(Overflow);
     /// [`Stage::Mark`] of IPv6.
     mark6: Ip6Packet, process_stage(Mark);
+    /// [`Stage::Persist`] of IPv6.
+    persist6: Ip6Packet, process_stage(Persist);
+    /// [`Stage::PersistOverflow`] of IPv6.
+    persist_overflow6: Ip6Packet, process_stage(PersistOverflow);
+    /// [`Stage::PersistAlike`] of IPv6.
+    persist_alike6: Ip6Packet, process_stage(PersistAlike);
 }
 
 macro_rules! stages {
@@ -115,8 +127,8 @@ macro_rules! stages {
     };
 }
 
-stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark);
-stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark);
+stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike);
+stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike);
 
 /// The result of [`answer`] when there is none.
 const NOTHING: u64 = u64::MAX;

@@ -13,7 +13,9 @@ use lb_common::{
 use lb_userspace::{
     control::{
         change::{Change, Commit},
-        model::{self, DestSpec, Family, MarkKey, Refusal, Service, ServiceKey, ServiceSpec, Transport},
+        model::{
+            self, DestSpec, Family, MarkKey, Netmask, Persistence, Refusal, Service, ServiceKey, ServiceSpec, Transport,
+        },
         session::Session,
         settings::Timeouts,
         shared::Object,
@@ -67,7 +69,6 @@ fn lacking(request: &Request) -> Option<String> {
     let what = match request.command {
         Command::StartDaemon => "connection synchronisation (--start-daemon) is",
         Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
-        _ if service && kinds.has(Kind::Persistent) => "persistence (-p) is",
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
         _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
         _ => return None,
@@ -143,8 +144,8 @@ fn plan(change: &mut Change<'_>, request: &Request) -> Result<(), Stop> {
     };
     match command {
         Command::Add if change.state().by_key.contains_key(&key) => Err(refused(Refusal::ServiceExists(key))),
-        Command::Add => change.add_service(key, service_spec(request)?).map_err(refused),
-        Command::Edit => change.edit_service(key, service_spec(request)?).map_err(refused),
+        Command::Add => change.add_service(key, service_spec(key, request)?).map_err(refused),
+        Command::Edit => change.edit_service(key, service_spec(key, request)?).map_err(refused),
         Command::Delete => change.delete_service(key).map_err(refused),
         _ => {
             let Some(server) = request.server else { return Ok(()) };
@@ -171,12 +172,14 @@ fn zero(place: &Place, request: &Request) -> Result<(), Stop> {
     })
 }
 
-fn service_spec(request: &Request) -> Result<ServiceSpec, Stop> {
+fn service_spec(key: model::Identity, request: &Request) -> Result<ServiceSpec, Stop> {
     let name = request.scheduler.as_str();
     let scheduler =
         Scheduler::from_name(name).ok_or_else(|| Stop::refusal("Scheduler or persistence engine not found"))?;
     let ops = if request.kinds.has(Kind::Ops) { service_flag::ONE_PACKET } else { 0 };
-    Ok(ServiceSpec { scheduler, flags: request.sched_flags | ops })
+    let netmask = request.netmask.unwrap_or(Netmask::whole(key.family()));
+    let persistence = request.persistence.map(|timeout| Persistence { timeout, netmask });
+    Ok(ServiceSpec { scheduler, flags: request.sched_flags | ops, persistence })
 }
 
 /// The name service, unless digits are wanted.
@@ -239,14 +242,15 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
         };
         let mut dests = Vec::with_capacity(service.dests.len());
         for dest in &service.dests {
-            let load = session.maps().dest_loads.get(dest.number as usize).map_or(0, |load| load.connections.load());
-            let (active, total) = active_and_total(load);
+            let load = session.maps().dest_loads.get(dest.number as usize);
+            let (active, total) = active_and_total(load.map_or(0, |load| load.connections.load()));
             dests.push(DestRow {
                 address: print::address(dest.address, datagram, names),
                 method: dest.spec.method,
                 weight: dest.spec.weight,
                 thresholds: dest.spec.thresholds,
                 connections: [active, total.saturating_sub(active)],
+                templates: load.map_or(0, |load| load.templates.load()),
                 traffic: Traffic::of(&shared, &state, counters, Object::Dest(dest.number))?,
                 rates: Rates::of(&shared, Object::Dest(dest.number)),
             });

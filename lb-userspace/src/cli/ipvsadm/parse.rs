@@ -3,6 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lb_common::proto::{Method, Scheduler, sched_flag};
+use lb_userspace::control::model::Netmask;
 
 use super::{
     Stop,
@@ -57,6 +58,10 @@ pub(super) struct Request {
     pub(super) scheduler: String,
     /// Flags of the scheduler, [`sched_flag`].
     pub(super) sched_flags: u32,
+    /// How long clients are remembered, in seconds, if the service is persistent.
+    pub(super) persistence: Option<u32>,
+    /// Which clients are taken for one, if not each for itself.
+    pub(super) netmask: Option<Netmask>,
     /// The real server, whose port is the service's unless the method translates it.
     pub(super) server: Option<SocketAddr>,
     pub(super) method: Method,
@@ -142,6 +147,8 @@ impl<'a> Line<'a> {
             ipv6: false,
             scheduler: String::new(),
             sched_flags: 0,
+            persistence: None,
+            netmask: None,
             server: None,
             method: Method::Route,
             tunnel: Tunnel::Ipip,
@@ -217,15 +224,18 @@ impl<'a> Line<'a> {
                 request.scheduler = value[..end.last().unwrap_or(0)].to_owned();
             }
             Kind::Persistent => {
-                argument.map_or(Ok(PERSISTENT_TIMEOUT), |value| timeout_value(value, 1))?;
+                let timeout = argument.map_or(Ok(PERSISTENT_TIMEOUT), |value| timeout_value(value, 1))?;
+                request.persistence = Some(timeout);
             }
             Kind::Netmask if self.ipv6 => {
-                within(1, 128, "illegal ipv6 netmask specified")?;
+                let length = within(1, 128, "illegal ipv6 netmask specified")?;
+                request.netmask = Some(Netmask::V6(length as u8));
             }
             Kind::Netmask => {
-                inet_aton(value)
+                let mask = inet_aton(value)
                     .or_else(|| self.names.host(value))
                     .ok_or_else(|| Stop::misuse("illegal virtual server persistent mask specified"))?;
+                request.netmask = Some(Netmask::V4(mask));
             }
             Kind::SchedFlags => value.clone_into(&mut self.sched_flags),
             Kind::Server => {

@@ -12,7 +12,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     connections::Connection,
-    model::{Dest, Family, Identity, MarkKey, Service, ServiceKey, ServiceSpec, Transport},
+    model::{Dest, Family, Identity, MarkKey, Persistence, Service, ServiceKey, ServiceSpec, Transport},
     settings::Timeouts,
     traffic::{Rates, Traffic},
 };
@@ -69,6 +69,8 @@ pub(super) struct DestRow {
     pub(super) thresholds: Thresholds,
     /// Active and inactive connections.
     pub(super) connections: [u32; 2],
+    /// Persistence templates.
+    pub(super) templates: u32,
     pub(super) traffic: Traffic,
     pub(super) rates: Rates,
 }
@@ -124,11 +126,9 @@ fn titles(format: Format) -> String {
 }
 
 fn dest_cells(dest: &DestRow, format: Format) -> String {
-    let DestRow { method, weight, thresholds, connections: [active, inactive], traffic, rates, .. } = dest;
+    let DestRow { method, weight, thresholds, connections: [active, inactive], templates, traffic, rates, .. } = dest;
     let Thresholds { upper, lower } = thresholds;
     let method = method.column();
-    // No connection is a persistence template.
-    let none = 0;
     match format {
         Format::Default => format!(" {method:<7} {weight:<6} {active:<10} {inactive:<10}"),
         Format::Stats { exact } => amounts(traffic.cells(), exact),
@@ -137,7 +137,7 @@ fn dest_cells(dest: &DestRow, format: Format) -> String {
             format!(" {cps:>8} {inpps:>8} {outpps:>8}") + &[*inbps, *outbps].map(|value| amount(value, exact)).concat()
         }
         Format::Thresholds => format!(" {upper:<10} {lower:<10} {active:<10} {inactive:<10}"),
-        Format::PersistentConn => format!(" {weight:<9} {none:<11} {active:<10} {inactive:<10}"),
+        Format::PersistentConn => format!(" {weight:<9} {templates:<11} {active:<10} {inactive:<10}"),
         Format::TunInfo => {
             let tunnel = if dest.method == Method::Tunnel { "ipip" } else { "n/a" };
             format!(" {method:<7} {tunnel:<13} {weight:<6} {active:<10} {inactive:<10}")
@@ -194,7 +194,11 @@ pub(super) fn saved(rows: &[ServiceRow]) -> String {
             0 => String::new(),
             _ => format!(" -b {}", row.spec.flag_names().join(",")),
         };
-        text += &format!("-A {service} -s {}{ops}{flags}\n", row.spec.scheduler);
+        let persistence = row.spec.persistence.map_or_else(String::new, |Persistence { timeout, netmask }| {
+            let mask = if netmask.is_whole() { String::new() } else { format!(" -M {netmask}") };
+            format!(" -p {timeout}{mask}")
+        });
+        text += &format!("-A {service} -s {}{persistence}{ops}{flags}\n", row.spec.scheduler);
         for DestRow { address, method, weight, .. } in &row.dests {
             let (method, tunnel) = match method {
                 Method::Masq => ("-m", ""),
@@ -224,11 +228,11 @@ pub(super) fn connection<W: Write>(
     names: Option<&dyn Names>,
 ) -> io::Result<()> {
     let Connection { protocol, client, service, destination, state, expires, .. } = *connection;
-    lines.text(upper(protocol)).cell(3, " ").clock(expires).cell(6, " ").text(state).cell(11, " ");
+    lines.text(protocol.map_or("IP", upper)).cell(3, " ").clock(expires).cell(6, " ").text(state).cell(11, " ");
     for (end, width, gap) in [(client, 18, " "), (service, 18, " "), (destination, 0, "")] {
         match names {
             None => lines.socket(end),
-            Some(_) => lines.text(&address(end, protocol == Transport::Udp, names)),
+            Some(_) => lines.text(&address(end, protocol == Some(Transport::Udp), names)),
         };
         lines.cell(width, gap);
     }
@@ -316,7 +320,7 @@ mod tests {
         ServiceRow {
             identity: ServiceKey { protocol: Transport::Tcp, address: ([192, 168, 100, 200], 443).into() }.into(),
             address: "192.168.100.200:443".into(),
-            spec: ServiceSpec { scheduler: Scheduler::Rr, flags: 0 },
+            spec: ServiceSpec { scheduler: Scheduler::Rr, flags: 0, persistence: None },
             traffic: traffic(1_234_567_890),
             rates: Rates { cps: 123_456_789, inpps: 2, outpps: 3, inbps: 123_456_789, outbps: 4 },
             dests: vec![
@@ -326,6 +330,7 @@ mod tests {
                     weight: 1,
                     thresholds: Thresholds::default(),
                     connections: [0, 0],
+                    templates: 0,
                     traffic: traffic(0),
                     rates: Rates::default(),
                 },
@@ -335,6 +340,7 @@ mod tests {
                     weight: 100,
                     thresholds: Thresholds { upper: 100, lower: 50 },
                     connections: [12, 34],
+                    templates: 3,
                     traffic: traffic(5),
                     rates: Rates { cps: 123_456_789, inpps: 2, outpps: 3, inbps: 123_456_789, outbps: 4 },
                 },
@@ -396,7 +402,7 @@ mod tests {
     #[test]
     fn a_connection_is_a_line() -> io::Result<()> {
         let shown = Connection {
-            protocol: Transport::Tcp,
+            protocol: Some(Transport::Tcp),
             client: ([192, 168, 1, 1], 54_321).into(),
             service: ([192, 168, 100, 200], 443).into(),
             destination: ([10, 1, 1, 1], 443).into(),

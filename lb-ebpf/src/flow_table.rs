@@ -56,6 +56,38 @@ pub trait Buckets<E: Entry>: Tables {
     fn buckets(&self) -> u32;
     /// The bucket with this index.
     fn bucket(&self, index: u32) -> Option<&Bucket<E>>;
+
+    /// [`candidate`].
+    fn candidate(&self, place: Place, clock: Clock, idle: u32) -> Candidate
+    where
+        Self: Sized,
+    {
+        candidate(self, place, clock, idle)
+    }
+
+    /// [`clear_way`].
+    fn clear_way(&self, place: Place, clock: Clock, idle: u32) -> u64
+    where
+        Self: Sized,
+    {
+        clear_way(self, place, clock, idle)
+    }
+
+    /// [`template::let_go`].
+    fn let_go(&self, number: u32, how: u64) -> u64
+    where
+        Self: Sized,
+    {
+        template::let_go(self, number, how)
+    }
+
+    /// [`template::assure`].
+    fn assure(&self, number: u32) -> u64
+    where
+        Self: Sized,
+    {
+        template::assure(self, number)
+    }
 }
 
 /// The connection in `entry`, with this word, if it is the one wanted, and if all that has been read of it is of one connection:
@@ -241,7 +273,7 @@ fn release_as<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, dest: u
     let control = entry.control().load();
     let done = entry.word().compare_exchange(word.0, word.freed().0).is_ok();
     if done && word.has(flag::CONTROLLED) {
-        template::let_go(tables, control, how);
+        tables.let_go(control, how);
     }
     if done {
         settle(tables, word, dest);
@@ -472,7 +504,7 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Result<C
         let (dest, control) = (entry.dest().load(), entry.control().load());
         if is_used(word, clock) == 0 && entry.word().compare_exchange(word.0, word.claimed(tag).0).is_ok() {
             if word.has(flag::CONTROLLED) {
-                template::let_go(tables, control, 0);
+                tables.let_go(control, 0);
             }
             if word.is_live() {
                 settle(tables, word, dest);
@@ -487,79 +519,47 @@ fn claim<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>) -> Result<C
 #[inline(always)]
 pub fn has_room<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock) -> bool {
     // How long UDP connections have been idle is of no importance here.
-    !candidate(tables, place, clock, 0).evicts()
+    !tables.candidate(place, clock, 0).evicts()
 }
 
-/// Creates the connection, which [`find`] did not find, in place of the one that shall make room first, unless there is
-/// room after all. UDP connections make room when they have no more than `idle` ticks left.
+/// Ends the connection or template that shall make room first for another with this place. UDP connections make room when they
+/// have no more than `idle` ticks left. Returns 1 when there is room then, else 0.
 ///
-/// The exchange that claims the entry is the one that ends the connection: it fails when a packet of that connection has
-/// moved it meanwhile, so that none is ended that has just been established.
-///
-/// A function of its own: it would else take up stack of its caller.
-#[inline(never)]
-pub fn displace<E: Entry>(tables: &impl Buckets<E>, insert: &Insert<'_, E>, idle: u32) -> Inserted {
-    let (clock, place) = (insert.clock, insert.place);
-    let tag = E::tag(insert.key, place.hash());
-    for _ in 0..CLAIM_ATTEMPTS {
-        let candidate = Candidate(tables.hide(candidate(tables, place, clock, idle).0));
+/// The exchange that ends a connection fails when a packet of it has moved it meanwhile, so that none is ended that has just
+/// been established.
+#[inline(always)]
+pub fn clear_way<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock, idle: u32) -> u64 {
+    for _ in 0..turns(CLAIM_ATTEMPTS) {
+        let candidate = tables.candidate(place, clock, idle);
         if candidate == Candidate::NONE {
-            return Inserted::Full;
+            break;
         }
-        let claim = Claim(candidate.index());
-        let Some(entry) = claim.entry(tables, place) else { return Inserted::Full };
+        let Some(entry) = Claim(candidate.index()).entry(tables, place) else { break };
         let word = Word(entry.word().load());
         let dest = entry.dest().load();
         let now = consider(entry, candidate.index(), word, clock, idle);
-        if word.is_template() || word.has(flag::CONTROLLED) {
-            // There is more to be done than an exchange.
-            break;
+        if now == Candidate::NONE {
+            continue;
         }
-        if now != Candidate::NONE && entry.word().compare_exchange(word.0, word.claimed(tag).0).is_ok() {
-            if word.is_live() {
-                settle(tables, word, dest);
-            }
-            if now.evicts() {
-                tables.count_event(Event::Evicted);
-            }
-            return publish(tables, insert, claim, Kind::Connection);
+        if !now.evicts() {
+            return 1;
         }
-    }
-    Inserted::Contended
-}
-
-/// Ends what shall make room first for a connection with this place, if it has to do with templates, or else if `all` is true:
-/// [`displace`] can end others. `idle` is as there. Returns whether something has ended.
-///
-/// A function of its own: it would else take up stack of its caller.
-#[inline(never)]
-pub fn clear_way<E: Entry>(tables: &impl Buckets<E>, hash: u64, clock: Clock, idle: u32, all: bool) -> u64 {
-    let place = Place::of(hash);
-    let candidate = Candidate(tables.hide(candidate(tables, place, clock, idle).0));
-    if candidate == Candidate::NONE {
-        return 0;
-    }
-    let Some(entry) = Claim(candidate.index()).entry(tables, place) else { return 0 };
-    let word = Word(entry.word().load());
-    let dest = entry.dest().load();
-    let now = consider(entry, candidate.index(), word, clock, idle);
-    let ended = now != Candidate::NONE
-        && if word.is_template() {
+        let ended = if word.is_template() {
             template::end(tables, entry, word, dest)
         } else {
-            (all || word.has(flag::CONTROLLED))
-                && word.is_live()
-                && release_as(tables, entry, word, dest, template::FORCED)
+            release_as(tables, entry, word, dest, template::FORCED)
         };
-    if ended && now.evicts() {
-        tables.count_event(Event::Evicted);
+        if ended {
+            tables.count_event(Event::Evicted);
+            return 1;
+        }
     }
-    ended.into()
+    0
 }
 
 /// The entry to be used for a connection with this place.
 #[inline(always)]
-fn candidate<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock, idle: u32) -> Candidate {
+pub fn candidate<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock, idle: u32) -> Candidate {
     let buckets = tables.buckets();
     let of_bucket = |number| candidate_of_bucket(tables, number, clock.now.0, clock.hz, idle);
     let (first, second) = (of_bucket(place.first(buckets)), of_bucket(place.second(buckets)));
@@ -568,8 +568,7 @@ fn candidate<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock, idl
 
 /// The entry to be used of the bucket with this number, with its index in the bucket.
 ///
-/// A function of its own, with numbers for arguments, so that it takes up no stack of its caller; and of one bucket, so that it
-/// takes up little of its own.
+/// A function of its own, of one bucket, so that it takes up little stack.
 #[inline(never)]
 fn candidate_of_bucket<E: Entry>(tables: &impl Buckets<E>, number: u32, now: u32, hz: u32, idle: u32) -> Candidate {
     let clock = Clock { now: Jiffies(now), hz };

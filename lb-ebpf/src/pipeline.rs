@@ -58,6 +58,24 @@ where
     fn marked(&self, packet: &P, tables: &T) -> Marked {
         mark::service::<I, P, T, Self>(packet, tables, self)
     }
+
+    /// [`schedule::pick`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    fn pick(&self, tables: &T, view: u32, parties: Parties) -> Result<u32, Reason> {
+        schedule::pick(tables, self, view, parties)
+    }
+
+    /// [`schedule::pick_alike`].
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    fn pick_alike(&self, tables: &T, view: u32, parties: Parties, connection: u64) -> Result<u32, Reason> {
+        schedule::pick_alike(tables, self, view, parties, connection)
+    }
 }
 
 /// Handles one frame, which is taken for one of the family of `I`: rewrites it, and says where it goes. Counts everything there is to count.
@@ -430,12 +448,11 @@ where
     }
     may_open(tables, now, ip, segment)?;
     let Some(view) = service.plain_view() else { return Err(Halt::go_on(Stage::Persist)) };
-    let number = match schedule::pick(tables, env, view, Parties::of(key)) {
+    let number = match env.pick(tables, view, Parties::of(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
         Err(reason) => return Err(reason.into()),
     };
-    let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     if ip.source().is_loopback() {
         stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
@@ -645,17 +662,17 @@ where
     let ip = &I::parse(packet)?;
     let segment = ip.segment(packet)?;
     let service = Persistent::find(tables, marked, ip, segment, Reason::NotService)?;
-    let held = template_for(tables, env, ip, segment, service, now)?;
+    let held = template_for::<I, P, T, E>(tables, env, ip, segment, service, now)?;
     let number = held.dest();
     if is_one_packet(tables, service.number, segment) {
-        template::let_go(tables, held.number(), 0);
+        tables.let_go(held.number(), 0);
         return Err(Halt::go_on(Stage::PersistOverflow));
     }
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     if ip.source().is_loopback()
         && let Err(halt) = stays_here::<I::Addr, T, E>(tables, env, now, dest, number)
     {
-        template::let_go(tables, held.number(), 0);
+        tables.let_go(held.number(), 0);
         return Err(halt);
     }
     // Of UDP connections it has to be noticed when a server answers, masqueraded or not: that assures the template.
@@ -673,7 +690,7 @@ where
         cpu.counters.connections.update(|connections| connections + 1);
         return Ok(());
     }
-    template::let_go(tables, held.number(), 0);
+    tables.let_go(held.number(), 0);
     if inserted == Inserted::Full {
         return Err(Halt::go_on(Stage::PersistOverflow));
     }
@@ -690,7 +707,7 @@ where
 ///
 /// Why there is none, or where the path goes on.
 #[inline(always)]
-fn template_for<I, T, E>(
+fn template_for<I, P, T, E>(
     tables: &T,
     env: &E,
     ip: &I,
@@ -700,8 +717,9 @@ fn template_for<I, T, E>(
 ) -> Result<Held, Halt>
 where
     I: Family,
+    P: Packet + HandOver,
     T: TablesOf<I::Addr>,
-    E: Env,
+    E: Stages<I, P, T>,
 {
     let key = &service.template(ip, segment);
     let clock = now.clock;
@@ -713,12 +731,11 @@ where
         // Another CPU makes or ends it at this moment.
         return Err(Reason::FlowContended.into());
     }
-    let number = match schedule::pick(tables, env, service.number, Parties::of(&request_key(ip, segment))) {
+    let number = match env.pick(tables, service.number, Parties::of(&request_key(ip, segment))) {
         Ok(number) => number,
         Err(Reason::NoDestination) => return Err(no_destination(service.by)),
         Err(reason) => return Err(reason.into()),
     };
-    let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     made(service.make(tables, key, (number, dest), segment, now))
 }
@@ -787,13 +804,12 @@ where
     let Some(view) = service_for(tables, marked, ip, segment)?.plain_view() else {
         return Err(Halt::go_on(Stage::PersistOverflow));
     };
-    let number = match schedule::pick_alike(tables, env, view, Parties::of(key), EntryOf::<I>::common_hash(key)) {
+    let number = match env.pick_alike(tables, view, Parties::of(key), EntryOf::<I>::common_hash(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
         Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
         Err(reason) => return Err(reason.into()),
     };
-    let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     if ip.source().is_loopback() {
         stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
@@ -803,13 +819,8 @@ where
     // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
     let birth = Word(tables.hide(birth.0));
     if opens {
-        let insert = Insert { key, place, dest: number, birth, clock: now.clock, control: 0 };
-        if now.config.reckon.load() & reckon::TEMPLATES != 0
-            && flow_table::clear_way(tables, place.hash(), now.clock, idle(now), false) != 0
-        {
-            return Err(Halt::go_on(Stage::Open));
-        }
-        match flow_table::displace(tables, &insert, idle(now)) {
+        tables.clear_way(place, now.clock, idle(now));
+        match flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock, control: 0 }) {
             Inserted::New => {
                 let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
                 cpu.counters.connections.update(|connections| connections + 1);
@@ -879,12 +890,11 @@ where
     let service = Persistent::find(tables, marked, ip, segment, Reason::NotService)?;
     let key = &service.template(ip, segment);
     let common = EntryOf::<I>::common_hash(key);
-    let number = match schedule::pick_alike(tables, env, service.number, Parties::of(key), common) {
+    let number = match env.pick_alike(tables, service.number, Parties::of(key), common) {
         Ok(number) => number,
         Err(Reason::NoDestination) => return Err(no_destination(service.by)),
         Err(reason) => return Err(reason.into()),
     };
-    let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     made(service.make(tables, key, (number, dest), segment, now))
 }
@@ -919,16 +929,16 @@ where
     let held = template::hold::<EntryOf<I>>(tables, key, now.clock.now.0, now.clock.hz);
     let held = Held::from_bits(tables.hide(held.bits()));
     if held.is_some() {
-        template::let_go(tables, held.number(), 0);
+        tables.let_go(held.number(), 0);
     }
     if opens && !one_packet {
         // Either there is a template, and no room for the connection, or there is no room for a template.
-        let hash = if held.is_some() {
-            EntryOf::<I>::hash(&request_key(ip, segment), &tables.seed())
+        let place = if held.is_some() {
+            Place::of(EntryOf::<I>::hash(&request_key(ip, segment), &tables.seed()))
         } else {
-            EntryOf::<I>::template_place(key, &tables.seed()).hash()
+            EntryOf::<I>::template_place(key, &tables.seed())
         };
-        if flow_table::clear_way(tables, hash, now.clock, idle(now), true) != 0 {
+        if tables.clear_way(place, now.clock, idle(now)) != 0 {
             return Err(Halt::go_on(if held.is_some() { Stage::Persist } else { Stage::PersistAlike }));
         }
     }
@@ -936,14 +946,13 @@ where
         held.dest()
     } else {
         let common = EntryOf::<I>::common_hash(key);
-        match schedule::pick_alike(tables, env, service.number, Parties::of(key), common) {
+        match env.pick_alike(tables, service.number, Parties::of(key), common) {
             Ok(number) => number,
             Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
             Err(Reason::NoDestination) => return Err(no_destination(service.by)),
             Err(reason) => return Err(reason.into()),
         }
     };
-    let number = tables.hide(number.into()) as u32;
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
     if ip.source().is_loopback() {
         stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;

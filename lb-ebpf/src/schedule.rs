@@ -37,6 +37,18 @@ impl Parties {
         Self { client, service: address_word(key.vaddr()) }
     }
 
+    /// The ends that these words stand for.
+    #[inline(always)]
+    pub const fn from_words([client, service]: [u64; 2]) -> Self {
+        Self { client, service }
+    }
+
+    /// The ends as words.
+    #[inline(always)]
+    pub const fn words(self) -> [u64; 2] {
+        [self.client, self.service]
+    }
+
     #[inline(always)]
     const fn client(self) -> u32 {
         self.client as u32
@@ -59,7 +71,7 @@ impl Parties {
 ///
 /// [`Reason::NoDestination`] when no destination is usable; [`Reason::ConfigurationChanged`] when the view was rewritten
 /// meanwhile, which takes two changes of the service during one packet.
-#[inline(never)]
+#[inline(always)]
 pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -> Result<u32, Reason> {
     let number = view;
     let view = tables.view(number).ok_or(Reason::Impossible)?;
@@ -504,7 +516,7 @@ impl<T: Tables> Bids<'_, T> {
 /// # Errors
 ///
 /// As those of [`pick`].
-#[inline(never)]
+#[inline(always)]
 pub fn pick_alike(
     tables: &impl Tables,
     env: &impl Env,

@@ -96,9 +96,7 @@ fn end_closed<E: Entry>(tables: &impl Tables, entry: &E, word: Word, dest: u32) 
 
 /// Lets go of the template with this number: a connection that it controlled has ended, or a packet has seen enough of it. `how`
 /// is 0, or [`FORCED`]. Returns whether the template has ended.
-///
-/// A function of its own, with numbers for arguments: of those that call it nearly none ever do.
-#[inline(never)]
+#[inline(always)]
 pub fn let_go<E: Entry>(tables: &impl Buckets<E>, number: u32, how: u64) -> u64 {
     let Some(entry) = entry_of(tables, number) else { return 0 };
     // Nobody closes what is held, so this needs no exchange.
@@ -114,7 +112,7 @@ pub fn let_go<E: Entry>(tables: &impl Buckets<E>, number: u32, how: u64) -> u64 
 }
 
 /// Notes that a connection which the template with this number controls has been established, or answered.
-#[inline(never)]
+#[inline(always)]
 pub fn assure<E: Entry>(tables: &impl Buckets<E>, number: u32) -> u64 {
     let Some(entry) = entry_of(tables, number) else { return 0 };
     change_word(entry, |word| word.with(template::ASSURED))
@@ -203,7 +201,7 @@ pub fn hold<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, now: u32, hz: u32)
     let others = tables.hide(others.into());
     let word = Word(tables.hide(entry.word().load()));
     if !entry.is(key, word) {
-        let_go(tables, found, 0);
+        tables.let_go(found, 0);
         return Held::CONTENDED;
     }
     let dest = entry.dest().load();
@@ -216,13 +214,13 @@ pub fn hold<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, now: u32, hz: u32)
             };
         }
         // Somebody else holds it, too, by now.
-        let_go(tables, found, 0);
+        tables.let_go(found, 0);
         return Held::CONTENDED;
     };
     let valid = tables.config().zip(tables.dest(dest)).is_some_and(|(config, dest)| is_valid(config, dest));
     if !valid {
         entry.retire();
-        let_go(tables, found, 0);
+        tables.let_go(found, 0);
         return Held::NONE;
     }
     let retried = current.0 & template::RETRIED;
@@ -296,5 +294,5 @@ pub fn doom<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, number: u
         entry.retire();
         change_word(entry, |word| word.with(template::DOOMED));
     }
-    let_go(tables, number, 0) != 0
+    tables.let_go(number, 0) != 0
 }

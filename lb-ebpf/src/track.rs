@@ -12,7 +12,6 @@ use crate::{
     flow_table::{self, Buckets, Found},
     pipeline::Now,
     tables::Tables,
-    template,
 };
 
 /// How often a step is tried again after another CPU has changed the connection.
@@ -112,7 +111,7 @@ pub fn step<E: Entry>(
             Ok(_) => {
                 count(tables, found.dest, word, after);
                 if assures(word, after) {
-                    template::assure(tables, found.entry.control().load());
+                    tables.assure(found.entry.control().load());
                 }
                 return Ok(after);
             }

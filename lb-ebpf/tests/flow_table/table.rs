@@ -136,7 +136,9 @@ impl<E: Entry> Table<E> {
 
     /// Creates a connection that has not been found and that there is no room for.
     pub(crate) fn displace(&self, opening: &Opening<E::Key>, clock: Clock) -> Inserted {
-        flow_table::displace(self, &self.birth(opening, clock), IDLE)
+        let insert = self.birth(opening, clock);
+        flow_table::clear_way(self, insert.place, clock, IDLE);
+        flow_table::insert(self, &insert)
     }
 
     /// The connection, if there is one; it may be past its time.

@@ -6,6 +6,8 @@ mod ageing;
 #[cfg(target_arch = "bpf")]
 mod control;
 #[cfg(target_arch = "bpf")]
+mod flows;
+#[cfg(target_arch = "bpf")]
 mod maps;
 #[cfg(target_arch = "bpf")]
 mod neighbour;

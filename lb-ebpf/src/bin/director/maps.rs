@@ -19,7 +19,7 @@ use lb_common::{
         Estimate, Instance, JournalSlot, Limiter, NextHop, Service, SlotLine, Stage, Upkeep, View,
     },
     event::{COUNTERS, Event},
-    flow::{Bucket, Bucket4, Bucket6, Entry4, Entry6},
+    flow::{Bucket, Bucket4, Bucket6, Candidate, Entry4, Entry6, Place},
     hash::Seed,
     mark::{self, Marks, Rule, Start},
 };
@@ -31,7 +31,7 @@ use lb_ebpf::{
     upkeep::Objects,
 };
 
-use crate::overload;
+use crate::{flows, overload};
 
 /// `BPF_F_MMAPABLE`: userspace maps the values into its memory, and they begin on a page.
 const MMAPABLE: usize = 1 << 10;
@@ -264,7 +264,10 @@ impl Scan for OverCpus {
 }
 
 macro_rules! of_families {
-    ($($entry:ident, $buckets:ident, $flows:ident, $key:ident, $endpoints:ident;)+) => {$(
+    ($(
+        $entry:ident, $buckets:ident, $flows:ident ($candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident),
+        $key:ident, $endpoints:ident;
+    )+) => {$(
         impl Buckets<$entry> for Maps {
             #[inline(always)]
             fn buckets(&self) -> u32 {
@@ -274,6 +277,26 @@ macro_rules! of_families {
             #[inline(always)]
             fn bucket(&self, index: u32) -> Option<&Bucket<$entry>> {
                 $flows.get(index)
+            }
+
+            #[inline(always)]
+            fn candidate(&self, place: Place, clock: Clock, idle: u32) -> Candidate {
+                Candidate(kernel::hide(flows::$candidate(place.hash(), clock.now.0, clock.hz, idle)))
+            }
+
+            #[inline(always)]
+            fn clear_way(&self, place: Place, clock: Clock, idle: u32) -> u64 {
+                flows::$clear_way(place.hash(), clock.now.0, clock.hz, idle)
+            }
+
+            #[inline(always)]
+            fn let_go(&self, number: u32, how: u64) -> u64 {
+                flows::$let_go(number, how)
+            }
+
+            #[inline(always)]
+            fn assure(&self, number: u32) -> u64 {
+                flows::$assure(number)
             }
         }
 
@@ -287,6 +310,6 @@ macro_rules! of_families {
 }
 
 of_families! {
-    Entry4, FLOW_BUCKETS, FLOWS4, EndpointKey4, ENDPOINTS4;
-    Entry6, FLOW_BUCKETS6, FLOWS6, EndpointKey6, ENDPOINTS6;
+    Entry4, FLOW_BUCKETS, FLOWS4 (candidate4, clear_way4, let_go4, assure4), EndpointKey4, ENDPOINTS4;
+    Entry6, FLOW_BUCKETS6, FLOWS6 (candidate6, clear_way6, let_go6, assure6), EndpointKey6, ENDPOINTS6;
 }

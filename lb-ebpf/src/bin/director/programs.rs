@@ -1,5 +1,7 @@
 //! The programs, each a thin wrapper around the library.
 
+use core::ptr;
+
 use aya_ebpf::{bindings::xdp_md, macros::xdp, programs::XdpContext};
 use lb_common::{
     abi::Stage,
@@ -9,10 +11,11 @@ use lb_common::{
 use lb_ebpf::{
     forward::Exit,
     icmp::{self, Complaint},
-    kernel::{Kernel, XdpPacket, action},
+    kernel::{self, Kernel, XdpPacket, action},
     mark::{self, Marked},
     parse::{Ip4Packet, Ip6Packet},
     pipeline::{self, Family, Stages},
+    schedule::{self, Parties},
     tables::Tables as _,
 };
 
@@ -106,6 +109,18 @@ macro_rules! stages {
             fn marked(&self, _: &XdpPacket, _: &Maps) -> Marked {
                 Marked::from_bits($marked(self.ctx))
             }
+
+            #[inline(always)]
+            fn pick(&self, _: &Maps, view: u32, parties: Parties) -> Result<u32, Reason> {
+                let [client, service] = parties.words();
+                picked(pick(view, client, service))
+            }
+
+            #[inline(always)]
+            fn pick_alike(&self, _: &Maps, view: u32, parties: Parties, connection: u64) -> Result<u32, Reason> {
+                let [client, service] = parties.words();
+                picked(pick_alike(view, client, service, connection))
+            }
         }
 
         /// [`mark::service`], for every program of the family.
@@ -129,6 +144,51 @@ macro_rules! stages {
 
 stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike);
 stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike);
+
+/// [`schedule::pick`], for every program: see [`picked`].
+///
+/// Verifier: a global function, which it looks at once, however often it is called.
+#[unsafe(no_mangle)]
+extern "C" fn pick(view: u32, client: u64, service: u64) -> u64 {
+    in_a_word(schedule::pick(&Maps, &no_packet(), view, Parties::from_words([client, service])))
+}
+
+/// [`schedule::pick_alike`], for every program: see [`picked`].
+///
+/// Verifier: a global function, which it looks at once, however often it is called.
+#[unsafe(no_mangle)]
+extern "C" fn pick_alike(view: u32, client: u64, service: u64, connection: u64) -> u64 {
+    let parties = Parties::from_words([client, service]);
+    in_a_word(schedule::pick_alike(&Maps, &no_packet(), view, parties, connection))
+}
+
+/// The kernel for schedulers, which look at no packet.
+#[inline(always)]
+fn no_packet() -> Kernel {
+    maps::kernel(ptr::null_mut())
+}
+
+/// The number of the destination that was picked, or one more than the number of the reason why there is none in the upper half.
+#[inline(always)]
+fn in_a_word(picked: Result<u32, Reason>) -> u64 {
+    match picked {
+        Ok(number) => number.into(),
+        Err(reason) => (reason as u64 + 1) << 32,
+    }
+}
+
+/// What [`in_a_word`] was given.
+#[inline(always)]
+fn picked(word: u64) -> Result<u32, Reason> {
+    const NO_DESTINATION: u64 = Reason::NoDestination as u64 + 1;
+    const CHANGED: u64 = Reason::ConfigurationChanged as u64 + 1;
+    match word >> 32 {
+        0 => Ok(kernel::hide(word) as u32),
+        NO_DESTINATION => Err(Reason::NoDestination),
+        CHANGED => Err(Reason::ConfigurationChanged),
+        _ => Err(Reason::Impossible),
+    }
+}
 
 /// The result of [`answer`] when there is none.
 const NOTHING: u64 = u64::MAX;

@@ -3,12 +3,19 @@
 //! Everything of a new instance is made and pinned in its nursery, a directory of its own, and the directory is renamed
 //! when it is whole. What a killed process leaves in a nursery is removed by the next.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    num::NonZero,
+    panic::resume_unwind,
+    path::Path,
+    sync::{Mutex, PoisonError},
+    thread,
+};
 
 use aya::{
     Ebpf, EbpfLoader, GlobalData,
     maps::{MapData, ProgramArray},
-    programs::{ProgramType, SchedClassifier, Xdp},
+    programs::{Program, ProgramError, ProgramType, SchedClassifier, Xdp},
     sys::is_helper_supported,
 };
 use aya_obj::generated::bpf_func_id;
@@ -220,26 +227,49 @@ fn load(directory: &Path, record: &InstanceRecord, pins: &Path) -> Result<Progra
         loader.override_global(name, value, true);
     }
     let mut ebpf = loader.load(object::DIRECTOR)?;
+    verify(&mut ebpf)?;
     let stages = ebpf.take_map(STAGES).ok_or(Error::NoProgram { program: STAGES })?;
     let mut stages = ProgramArray::try_from(stages).map_err(|source| Error::map("open", STAGES, source))?;
     let mut programs = Programs { ebpf };
-    for name in [program::XDPVS, program::CONTROL] {
-        programs.get::<Xdp>(name)?.load().map_err(|source| Error::program("load", name, source))?;
-    }
     for (index, name) in Stage::programs() {
         let xdp: &mut Xdp = programs.get(name)?;
-        xdp.load().map_err(|source| Error::program("load", name, source))?;
         let fd = xdp.fd().and_then(|fd| fd.try_clone().map_err(Into::into));
         let fd = fd.map_err(|source| Error::program("keep", name, source))?;
         stages.set(index, &fd, 0).map_err(|source| Error::map("write", STAGES, source))?;
     }
-    programs.neighbour()?.load().map_err(|source| Error::program("load", program::NEIGHBOUR, source))?;
     pin(&mut programs, stages, pins)?;
     Ok(programs)
 }
 
+/// Gives the programs to the kernel, as many at a time as there are CPUs: its verifier takes its time for each.
+fn verify(ebpf: &mut Ebpf) -> Result<(), Error> {
+    let workers = thread::available_parallelism().map_or(1, NonZero::get);
+    let name_of = |name: &str| {
+        let mut names = program::ALL.into_iter().chain(Stage::programs().map(|(_, name)| name));
+        names.find(|known| *known == name)
+    };
+    let waiting: Vec<_> = ebpf.programs_mut().filter_map(|(name, program)| Some((name_of(name)?, program))).collect();
+    let waiting = Mutex::new(waiting.into_iter());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        while let Some((name, program)) = next() {
+            match program {
+                Program::Xdp(xdp) => xdp.load(),
+                Program::SchedClassifier(classifier) => classifier.load(),
+                _ => Err(ProgramError::UnexpectedProgramType),
+            }
+            .map_err(|source| Error::program("load", name, source))?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..workers).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| worker.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    })
+}
+
 fn pin(programs: &mut Programs, stages: ProgramArray<MapData>, directory: &Path) -> Result<(), Error> {
-    for name in [program::XDPVS, program::CONTROL, program::NEIGHBOUR] {
+    for name in program::ALL {
         let path = directory.join(name);
         let found = programs.ebpf.program_mut(name).ok_or(Error::NoProgram { program: name })?;
         found.pin(&path).map_err(|source| Error::Pin { path, source })?;

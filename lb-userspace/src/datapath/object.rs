@@ -16,6 +16,8 @@ pub mod program {
     pub const CONTROL: &str = "control";
     /// TC ingress: sends on what has no link-layer address yet.
     pub const NEIGHBOUR: &str = "neighbour";
+    /// All of them.
+    pub const ALL: [&str; 3] = [XDPVS, CONTROL, NEIGHBOUR];
 }
 
 /// Name of the map of stages, and of its pin, which stands beside those of the programs in it.

@@ -279,6 +279,6 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
             (Lacking::TunnelType, 6),
         ]
     );
-    assert_eq!(replayed, 132);
+    assert_eq!(replayed, 139);
     Ok(())
 }

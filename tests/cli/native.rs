@@ -308,7 +308,7 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         refusal(
             "conn list --state OPEN",
             "invalid value 'OPEN' for '--state <NAME>': no such state, use one of NONE, ESTABLISHED, SYN_SENT, SYN_RECV, \
-             FIN_WAIT, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYNACK, UDP",
+             FIN_WAIT, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYNACK, UDP, ASSURED",
             2,
         ),
         refusal("up nowhere", "no interface `nowhere` in this network namespace: see `ip link`", 1),

@@ -1,0 +1,334 @@
+//! The product and the model of it, side by side.
+
+use std::net::{IpAddr, SocketAddr};
+
+use lb_common::{
+    abi::active_and_total,
+    addr::Address as _,
+    flow::{Bucket, Entry, Key as _, Word, flag},
+    proto::{Scheduler, sched_flag},
+    reason::Reason,
+};
+use lb_ebpf::{forward::Leave, host::HostRoute};
+use lb_userspace::control::{
+    change::Change,
+    model::{self as product, Transport},
+    settings::Timeouts,
+    shared::Counters as _,
+    state::{State as Configured, dest_address, ip},
+};
+use proptest::prelude::*;
+use xdpvs_tests::{
+    audit, cast,
+    family::Family,
+    frames::{ETHERNET, Frame},
+    world::{self, HostCounters, World},
+};
+
+use crate::{
+    action::{self, Action, Client, FAMILIES},
+    spec::{Connection, DestId, DestSpec, Director, Fate, HZ, Method, Packet, ServiceKey, ServiceSpec, TCP},
+};
+
+pub(crate) struct Pair {
+    world: World,
+    model: Director,
+    /// The numbers that the product has for the model's destinations.
+    numbers: Vec<u32>,
+}
+
+/// A connection of the product: protocol, client, service; its word, and the number of its destination.
+type Found = ((u8, SocketAddr, SocketAddr), Word, u32);
+
+fn product_key(key: ServiceKey) -> product::Identity {
+    let protocol = if key.protocol == TCP { Transport::Tcp } else { Transport::Udp };
+    product::ServiceKey { protocol, address: key.address }.into()
+}
+
+fn product_service(spec: ServiceSpec) -> product::ServiceSpec {
+    let flag = |set: bool, flag: u32| if set { flag } else { 0 };
+    product::ServiceSpec {
+        scheduler: Scheduler::from_name(spec.scheduler).expect("a scheduler"),
+        flags: flag(spec.fallback, sched_flag::FALLBACK) | flag(spec.with_port, sched_flag::PORT),
+        persistence: None,
+    }
+}
+
+fn product_dest(spec: DestSpec) -> product::DestSpec {
+    let method = match spec.method {
+        Method::Nat => lb_common::proto::Method::Masq,
+        Method::Direct => lb_common::proto::Method::Route,
+        Method::Tunnel => lb_common::proto::Method::Tunnel,
+    };
+    world::dest(method, spec.weight)
+}
+
+/// Source and destination of the packet that begins at `at` in a frame.
+fn ends(family: Family, frame: &[u8], at: usize) -> (SocketAddr, SocketAddr) {
+    let address = |at: usize| match family {
+        Family::Four => IpAddr::from(<[u8; 4]>::try_from(&frame[at..at + 4]).expect("four bytes")),
+        Family::Six => IpAddr::from(<[u8; 16]>::try_from(&frame[at..at + 16]).expect("sixteen bytes")),
+    };
+    let port = |at: usize| u16::from_be_bytes([frame[at], frame[at + 1]]);
+    let (source, destination) = if family == Family::Four { (at + 12, at + 16) } else { (at + 8, at + 24) };
+    let ports = at + family.header();
+    (SocketAddr::new(address(source), port(ports)), SocketAddr::new(address(destination), port(ports + 2)))
+}
+
+impl Pair {
+    pub(crate) fn new() -> Self {
+        let world = World::new(64);
+        for (number, address) in action::servers() {
+            let to = HostRoute::Via {
+                ifindex: cast::INSIDE,
+                mtu: 1500,
+                to: cast::server_mac(number),
+                from: cast::DIRECTOR_INSIDE_MAC,
+                source: Family::address(
+                    if address.is_ipv4() { Family::Four } else { Family::Six },
+                    cast::DIRECTOR_INSIDE,
+                ),
+                gateway: address,
+            };
+            world.route(address, to);
+        }
+        for client in action::clients() {
+            FAMILIES.into_iter().for_each(|family| world.route_client_of(family, client));
+        }
+        Self { world, model: Director::new(), numbers: Vec::new() }
+    }
+
+    /// Changes the product. Returns whether it did.
+    fn change<E: std::fmt::Debug>(&mut self, plan: impl FnOnce(&mut Change<'_>) -> Result<(), E>) -> bool {
+        let mut result = None;
+        self.world.change(|change| result = Some(plan(change)));
+        result.expect("the change has been planned").is_ok()
+    }
+
+    pub(crate) fn act(&mut self, action: Action) -> Result<(), TestCaseError> {
+        match action {
+            Action::AddService { key, spec } => {
+                let done = self.change(|change| change.add_service(product_key(key), product_service(spec)));
+                prop_assert_eq!(done, self.model.add_service(key, spec));
+            }
+            Action::EditService { key, spec } => {
+                let done = self.change(|change| change.edit_service(product_key(key), product_service(spec)));
+                prop_assert_eq!(done, self.model.edit_service(key, spec));
+            }
+            Action::DeleteService { key } => {
+                let done = self.change(|change| change.delete_service(product_key(key)));
+                prop_assert_eq!(done, self.model.delete_service(key));
+            }
+            Action::AddDest { key, server, spec } => self.add_dest(key, server, spec)?,
+            Action::EditDest { key, server, spec } => {
+                let at = action::listener(key, server, spec.method);
+                let done = self.change(|change| change.edit_dest(product_key(key), at, product_dest(spec)));
+                prop_assert_eq!(done, self.model.edit_dest(key, at, spec));
+            }
+            Action::DeleteDest { key, server } => {
+                let listeners = [Method::Nat, Method::Direct].map(|method| action::listener(key, server, method));
+                let is_linked = |at: &SocketAddr| self.model.linked(key, *at).is_some();
+                let at = listeners.into_iter().find(is_linked).unwrap_or(listeners[0]);
+                let done = self.change(|change| change.delete_dest(product_key(key), at));
+                prop_assert_eq!(done, self.model.delete_dest(key, at));
+            }
+            Action::Request { key, client, flags } => self.request(key, client, flags)?,
+            Action::Reply { key, server, client, flags } => self.reply(key, server, client, flags)?,
+            Action::Pass { ticks } => self.pass(ticks),
+            Action::SetTimeouts { tcp, tcpfin, udp } => {
+                let set = Timeouts { tcp, tcpfin, udp }.set(&self.world.tables.config[0], world::HZ);
+                prop_assert!(set.is_ok());
+                self.model.set_timeouts(tcp.into(), tcpfin.into(), udp.into());
+            }
+            Action::SetReuse { mode } => {
+                self.world.tables.config[0].conn_reuse_mode.store(mode);
+                self.model.reuse_mode = mode;
+            }
+        }
+        self.compare()
+    }
+
+    fn add_dest(&mut self, key: ServiceKey, server: u8, spec: DestSpec) -> Result<(), TestCaseError> {
+        let at = action::listener(key, server, spec.method);
+        let done = self.change(|change| change.add_dest(product_key(key), at, product_dest(spec)));
+        let number = self.number(key, at);
+        let mut old = self.model.trashed(key, at);
+        if done
+            && let Some(dest) = old
+            && number != Some(self.numbers[dest])
+        {
+            prop_assert!(self.model.may_be_forgotten(dest), "{:?} has been forgotten", self.model.dests[dest]);
+            old = None;
+        }
+        let added = self.model.add_dest(key, at, spec, old);
+        prop_assert_eq!(done, added.is_some());
+        if let (Some(dest), Some(number)) = (added, number) {
+            self.numbers.resize(self.model.dests.len(), number);
+            self.numbers[dest] = number;
+        }
+        Ok(())
+    }
+
+    /// The number that the product has for a destination that is configured.
+    fn number(&self, key: ServiceKey, at: SocketAddr) -> Option<u32> {
+        let state = Configured::load(&self.world.shared());
+        let slot = state.by_key.get(&product_key(key))?;
+        state.list(*slot).iter().copied().find(|number| dest_address(&state.dests[number]) == at)
+    }
+
+    /// Lets time pass on both sides. The product is asked for what is over whenever something is.
+    fn pass(&mut self, ticks: u64) {
+        let until = self.model.now + ticks;
+        while self.model.now < until {
+            let next = self.model.next_end().map_or(until, |end| end.min(until));
+            let jiffies = &self.world.env.jiffies;
+            jiffies.set(jiffies.get().wrapping_add((next - self.model.now) as u32));
+            self.model.pass(next);
+            self.world.age();
+        }
+    }
+
+    fn request(&mut self, key: ServiceKey, client: Client, letters: &'static str) -> Result<(), TestCaseError> {
+        let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+        let family = action::family(key);
+        let (packet, frame) = packet(key.protocol, macs, (action::client_of(key, client), key.address), letters);
+        let fate = self.model.request(&packet);
+        let outcome = self.world.arrive(cast::OUTSIDE, &frame);
+        match (fate, outcome.leave) {
+            (Fate::To(server, method), Leave::Redirect(cast::INSIDE)) => {
+                let (number, _) = action::servers().find(|(_, address)| *address == server.ip()).expect("a server");
+                prop_assert_eq!(&outcome.frame[..6], &cast::server_mac(number));
+                let (_, to) = ends(family, &outcome.frame, ETHERNET);
+                match method {
+                    Method::Direct => prop_assert_eq!(to, packet.to),
+                    Method::Nat => prop_assert_eq!(to, server),
+                    Method::Tunnel => {
+                        let (_, inner) = ends(family, &outcome.frame, ETHERNET + family.header());
+                        prop_assert_eq!((to.ip(), inner), (server.ip(), packet.to));
+                    }
+                }
+            }
+            (Fate::Host, Leave::Host) => {}
+            (Fate::Removed, Leave::Drop) => prop_assert_eq!(outcome.reason, Some(Reason::DestinationRemoved)),
+            (Fate::Refused, Leave::Transmit) => prop_assert_eq!(outcome.reason, Some(Reason::NoDestination)),
+            _ => prop_assert!(false, "{:?}, and the packet is at {:?}", fate, outcome),
+        }
+        Ok(())
+    }
+
+    fn reply(
+        &mut self,
+        key: ServiceKey,
+        server: u8,
+        client: Client,
+        letters: &'static str,
+    ) -> Result<(), TestCaseError> {
+        let macs = (cast::server_mac(server), cast::DIRECTOR_INSIDE_MAC);
+        let ends_of = (action::listener(key, server, Method::Nat), action::client_of(key, client));
+        let (packet, frame) = packet(key.protocol, macs, ends_of, letters);
+        let fate = self.model.reply(&packet);
+        let outcome = self.world.arrive(cast::INSIDE, &frame);
+        match (fate, outcome.leave) {
+            (Fate::ToClient(service), Leave::Redirect(cast::OUTSIDE)) => {
+                prop_assert_eq!(ends(action::family(key), &outcome.frame, ETHERNET), (service, packet.to));
+            }
+            (Fate::Host, Leave::Host) => {}
+            _ => prop_assert!(false, "{:?}, and the packet is at {:?}", fate, outcome),
+        }
+        Ok(())
+    }
+
+    /// Compares everything that there is.
+    fn compare(&mut self) -> Result<(), TestCaseError> {
+        let tables = &self.world.tables;
+        audit::check(&tables.flows4, &tables.flows6, &tables.dest_loads)
+            .map_err(|difference| TestCaseError::fail(difference.to_string()))?;
+        let mut found = connections(&tables.flows4)?;
+        found.extend(connections(&tables.flows6)?);
+        found.sort_unstable_by_key(|(name, ..)| *name);
+        self.model.connections.sort_unstable_by_key(name);
+        let expected: Vec<_> = self.model.connections.iter().map(name).collect();
+        prop_assert_eq!(found.iter().map(|(name, ..)| *name).collect::<Vec<_>>(), expected);
+        for (at, (_, word, number)) in found.into_iter().enumerate() {
+            self.compare_connection(at, word, number)?;
+        }
+        self.compare_dests()
+    }
+
+    fn compare_connection(&mut self, at: usize, word: Word, number: u32) -> Result<(), TestCaseError> {
+        let now = self.model.now;
+        let connection = &mut self.model.connections[at];
+        prop_assert_eq!(word.state(), connection.state as u8, "{:?}", connection);
+        prop_assert_eq!(word.has(flag::INACTIVE), connection.inactive, "{:?}", connection);
+        prop_assert_eq!(number, self.numbers[connection.dest], "{:?}", connection);
+        // The product's connections may live a second longer; and then that is when they end.
+        let left = word.expires().0.wrapping_sub(self.world.env.jiffies.get()).cast_signed();
+        connection.ends = now.wrapping_add_signed(left.into()) + HZ;
+        prop_assert!(
+            (connection.expires..=connection.expires + HZ).contains(&connection.ends),
+            "{:?}, and it is {}",
+            connection,
+            now
+        );
+        Ok(())
+    }
+
+    fn compare_dests(&self) -> Result<(), TestCaseError> {
+        let state = Configured::load(&self.world.shared());
+        for (key, service) in &self.model.services {
+            let slot = state.by_key.get(&product_key(*key)).copied();
+            let list = slot.map_or(&[][..], |slot| state.list(slot));
+            let numbers: Vec<u32> = service.dests.iter().map(|dest: &DestId| self.numbers[*dest]).collect();
+            prop_assert_eq!(list, &numbers[..], "{:?}", key);
+            for (number, dest) in numbers.into_iter().zip(&service.dests) {
+                let dest = &self.model.dests[*dest];
+                let load = &self.world.tables.dest_loads[number as usize];
+                prop_assert_eq!(state.dests[&number].weight, dest.spec.weight, "{:?}", dest);
+                prop_assert_eq!(active_and_total(load.connections.load()), (dest.active, dest.total), "{:?}", dest);
+                let counters = HostCounters(&self.world.tables.dest_cpus).read(number).expect("memory can be read");
+                prop_assert_eq!(counters, dest.counters, "{:?}", dest);
+            }
+        }
+        prop_assert_eq!(state.by_key.len(), self.model.services.len());
+        Ok(())
+    }
+}
+
+/// A packet as the model sees it, and as it is sent.
+fn packet(
+    protocol: u8,
+    macs: ([u8; 6], [u8; 6]),
+    (from, to): (SocketAddr, SocketAddr),
+    letters: &'static str,
+) -> (Packet, Vec<u8>) {
+    let member = |end: SocketAddr| (xdpvs_tests::family::member(end.ip()), end.port());
+    let family = if from.is_ipv4() { Family::Four } else { Family::Six };
+    let frame = Frame { family, ..Frame::new(macs, member(from), member(to)) };
+    let frame = if protocol == TCP { frame.tcp(letters, b"data") } else { frame.udp(b"data") };
+    let len = (frame.len() - ETHERNET) as u64;
+    (Packet { protocol, from, to, flags: action::flags_of(letters), len }, frame)
+}
+
+fn name(connection: &Connection) -> (u8, SocketAddr, SocketAddr) {
+    (connection.protocol, connection.client, connection.service)
+}
+
+/// The connections of a flow table.
+fn connections<E: Entry>(flows: &[Bucket<E>]) -> Result<Vec<Found>, TestCaseError>
+where
+    E::Key: std::fmt::Debug,
+{
+    let found = lb_ebpf::audit::connections(flows).map_err(TestCaseError::fail)?;
+    let named = |(key, word, dest): (E::Key, Word, u32)| {
+        let client = SocketAddr::new(
+            ip(<E::Key as lb_common::flow::Key>::Addr::FAMILY, key.caddr().words()),
+            key.cport().number(),
+        );
+        let service = SocketAddr::new(
+            ip(<E::Key as lb_common::flow::Key>::Addr::FAMILY, key.vaddr().words()),
+            key.vport().number(),
+        );
+        ((word.protocol() as u8, client, service), word, dest)
+    };
+    Ok(found.into_iter().map(named).collect())
+}

@@ -72,6 +72,9 @@ const CLIENTS: u8 = 10;
 const SCHEDULERS: [&str; 14] =
     ["rr", "wrr", "lc", "wlc", "sed", "nq", "fo", "ovf", "dh", "sh", "mh", "lblc", "lblcr", "wdh"];
 const WEIGHTS: [u32; 8] = [0, 1, 1, 2, 3, 5, 10, 100];
+/// Upper and lower thresholds.
+const THRESHOLDS: [(u32, u32); 12] =
+    [(0, 0), (0, 0), (0, 0), (0, 0), (1, 0), (2, 0), (3, 1), (4, 0), (4, 2), (4, 4), (8, 0), (2, 3)];
 const METHODS: [Method; 3] = [Method::Nat, Method::Direct, Method::Tunnel];
 const FLAGS: [&str; 12] = ["S", "S", "S", "SA", "A", "A", "A", "FA", "RA", "", "SR", "SF"];
 /// Seconds.
@@ -130,8 +133,8 @@ fn any_service() -> impl Strategy<Value = ServiceSpec> {
 }
 
 fn any_dest() -> impl Strategy<Value = DestSpec> {
-    (prop::sample::select(&METHODS[..]), prop::sample::select(&WEIGHTS[..]))
-        .prop_map(|(method, weight)| DestSpec { method, weight })
+    (prop::sample::select(&METHODS[..]), prop::sample::select(&WEIGHTS[..]), prop::sample::select(&THRESHOLDS[..]))
+        .prop_map(|(method, weight, (upper, lower))| DestSpec { method, weight, upper, lower })
 }
 
 fn any_client() -> impl Strategy<Value = Client> {

@@ -6,6 +6,7 @@ use lb_common::{
     abi::active_and_total,
     addr::Address as _,
     flow::{Bucket, Entry, Key as _, Word, flag},
+    overload::Thresholds,
     proto::{Scheduler, sched_flag},
     reason::Reason,
 };
@@ -60,7 +61,8 @@ fn product_dest(spec: DestSpec) -> product::DestSpec {
         Method::Direct => lb_common::proto::Method::Route,
         Method::Tunnel => lb_common::proto::Method::Tunnel,
     };
-    world::dest(method, spec.weight)
+    let thresholds = Thresholds { upper: spec.upper, lower: spec.lower };
+    product::DestSpec { thresholds, ..world::dest(method, spec.weight) }
 }
 
 /// Source and destination of the packet that begins at `at` in a frame.
@@ -283,7 +285,10 @@ impl Pair {
             for (number, dest) in numbers.into_iter().zip(&service.dests) {
                 let dest = &self.model.dests[*dest];
                 let load = &self.world.tables.dest_loads[number as usize];
-                prop_assert_eq!(state.dests[&number].weight, dest.spec.weight, "{:?}", dest);
+                let record = &state.dests[&number];
+                prop_assert_eq!(record.weight, dest.spec.weight, "{:?}", dest);
+                let thresholds = Thresholds { upper: dest.spec.upper, lower: dest.spec.lower };
+                prop_assert_eq!(load.is_overloaded(thresholds), dest.overloaded, "{:?}", dest);
                 prop_assert_eq!(active_and_total(load.connections.load()), (dest.active, dest.total), "{:?}", dest);
                 let counters = HostCounters(&self.world.tables.dest_cpus).read(number).expect("memory can be read");
                 prop_assert_eq!(counters, dest.counters, "{:?}", dest);

@@ -214,9 +214,9 @@ impl Director {
         self.dests[dest].active.into()
     }
 
-    /// Whether a destination has room and a weight.
+    /// Whether a destination takes new connections.
     fn usable(&self, dest: DestId) -> bool {
-        self.weight(dest) > 0 && self.dests[dest].available
+        self.weight(dest) > 0 && self.dests[dest].available && !self.dests[dest].overloaded
     }
 
     /// Connections of a destination as lc and wlc count them.

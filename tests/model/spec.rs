@@ -43,6 +43,16 @@ pub(crate) struct ServiceSpec {
 pub(crate) struct DestSpec {
     pub(crate) method: Method,
     pub(crate) weight: u32,
+    /// Thresholds; 0 for none.
+    pub(crate) upper: u32,
+    pub(crate) lower: u32,
+}
+
+impl DestSpec {
+    /// The lower threshold that counts.
+    fn effective_lower(&self) -> u32 {
+        if self.lower != 0 { self.lower } else { self.upper - self.upper / 4 }
+    }
 }
 
 /// A destination, linked to its service or removed from it.
@@ -55,6 +65,7 @@ pub(crate) struct Dest {
     pub(crate) spec: DestSpec,
     pub(crate) last_weight: u32,
     pub(crate) available: bool,
+    pub(crate) overloaded: bool,
     /// When it was removed.
     removed: u64,
     pub(crate) active: u32,
@@ -215,6 +226,40 @@ impl Director {
         self.now >= self.dests[dest].removed + TRASH_S * HZ && !self.connections.iter().any(is_its)
     }
 
+    // Thresholds, section 1.3.
+
+    /// A connection more.
+    fn bind(&mut self, dest: DestId) {
+        let dest = &mut self.dests[dest];
+        dest.total += 1;
+        if dest.total == dest.spec.upper {
+            dest.overloaded = dest.spec.upper != 0 && dest.total >= dest.spec.effective_lower();
+        }
+    }
+
+    /// A connection less.
+    fn unbind(&mut self, dest: DestId) {
+        let dest = &mut self.dests[dest];
+        dest.total -= 1;
+        if dest.total + 1 == dest.spec.effective_lower() {
+            dest.overloaded = dest.spec.upper != 0 && dest.total >= dest.spec.upper;
+        }
+    }
+
+    /// Sets a destination. Thresholds count only if they are others than before.
+    fn set_dest(&mut self, dest: DestId, spec: DestSpec) {
+        let dest = &mut self.dests[dest];
+        let before = std::mem::replace(&mut dest.spec, spec);
+        if (before.upper, before.lower) == (spec.upper, spec.lower) {
+            return;
+        }
+        if spec.upper == 0 || dest.total < spec.effective_lower() {
+            dest.overloaded = false;
+        } else if dest.total >= spec.upper {
+            dest.overloaded = true;
+        }
+    }
+
     /// `old` is the destination that it was before, unless that has been forgotten.
     pub(crate) fn add_dest(
         &mut self,
@@ -224,7 +269,7 @@ impl Director {
         old: Option<DestId>,
     ) -> Option<DestId> {
         let incarnation = self.services.get(&key)?.incarnation;
-        if self.linked(key, server).is_some() {
+        if self.linked(key, server).is_some() || spec.lower > spec.upper {
             return None;
         }
         let dest = old.unwrap_or(self.dests.len());
@@ -233,9 +278,10 @@ impl Director {
                 service: key,
                 incarnation,
                 server,
-                spec,
+                spec: DestSpec { upper: 0, lower: 0, ..spec },
                 last_weight: 0,
                 available: false,
+                overloaded: false,
                 removed: 0,
                 active: 0,
                 total: 0,
@@ -243,11 +289,11 @@ impl Director {
             });
         }
         let added = &mut self.dests[dest];
-        added.available = true;
-        (added.spec, added.last_weight) = (spec, spec.weight);
+        (added.available, added.last_weight) = (true, spec.weight);
         if added.incarnation != incarnation {
             (added.incarnation, added.counters) = (incarnation, [0; 5]);
         }
+        self.set_dest(dest, spec);
         if let Some(service) = self.services.get_mut(&key) {
             service.dests.insert(0, dest);
         }
@@ -256,11 +302,10 @@ impl Director {
     }
 
     pub(crate) fn edit_dest(&mut self, key: ServiceKey, server: SocketAddr, spec: DestSpec) -> bool {
-        let Some(dest) = self.linked(key, server) else { return false };
-        let dest = &mut self.dests[dest];
-        dest.spec = spec;
+        let Some(dest) = self.linked(key, server).filter(|_| spec.lower <= spec.upper) else { return false };
+        self.set_dest(dest, spec);
         if spec.weight != 0 {
-            dest.last_weight = spec.weight;
+            self.dests[dest].last_weight = spec.weight;
         }
         self.dests_changed(key, Change::Edited);
         true
@@ -346,7 +391,7 @@ impl Director {
             expires: self.now,
             ends: self.now,
         });
-        self.dests[dest].total += 1;
+        self.bind(dest);
         self.dests[dest].counters[0] += 1;
         self.count(dest, 1, packet.len);
         self.step(self.connections.len() - 1, packet.flags, false);
@@ -409,11 +454,10 @@ impl Director {
 
     fn end(&mut self, at: usize) {
         let connection = self.connections.remove(at);
-        let dest = &mut self.dests[connection.dest];
-        dest.total -= 1;
         if !connection.inactive {
-            dest.active -= 1;
+            self.dests[connection.dest].active -= 1;
         }
+        self.unbind(connection.dest);
     }
 
     /// When the next timer fires.

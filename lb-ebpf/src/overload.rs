@@ -1,6 +1,6 @@
 //! Keeping new connections from destinations that have as many as they are to have (`docs/ipvs.md`, section 1.3).
 
-use lb_common::abi::Dest;
+use lb_common::abi::{Dest, ONE_CONNECTION};
 
 use crate::tables::Tables;
 
@@ -25,5 +25,15 @@ pub fn add(tables: &impl Tables, number: u32, share: u64) -> Option<()> {
     let load = tables.dest_load(number)?;
     let before = load.connections.fetch_add(share);
     load.note(tables.dest(number)?.thresholds(), before, before.wrapping_add(share));
+    Some(())
+}
+
+/// [`Tables::pass_connection`].
+#[inline(always)]
+pub fn pass(tables: &impl Tables, number: u32) -> Option<()> {
+    if tables.dest(number)?.upper.load() != 0 {
+        add(tables, number, ONE_CONNECTION)?;
+        add(tables, number, ONE_CONNECTION.wrapping_neg())?;
+    }
     Some(())
 }

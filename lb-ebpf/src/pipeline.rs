@@ -462,6 +462,7 @@ where
     // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
     let birth = Word(tables.hide(birth.0));
     let inserted = if is_one_packet(tables, view, segment) {
+        tables.pass_connection(number);
         Inserted::New
     } else {
         flow_table::insert(tables, &Insert { key, place, dest: number, birth, clock: now.clock, control: 0 })
@@ -959,6 +960,7 @@ where
     }
     let word = Word::born(segment.protocol(), 0, dest.method(), service.service_port(dest), now.clock.now);
     if one_packet {
+        tables.pass_connection(number);
         let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
         cpu.counters.connections.update(|connections| connections + 1);
         return Ok(Connection::of(word, number));

@@ -75,6 +75,15 @@ pub trait Tables {
         overload::add(self, number, share);
     }
 
+    /// Counts a connection of destination number `number` that ends with its first packet. As in ip_vs it is one more while it
+    /// lasts, and may be the one that the upper threshold says is enough (`docs/ipvs.md`, section 4.12).
+    fn pass_connection(&self, number: u32)
+    where
+        Self: Sized,
+    {
+        overload::pass(self, number);
+    }
+
     /// Returns `value` in a way that the kernel's verifier cannot see through. Used where paths meet again that have
     /// taught the verifier different things about a value, so that it follows the rest once and not once for each.
     fn hide(&self, value: u64) -> u64;

@@ -1,7 +1,7 @@
 //! What ip_vs's settings do to packets.
 
-use lb_common::proto::service_flag;
-use lb_userspace::control::model::ServiceSpec;
+use lb_common::{overload::Thresholds, proto::service_flag};
+use lb_userspace::control::model::{DestSpec, ServiceSpec};
 
 use super::*;
 
@@ -16,7 +16,12 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         cases.extend((0..=4).flat_map(|mode| STATES.map(|state| reuse(family, method, mode, state))));
         cases.extend([secure_tcp(family, method), some_are_dropped(family, method), one_packet(family, method)]);
     }
-    cases.extend([removed_and_expired_udp(family), all_are_dropped(family), full_and_sloppy(family)]);
+    cases.extend([
+        removed_and_expired_udp(family),
+        all_are_dropped(family),
+        full_and_sloppy(family),
+        one_packet_too_many(family),
+    ]);
     cases
 }
 
@@ -308,6 +313,35 @@ fn one_packet(family: Family, method: Method) -> Case {
         case.change(move |change| change.edit_service(family.key(UDP), spec(service_flag::ONE_PACKET)).expect("there"));
     for _ in 0..3 {
         case = send(case, 0, DestCounts::input(&build(family.request())));
+    }
+    case
+}
+
+/// A datagram that is scheduled by itself is a connection while it passes, and may be the one too many. Until the ones that
+/// last are fewer than the lower threshold, the server gets no more.
+fn one_packet_too_many(family: Family) -> Case {
+    let method = Method::Route;
+    let spec = |flags| ServiceSpec { flags, ..scheduled(Scheduler::Fo) };
+    let build = |frame: Frame| frame.udp(b"hello");
+    let counts = DestCounts { connections: 1, ..DestCounts::input(&build(family.request())) };
+    let thresholds = Thresholds { upper: 4, lower: 0 };
+    let mut case = Case::new(family, "one packet too many for a threshold").change(move |change| {
+        change.add_service(family.key(UDP), spec(0)).expect("new");
+        change.add_dest(family.key(UDP), family.at(1, PORT), dest(method, 1)).expect("new");
+        let limited = DestSpec { thresholds, ..dest(method, 2) };
+        change.add_dest(family.key(UDP), family.at(0, PORT), limited).expect("new");
+    });
+    let send = |case: Case, number, index, counts| {
+        let out = forwarded(method, index, PORT, numbered(family, number), build);
+        case.arrives(Wire::Outside, build(numbered(family, number)), INSIDE, out, Counts::none().at(index, counts))
+    };
+    for number in 0..3 {
+        case = send(case, number, 0, DestCounts { inactive: 1, ..counts });
+    }
+    case =
+        case.change(move |change| change.edit_service(family.key(UDP), spec(service_flag::ONE_PACKET)).expect("there"));
+    for index in [0, 1, 1] {
+        case = send(case, 3, index, counts);
     }
     case
 }

@@ -198,6 +198,10 @@ impl Tables for Maps {
         overload::add_connections(number, share);
     }
 
+    fn pass_connection(&self, number: u32) {
+        overload::pass_connection(number);
+    }
+
     #[inline(always)]
     fn hide(&self, value: u64) -> u64 {
         kernel::hide(value)

@@ -18,3 +18,9 @@ pub(crate) extern "C" fn is_overloaded(number: u32) -> u64 {
 pub(crate) extern "C" fn add_connections(number: u32, share: u64) -> u64 {
     overload::add(&Maps, number, share).is_some().into()
 }
+
+/// Counts a connection of a destination that ends with its first packet.
+#[unsafe(no_mangle)]
+pub(crate) extern "C" fn pass_connection(number: u32) -> u64 {
+    overload::pass(&Maps, number).is_some().into()
+}

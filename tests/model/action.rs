@@ -128,8 +128,9 @@ fn any_key() -> impl Strategy<Value = ServiceKey> {
 }
 
 fn any_service() -> impl Strategy<Value = ServiceSpec> {
-    (prop::sample::select(&SCHEDULERS[..]), any::<(bool, bool)>())
-        .prop_map(|(scheduler, (fallback, with_port))| ServiceSpec { scheduler, fallback, with_port })
+    (prop::sample::select(&SCHEDULERS[..]), any::<(bool, bool)>(), prop::bool::weighted(0.2)).prop_map(
+        |(scheduler, (fallback, with_port), one_packet)| ServiceSpec { scheduler, fallback, with_port, one_packet },
+    )
 }
 
 fn any_dest() -> impl Strategy<Value = DestSpec> {

@@ -7,7 +7,7 @@ use lb_common::{
     addr::Address as _,
     flow::{Bucket, Entry, Key as _, Word, flag},
     overload::Thresholds,
-    proto::{Scheduler, sched_flag},
+    proto::{Scheduler, sched_flag, service_flag},
     reason::Reason,
 };
 use lb_ebpf::{forward::Leave, host::HostRoute};
@@ -50,7 +50,9 @@ fn product_service(spec: ServiceSpec) -> product::ServiceSpec {
     let flag = |set: bool, flag: u32| if set { flag } else { 0 };
     product::ServiceSpec {
         scheduler: Scheduler::from_name(spec.scheduler).expect("a scheduler"),
-        flags: flag(spec.fallback, sched_flag::FALLBACK) | flag(spec.with_port, sched_flag::PORT),
+        flags: flag(spec.fallback, sched_flag::FALLBACK)
+            | flag(spec.with_port, sched_flag::PORT)
+            | flag(spec.one_packet, service_flag::ONE_PACKET),
         persistence: None,
     }
 }

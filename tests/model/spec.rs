@@ -36,6 +36,8 @@ pub(crate) struct ServiceSpec {
     pub(crate) scheduler: &'static str,
     pub(crate) fallback: bool,
     pub(crate) with_port: bool,
+    /// Every UDP packet is scheduled by itself.
+    pub(crate) one_packet: bool,
 }
 
 /// How a destination is set.
@@ -147,6 +149,11 @@ pub(crate) struct Director {
 /// For how long a removed destination is remembered at the least, in seconds: section 1.4.
 const TRASH_S: u64 = 120;
 
+/// Whether a service can be set so: one packet at a time is for UDP.
+fn is_possible(key: ServiceKey, spec: ServiceSpec) -> bool {
+    !spec.one_packet || key.protocol == UDP
+}
+
 impl Director {
     pub(crate) fn new() -> Self {
         Self {
@@ -177,7 +184,7 @@ impl Director {
     // The configuration, section 1. Each of these returns whether it is done.
 
     pub(crate) fn add_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> bool {
-        if self.services.contains_key(&key) {
+        if self.services.contains_key(&key) || !is_possible(key, spec) {
             return false;
         }
         self.incarnations += 1;
@@ -189,7 +196,7 @@ impl Director {
     }
 
     pub(crate) fn edit_service(&mut self, key: ServiceKey, spec: ServiceSpec) -> bool {
-        let Some(service) = self.services.get_mut(&key) else { return false };
+        let Some(service) = self.services.get_mut(&key).filter(|_| is_possible(key, spec)) else { return false };
         let before = std::mem::replace(&mut service.spec, spec);
         if before.scheduler != spec.scheduler {
             self.init_scheduler(key);
@@ -372,7 +379,20 @@ impl Director {
         }
         let Some(dest) = self.schedule(key, packet) else { return Fate::Refused };
         let port = self.dests[dest].server.port();
+        if self.services[&key].spec.one_packet && packet.protocol == UDP {
+            return self.pass_through(packet, dest, port);
+        }
         self.open(packet, dest, port)
+    }
+
+    /// Section 4.12: a connection that ends with its first packet.
+    fn pass_through(&mut self, packet: &Packet, dest: DestId, port: u16) -> Fate {
+        let Dest { spec: DestSpec { method, .. }, server, .. } = self.dests[dest];
+        self.bind(dest);
+        self.dests[dest].counters[0] += 1;
+        self.count(dest, 1, packet.len);
+        self.unbind(dest);
+        Fate::To(SocketAddr::new(server.ip(), port), method)
     }
 
     /// Section 4.3: a new connection to a port of a destination.

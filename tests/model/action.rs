@@ -62,8 +62,9 @@ pub(crate) enum Action {
         tcpfin: u32,
         udp: u32,
     },
-    SetReuse {
-        mode: u32,
+    Set {
+        name: &'static str,
+        value: u32,
     },
 }
 
@@ -142,6 +143,19 @@ fn any_client() -> impl Strategy<Value = Client> {
     (0..CLIENTS, prop_oneof![1 => Just(20u16), 4 => 1024..1027u16])
 }
 
+fn any_setting() -> impl Strategy<Value = (&'static str, u32)> {
+    // What drops packets is off most of the time.
+    let always = |often| prop_oneof![often => Just(0u32), 1 => Just(3u32)];
+    prop_oneof![
+        (Just("conn_reuse_mode"), 0..4u32),
+        (Just("sloppy_tcp"), 0..=1u32),
+        (Just("expire_nodest_conn"), 0..=1u32),
+        (Just("secure_tcp"), always(1)),
+        (Just("drop_packet"), always(4)),
+        (Just("am_droprate"), 0..6u32),
+    ]
+}
+
 fn any_span() -> impl Strategy<Value = u64> {
     // Days pass less often.
     let seconds = prop_oneof![12 => prop::sample::select(&SPANS[..8]), 1 => prop::sample::select(&SPANS[8..])];
@@ -165,6 +179,6 @@ pub(crate) fn any_action() -> impl Strategy<Value = Action> {
         5 => any_span().prop_map(|ticks| Action::Pass { ticks }),
         1 => (0..100u32, 0..100u32, 0..100u32)
             .prop_map(|(tcp, tcpfin, udp)| Action::SetTimeouts { tcp, tcpfin, udp }),
-        1 => (0..4u32).prop_map(|mode| Action::SetReuse { mode }),
+        2 => any_setting().prop_map(|(name, value)| Action::Set { name, value }),
     ]
 }

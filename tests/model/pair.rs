@@ -3,18 +3,23 @@
 use std::net::{IpAddr, SocketAddr};
 
 use lb_common::{
-    abi::active_and_total,
+    abi::{active_and_total, slot},
     addr::Address as _,
     flow::{Bucket, Entry, Key as _, Word, flag},
     overload::Thresholds,
     proto::{Scheduler, sched_flag, service_flag},
     reason::Reason,
 };
-use lb_ebpf::{forward::Leave, host::HostRoute};
+use lb_ebpf::{
+    ageing::{self, Sweep, What, of},
+    env::Scan as _,
+    forward::Leave,
+    host::HostRoute,
+};
 use lb_userspace::control::{
     change::Change,
     model::{self as product, Transport},
-    settings::Timeouts,
+    settings::{Setting, Timeouts},
     shared::Counters as _,
     state::{State as Configured, dest_address, ip},
 };
@@ -121,6 +126,7 @@ impl Pair {
             }
             Action::DeleteService { key } => {
                 let done = self.change(|change| change.delete_service(product_key(key)));
+                self.expire_removed(done);
                 prop_assert_eq!(done, self.model.delete_service(key));
             }
             Action::AddDest { key, server, spec } => self.add_dest(key, server, spec)?,
@@ -134,6 +140,7 @@ impl Pair {
                 let is_linked = |at: &SocketAddr| self.model.linked(key, *at).is_some();
                 let at = listeners.into_iter().find(is_linked).unwrap_or(listeners[0]);
                 let done = self.change(|change| change.delete_dest(product_key(key), at));
+                self.expire_removed(done);
                 prop_assert_eq!(done, self.model.delete_dest(key, at));
             }
             Action::Request { key, client, flags } => self.request(key, client, flags)?,
@@ -144,12 +151,36 @@ impl Pair {
                 prop_assert!(set.is_ok());
                 self.model.set_timeouts(tcp.into(), tcpfin.into(), udp.into());
             }
-            Action::SetReuse { mode } => {
-                self.world.tables.config[0].conn_reuse_mode.store(mode);
-                self.model.reuse_mode = mode;
-            }
+            Action::Set { name, value } => self.set(name, value),
         }
         self.compare()
+    }
+
+    fn set(&mut self, name: &'static str, value: u32) {
+        let setting = Setting::named(name).expect("a setting");
+        setting.set(&self.world.shared(), &value.to_string()).expect("a value of the setting");
+        let settings = &mut self.model.settings;
+        *match name {
+            "conn_reuse_mode" => &mut settings.conn_reuse_mode,
+            "sloppy_tcp" => &mut settings.sloppy_tcp,
+            "expire_nodest_conn" => &mut settings.expire_nodest_conn,
+            "secure_tcp" => &mut settings.secure_tcp,
+            "drop_packet" => &mut settings.drop_packet,
+            "am_droprate" => &mut settings.am_droprate,
+            other => panic!("the model has no setting {other}"),
+        } = value;
+    }
+
+    /// What commands do after they have removed destinations.
+    fn expire_removed(&self, done: bool) {
+        if done && self.model.settings.expire_nodest_conn != 0 {
+            let tables = &self.world.tables;
+            let what = What::Of { kind: of::STATE, number: slot::REMOVED.into() };
+            let mut sweep = Sweep { tables, first: 0, what, ended: 0 };
+            (0..ageing::buckets(tables)).for_each(|bucket| {
+                sweep.visit(bucket);
+            });
+        }
     }
 
     fn add_dest(&mut self, key: ServiceKey, server: u8, spec: DestSpec) -> Result<(), TestCaseError> {
@@ -214,6 +245,7 @@ impl Pair {
             }
             (Fate::Host, Leave::Host) => {}
             (Fate::Removed, Leave::Drop) => prop_assert_eq!(outcome.reason, Some(Reason::DestinationRemoved)),
+            (Fate::Thinned, Leave::Drop) => prop_assert_eq!(outcome.reason, Some(Reason::DropPacket)),
             (Fate::Refused, Leave::Transmit) => prop_assert_eq!(outcome.reason, Some(Reason::NoDestination)),
             _ => prop_assert!(false, "{:?}, and the packet is at {:?}", fate, outcome),
         }

@@ -128,8 +128,36 @@ pub(crate) enum Fate {
     Host,
     /// Dropped, because its destination has been removed.
     Removed,
+    /// Dropped by `drop_packet`.
+    Thinned,
     /// Dropped, and the client is told that the port is unreachable.
     Refused,
+}
+
+/// Section 9, as far as it matters.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Settings {
+    pub(crate) conn_reuse_mode: u32,
+    pub(crate) sloppy_tcp: u32,
+    pub(crate) expire_nodest_conn: u32,
+    /// 0 or 3: the other modes go by the memory that is left.
+    pub(crate) secure_tcp: u32,
+    /// Like `secure_tcp`.
+    pub(crate) drop_packet: u32,
+    pub(crate) am_droprate: u32,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            conn_reuse_mode: 1,
+            sloppy_tcp: 0,
+            expire_nodest_conn: 0,
+            secure_tcp: 0,
+            drop_packet: 0,
+            am_droprate: 10,
+        }
+    }
 }
 
 /// The whole director.
@@ -142,7 +170,9 @@ pub(crate) struct Director {
     pub(crate) connections: Vec<Connection>,
     timeouts: BTreeMap<State, u64>,
     udp_timeout: u64,
-    pub(crate) reuse_mode: u32,
+    pub(crate) settings: Settings,
+    /// What `drop_packet` counts down.
+    until_drop: i64,
     incarnations: u64,
 }
 
@@ -163,7 +193,8 @@ impl Director {
             connections: Vec::new(),
             timeouts: TIMEOUTS.map(|(state, seconds)| (state, seconds * HZ)).into(),
             udp_timeout: 300 * HZ,
-            reuse_mode: 1,
+            settings: Settings::default(),
+            until_drop: 0,
             incarnations: 0,
         }
     }
@@ -209,6 +240,7 @@ impl Director {
         for dest in service.dests {
             self.discard(dest);
         }
+        self.expire_removed();
         true
     }
 
@@ -325,7 +357,19 @@ impl Director {
         let place = service.dests.iter().position(|other| *other == dest).unwrap_or(0);
         service.dests.remove(place);
         self.dests_changed(key, Change::Deleted(place));
+        self.expire_removed();
         true
+    }
+
+    /// Section 4.8: what follows for connections when a destination is removed.
+    fn expire_removed(&mut self) {
+        if self.settings.expire_nodest_conn != 0 {
+            for at in (0..self.connections.len()).rev() {
+                if !self.dests[self.connections[at].dest].available {
+                    self.end(at);
+                }
+            }
+        }
     }
 
     // Packets, section 4.
@@ -347,14 +391,16 @@ impl Director {
 
     /// Section 4.8: whether a packet of a connection is taken for one that begins another.
     fn is_over_for(&self, at: usize, packet: &Packet) -> bool {
-        let Connection { state, no_output, .. } = self.connections[at];
-        packet.protocol == TCP
-            && packet.flags.syn
-            && match state {
-                State::Tw | State::Cl => self.reuse_mode != 0,
-                State::Fw => self.reuse_mode & 2 != 0 && no_output,
-                _ => false,
-            }
+        let Connection { state, no_output, dest, .. } = self.connections[at];
+        let Settings { conn_reuse_mode, expire_nodest_conn, .. } = self.settings;
+        let Dest { available, spec: DestSpec { weight, .. }, .. } = self.dests[dest];
+        let begins = packet.protocol == TCP && packet.flags.syn;
+        let ends = match state {
+            State::Tw | State::Cl => conn_reuse_mode != 0,
+            State::Fw => conn_reuse_mode & 2 != 0 && no_output,
+            _ => false,
+        };
+        begins && ends || expire_nodest_conn != 0 && (!available || begins && weight == 0)
     }
 
     /// A packet of a connection that is known.
@@ -370,11 +416,17 @@ impl Director {
 
     /// Sections 2 and 4.9: a packet of no connection.
     fn begins(&mut self, packet: &Packet) -> Fate {
-        if packet.protocol == TCP && (packet.flags.rst || !packet.flags.syn) {
+        if packet.protocol == TCP && (packet.flags.rst || !packet.flags.syn && self.settings.sloppy_tcp == 0) {
             return Fate::Host;
         }
         let key = ServiceKey { protocol: packet.protocol, address: packet.to };
-        if !self.services.contains_key(&key) || packet.from.port() == 20 {
+        if !self.services.contains_key(&key) {
+            return Fate::Host;
+        }
+        if self.is_thinned() {
+            return Fate::Thinned;
+        }
+        if packet.from.port() == 20 {
             return Fate::Host;
         }
         let Some(dest) = self.schedule(key, packet) else { return Fate::Refused };
@@ -393,6 +445,20 @@ impl Director {
         self.count(dest, 1, packet.len);
         self.unbind(dest);
         Fate::To(SocketAddr::new(server.ip(), port), method)
+    }
+
+    /// Section 4.11: whether a packet that would be scheduled is one of those that `drop_packet` drops.
+    fn is_thinned(&mut self) -> bool {
+        let Settings { drop_packet, am_droprate, .. } = self.settings;
+        if drop_packet == 0 || am_droprate == 0 {
+            return false;
+        }
+        self.until_drop -= 1;
+        let is_thinned = self.until_drop <= 0;
+        if is_thinned {
+            self.until_drop = am_droprate.into();
+        }
+        is_thinned
     }
 
     /// Section 4.3: a new connection to a port of a destination.
@@ -456,7 +522,7 @@ impl Director {
                 (false, true) => Direction::InputOnly,
                 (false, false) => Direction::Input,
             };
-            let next = connection.state.after(flags, direction);
+            let next = connection.state.after(flags, direction, self.settings.secure_tcp != 0);
             let dest = &mut self.dests[connection.dest];
             if next != connection.state && connection.inactive == next.is_active() {
                 connection.inactive = !next.is_active();

@@ -35,6 +35,21 @@ const NORMAL: Table = [
     (Sa, [Sr, Tw, Es, Sr, Sr, Tw, Es, Cl, Sr, Tw, Es, Cl]),
 ];
 
+/// The same while `secure_tcp` is on: section 4.11.
+const SECURE: Table = [
+    (No, [Sr, Cl, Es, Cl, Ss, Tw, Es, Cl, Sa, Cl, Es, Cl]),
+    (Es, [Es, Cw, Es, Cl, Es, Fw, Es, Cl, Es, Fw, Es, Cl]),
+    (Ss, [Es, Ss, Ss, Cl, Ss, Ss, Ss, Ss, Es, Ss, Ss, Cl]),
+    (Sr, [Sr, Tw, Sr, Sr, Sa, Tw, Es, Cl, Sr, Tw, Es, Sr]),
+    (Fw, [Sr, Tw, Fw, Cl, Ss, Fw, Fw, Cl, Sa, Fw, Fw, Cl]),
+    (Tw, [Sr, Tw, Tw, Cl, Ss, Tw, Tw, Tw, Sa, Tw, Tw, Cl]),
+    (Cl, [Sr, Cl, Cl, Cl, Ss, Cl, Cl, Cl, Sa, Cl, Cl, Cl]),
+    (Cw, [Sr, Cw, Cw, Cl, Ss, Tw, Cw, Cl, Sa, Cw, Cw, Cl]),
+    (La, [Sr, La, Cl, La, Ss, La, La, Cl, Sa, La, Cl, La]),
+    (Li, [Sr, Li, Li, Li, Li, Li, Es, Cl, Sr, Li, Li, Li]),
+    (Sa, [Sa, Sa, Sa, Cl, Sa, Tw, Es, Cl, Sa, Tw, Es, Cl]),
+];
+
 /// Seconds.
 pub(crate) const TIMEOUTS: [(State, u64); 11] =
     [(No, 2), (Es, 900), (Ss, 120), (Sr, 60), (Fw, 120), (Tw, 120), (Cl, 10), (Cw, 60), (La, 30), (Li, 120), (Sa, 120)];
@@ -65,7 +80,7 @@ impl State {
     }
 
     /// The state after a segment.
-    pub(crate) fn after(self, flags: Flags, direction: Direction) -> Self {
+    pub(crate) fn after(self, flags: Flags, direction: Direction, secure: bool) -> Self {
         let event = match flags {
             Flags { rst: true, .. } => 3,
             Flags { syn: true, .. } => 0,
@@ -78,6 +93,7 @@ impl State {
             Direction::Output => 4 + event,
             Direction::InputOnly => 8 + event,
         };
-        NORMAL.iter().find(|(state, _)| *state == self).map_or(Cl, |(_, row)| row[column])
+        let table = if secure { SECURE } else { NORMAL };
+        table.iter().find(|(state, _)| *state == self).map_or(Cl, |(_, row)| row[column])
     }
 }

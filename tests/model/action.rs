@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use xdpvs_tests::{cast, family::Family};
 
 use crate::{
+    mark::{Prefix, Rule},
     spec::{DestSpec, HZ, Method, Protocol, ServiceKey, ServiceSpec, TCP, UDP},
     states::Flags,
 };
@@ -13,8 +14,26 @@ use crate::{
 /// A client: which of the addresses, and the port.
 pub(crate) type Client = (u8, u16);
 
-/// Something that happens.
+/// A port of one of the addresses of services.
 #[derive(Clone, Copy, Debug)]
+pub(crate) struct Target {
+    family: Family,
+    pub(crate) protocol: Protocol,
+    address: Ipv4Addr,
+    port: u16,
+}
+
+/// Who answers a client.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Sender {
+    /// A server, from a port that stands for that of the service: see [`Target::answers_from`].
+    Server(u8, usize),
+    /// A server, with the address of the service.
+    Service,
+}
+
+/// Something that happens.
+#[derive(Clone, Debug)]
 pub(crate) enum Action {
     AddService {
         key: ServiceKey,
@@ -42,21 +61,21 @@ pub(crate) enum Action {
         server: u8,
     },
     Request {
-        key: ServiceKey,
+        to: Target,
         client: Client,
         flags: &'static str,
     },
     Reply {
-        key: ServiceKey,
-        server: u8,
+        from: Sender,
+        to: Target,
         client: Client,
         flags: &'static str,
     },
-    /// In ticks.
+    /// Time goes by, in ticks.
     Pass {
         ticks: u64,
     },
-    /// In seconds.
+    /// Timeouts are set, in seconds.
     SetTimeouts {
         tcp: u32,
         tcpfin: u32,
@@ -65,6 +84,9 @@ pub(crate) enum Action {
     Set {
         name: &'static str,
         value: u32,
+    },
+    SetRules {
+        rules: Vec<Rule>,
     },
 }
 
@@ -99,21 +121,51 @@ fn client(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(10, 1, number / 4, 1 + number % 4)
 }
 
-/// Where a client sends from, to a service.
-pub(crate) fn client_of(key: ServiceKey, (number, port): Client) -> SocketAddr {
-    SocketAddr::new(family(key).address(client(number)), port)
+/// The address family of the packets of a service.
+fn family(key: ServiceKey) -> Family {
+    match key {
+        ServiceKey::At(_, address) if address.is_ipv4() => Family::Four,
+        ServiceKey::Mark { six: false, .. } => Family::Four,
+        _ => Family::Six,
+    }
 }
 
-/// The address family of the packets of a service.
-pub(crate) fn family(key: ServiceKey) -> Family {
-    if key.address.is_ipv4() { Family::Four } else { Family::Six }
-}
+/// What a port of a masqueraded server has more than that of the service.
+const SHIFT: u16 = 8000;
+/// The port of the masqueraded servers of a mark.
+const MARKED: u16 = 9000;
 
 /// Where a server listens: by NAT at a port for each service; else at the service's own, which is not changed on the way.
 pub(crate) fn listener(key: ServiceKey, server: u8, method: Method) -> SocketAddr {
-    let port = key.address.port();
-    let port = if method == Method::Nat { port + 8000 } else { port };
+    let port = match (key, method) {
+        (ServiceKey::At(_, address), Method::Nat) => address.port() + SHIFT,
+        (ServiceKey::At(_, address), _) => address.port(),
+        (ServiceKey::Mark { mark: 2, .. }, Method::Nat) => MARKED,
+        (ServiceKey::Mark { .. }, _) => 0,
+    };
     SocketAddr::new(family(key).address(cast::server(server)), port)
+}
+
+impl Target {
+    pub(crate) const fn address(self) -> SocketAddr {
+        SocketAddr::new(self.family.address(self.address), self.port)
+    }
+
+    /// Where a client sends from.
+    pub(crate) fn client(self, (number, port): Client) -> SocketAddr {
+        SocketAddr::new(self.family.address(client(number)), port)
+    }
+
+    /// Where an answer is sent from.
+    pub(crate) fn answers_from(self, sender: Sender) -> SocketAddr {
+        match sender {
+            Sender::Server(server, port) => {
+                let ports = [self.port + SHIFT, self.port, MARKED];
+                SocketAddr::new(self.family.address(cast::server(server)), ports[port])
+            }
+            Sender::Service => self.address(),
+        }
+    }
 }
 
 pub(crate) fn flags_of(letters: &str) -> Flags {
@@ -121,11 +173,63 @@ pub(crate) fn flags_of(letters: &str) -> Flags {
     Flags { syn: has('S'), ack: has('A'), fin: has('F'), rst: has('R') }
 }
 
+/// The addresses of services. Those of marks are at both.
+const ADDRESSES: [Ipv4Addr; 2] = [cast::VIP, Ipv4Addr::new(10, 9, 9, 10)];
+
+fn any_family() -> impl Strategy<Value = Family> {
+    prop::sample::select(&FAMILIES[..])
+}
+
 fn any_key() -> impl Strategy<Value = ServiceKey> {
     const KEYS: [(Protocol, u16); 4] = [(TCP, 80), (TCP, 81), (UDP, 80), (UDP, 81)];
-    (prop::sample::select(&FAMILIES[..]), prop::sample::select(&KEYS[..])).prop_map(|(family, (protocol, port))| {
-        ServiceKey { protocol, address: SocketAddr::new(family.address(cast::VIP), port) }
+    let at = (any_family(), prop::sample::select(&KEYS[..])).prop_map(|(family, (protocol, port))| {
+        ServiceKey::At(protocol, SocketAddr::new(family.address(cast::VIP), port))
+    });
+    let mark = (1..=2u32, any::<bool>()).prop_map(|(mark, six)| ServiceKey::Mark { mark, six });
+    prop_oneof![2 => at, 1 => mark]
+}
+
+fn any_protocol() -> impl Strategy<Value = Protocol> {
+    prop_oneof![Just(TCP), Just(UDP)]
+}
+
+fn any_target() -> impl Strategy<Value = Target> {
+    let port = prop_oneof![3 => 80..82u16, 1 => Just(443u16)];
+    let address = prop_oneof![3 => Just(ADDRESSES[0]), 1 => Just(ADDRESSES[1])];
+    (any_family(), any_protocol(), address, port).prop_map(|(family, protocol, address, port)| Target {
+        family,
+        protocol,
+        address,
+        port,
     })
+}
+
+fn any_sender() -> impl Strategy<Value = Sender> {
+    prop_oneof![3 => (0..SERVERS, 0..3usize).prop_map(|(server, port)| Sender::Server(server, port)), 1 => Just(Sender::Service)]
+}
+
+fn any_rule() -> impl Strategy<Value = Rule> {
+    const PORTS: [(u16, u16); 4] = [(0, u16::MAX), (80, 81), (443, 443), (81, u16::MAX)];
+    let protocol = prop_oneof![Just(None), Just(Some(TCP)), Just(Some(UDP))];
+    // Clients have no mark.
+    let destination = (prop::sample::select(&ADDRESSES[..]), 2..=4u8);
+    let source = prop::option::weighted(0.3, (0..CLIENTS, 2..=4u8));
+    let interface = prop_oneof![3 => Just(None), 1 => Just(Some(cast::OUTSIDE)), 1 => Just(Some(cast::INSIDE))];
+    (1..=2u32, any_family(), protocol, destination, prop::sample::select(&PORTS[..]), source, interface).prop_map(
+        |(mark, family, protocol, destination, ports, source, interface)| {
+            // Hosts that share octets share one more of IPv6.
+            let prefix = |(address, octets): (Ipv4Addr, u8)| {
+                let bits = match (family, octets) {
+                    (Family::Six, 4) => 128,
+                    (Family::Six, _) => 8 * (octets + 1),
+                    (Family::Four, _) => 8 * octets,
+                };
+                Prefix(family.address(address), bits)
+            };
+            let source = source.map(|(number, octets)| prefix((client(number), octets)));
+            Rule { mark, protocol, destination: prefix(destination), ports, source, interface }
+        },
+    )
 }
 
 fn any_service() -> impl Strategy<Value = ServiceSpec> {
@@ -172,10 +276,11 @@ pub(crate) fn any_action() -> impl Strategy<Value = Action> {
         12 => (any_key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::AddDest { key, server, spec }),
         4 => (any_key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::EditDest { key, server, spec }),
         3 => (any_key(), server()).prop_map(|(key, server)| Action::DeleteDest { key, server }),
-        60 => (any_key(), any_client(), flags())
-            .prop_map(|(key, client, flags)| Action::Request { key, client, flags }),
-        15 => (any_key(), server(), any_client(), flags())
-            .prop_map(|(key, server, client, flags)| Action::Reply { key, server, client, flags }),
+        60 => (any_target(), any_client(), flags())
+            .prop_map(|(to, client, flags)| Action::Request { to, client, flags }),
+        20 => (any_sender(), any_target(), any_client(), flags())
+            .prop_map(|(from, to, client, flags)| Action::Reply { from, to, client, flags }),
+        2 => prop::collection::vec(any_rule(), 0..4).prop_map(|rules| Action::SetRules { rules }),
         5 => any_span().prop_map(|ticks| Action::Pass { ticks }),
         1 => (0..100u32, 0..100u32, 0..100u32)
             .prop_map(|(tcp, tcpfin, udp)| Action::SetTimeouts { tcp, tcpfin, udp }),

@@ -6,6 +6,7 @@ use proptest::{
 };
 
 mod action;
+mod mark;
 mod pair;
 mod schedule;
 mod spec;

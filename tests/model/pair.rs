@@ -1,6 +1,9 @@
 //! The product and the model of it, side by side.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    num::NonZeroU32,
+};
 
 use lb_common::{
     abi::{active_and_total, slot},
@@ -18,6 +21,7 @@ use lb_ebpf::{
 };
 use lb_userspace::control::{
     change::Change,
+    marks,
     model::{self as product, Transport},
     settings::{Setting, Timeouts},
     shared::Counters as _,
@@ -32,7 +36,8 @@ use xdpvs_tests::{
 };
 
 use crate::{
-    action::{self, Action, Client, FAMILIES},
+    action::{self, Action, Client, FAMILIES, Sender, Target},
+    mark::{Prefix, Rule},
     spec::{Connection, DestId, DestSpec, Director, Fate, HZ, Method, Packet, ServiceKey, ServiceSpec, TCP},
 };
 
@@ -47,8 +52,32 @@ pub(crate) struct Pair {
 type Found = ((u8, SocketAddr, SocketAddr), Word, u32);
 
 fn product_key(key: ServiceKey) -> product::Identity {
-    let protocol = if key.protocol == TCP { Transport::Tcp } else { Transport::Udp };
-    product::ServiceKey { protocol, address: key.address }.into()
+    match key {
+        ServiceKey::At(protocol, address) => {
+            let protocol = if protocol == TCP { Transport::Tcp } else { Transport::Udp };
+            product::ServiceKey { protocol, address }.into()
+        }
+        ServiceKey::Mark { mark, six } => {
+            let family = if six { product::Family::Ipv6 } else { product::Family::Ipv4 };
+            product::MarkKey { mark: NonZeroU32::new(mark).expect("a mark"), family }.into()
+        }
+    }
+}
+
+fn product_rule(rule: &Rule) -> product::Rule {
+    let prefix = |Prefix(address, length): Prefix| product::Prefix::new(address, length).expect("a length");
+    let protocol = |protocol| if protocol == TCP { product::RuleProtocol::Tcp } else { product::RuleProtocol::Udp };
+    let interface = |index| product::RuleInterface { index, name: format!("if{index}") };
+    product::Rule {
+        mark: NonZeroU32::new(rule.mark).expect("a mark"),
+        matches: product::Match {
+            protocol: rule.protocol.map(protocol),
+            destination: prefix(rule.destination),
+            ports: rule.ports,
+            source: rule.source.map(prefix),
+            interface: rule.interface.map(interface),
+        },
+    }
 }
 
 fn product_service(spec: ServiceSpec) -> product::ServiceSpec {
@@ -143,8 +172,13 @@ impl Pair {
                 self.expire_removed(done);
                 prop_assert_eq!(done, self.model.delete_dest(key, at));
             }
-            Action::Request { key, client, flags } => self.request(key, client, flags)?,
-            Action::Reply { key, server, client, flags } => self.reply(key, server, client, flags)?,
+            Action::Request { to, client, flags } => self.request(to, client, flags)?,
+            Action::Reply { from, to, client, flags } => self.reply(from, to, client, flags)?,
+            Action::SetRules { rules } => {
+                let product: Vec<_> = rules.iter().map(product_rule).collect();
+                prop_assert!(marks::put_in_force(&self.world.shared(), &product).is_ok());
+                self.model.rules = rules;
+            }
             Action::Pass { ticks } => self.pass(ticks),
             Action::SetTimeouts { tcp, tcpfin, udp } => {
                 let set = Timeouts { tcp, tcpfin, udp }.set(&self.world.tables.config[0], world::HZ);
@@ -223,55 +257,65 @@ impl Pair {
         }
     }
 
-    fn request(&mut self, key: ServiceKey, client: Client, letters: &'static str) -> Result<(), TestCaseError> {
+    fn request(&mut self, to: Target, client: Client, letters: &'static str) -> Result<(), TestCaseError> {
         let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
-        let family = action::family(key);
-        let (packet, frame) = packet(key.protocol, macs, (action::client_of(key, client), key.address), letters);
-        let fate = self.model.request(&packet);
-        let outcome = self.world.arrive(cast::OUTSIDE, &frame);
-        match (fate, outcome.leave) {
+        let (packet, frame) = packet((cast::OUTSIDE, macs), to, (to.client(client), to.address()), letters);
+        self.arrives(&packet, &frame)
+    }
+
+    fn reply(&mut self, from: Sender, to: Target, client: Client, letters: &'static str) -> Result<(), TestCaseError> {
+        let server = if let Sender::Server(server, _) = from { server } else { 0 };
+        let macs = (cast::server_mac(server), cast::DIRECTOR_INSIDE_MAC);
+        let (packet, frame) = packet((cast::INSIDE, macs), to, (to.answers_from(from), to.client(client)), letters);
+        if self.model.is_ambiguous(&packet) {
+            return Ok(());
+        }
+        self.arrives(&packet, &frame)
+    }
+
+    /// Lets a packet arrive on both sides.
+    fn arrives(&mut self, packet: &Packet, frame: &[u8]) -> Result<(), TestCaseError> {
+        let fate = self.model.arrives(packet);
+        let outcome = self.world.arrive(packet.interface, frame);
+        let family = family_of(packet.to);
+        let came = |reason| {
+            prop_assert_eq!(outcome.reason, Some(reason));
+            Ok(())
+        };
+        // What leaves by the interface by which it came is sent back.
+        let leave = match outcome.leave {
+            Leave::Transmit if outcome.reason.is_none() => Leave::Redirect(packet.interface),
+            leave => leave,
+        };
+        match (fate, leave) {
             (Fate::To(server, method), Leave::Redirect(cast::INSIDE)) => {
                 let (number, _) = action::servers().find(|(_, address)| *address == server.ip()).expect("a server");
                 prop_assert_eq!(&outcome.frame[..6], &cast::server_mac(number));
-                let (_, to) = ends(family, &outcome.frame, ETHERNET);
+                let (_, destination) = ends(family, &outcome.frame, ETHERNET);
                 match method {
-                    Method::Direct => prop_assert_eq!(to, packet.to),
-                    Method::Nat => prop_assert_eq!(to, server),
+                    Method::Direct => prop_assert_eq!(destination, packet.to),
+                    Method::Nat => prop_assert_eq!(destination, server),
                     Method::Tunnel => {
                         let (_, inner) = ends(family, &outcome.frame, ETHERNET + family.header());
-                        prop_assert_eq!((to.ip(), inner), (server.ip(), packet.to));
+                        prop_assert_eq!((destination.ip(), inner), (server.ip(), packet.to));
                     }
                 }
+                Ok(())
             }
-            (Fate::Host, Leave::Host) => {}
-            (Fate::Removed, Leave::Drop) => prop_assert_eq!(outcome.reason, Some(Reason::DestinationRemoved)),
-            (Fate::Thinned, Leave::Drop) => prop_assert_eq!(outcome.reason, Some(Reason::DropPacket)),
-            (Fate::Refused, Leave::Transmit) => prop_assert_eq!(outcome.reason, Some(Reason::NoDestination)),
-            _ => prop_assert!(false, "{:?}, and the packet is at {:?}", fate, outcome),
-        }
-        Ok(())
-    }
-
-    fn reply(
-        &mut self,
-        key: ServiceKey,
-        server: u8,
-        client: Client,
-        letters: &'static str,
-    ) -> Result<(), TestCaseError> {
-        let macs = (cast::server_mac(server), cast::DIRECTOR_INSIDE_MAC);
-        let ends_of = (action::listener(key, server, Method::Nat), action::client_of(key, client));
-        let (packet, frame) = packet(key.protocol, macs, ends_of, letters);
-        let fate = self.model.reply(&packet);
-        let outcome = self.world.arrive(cast::INSIDE, &frame);
-        match (fate, outcome.leave) {
             (Fate::ToClient(service), Leave::Redirect(cast::OUTSIDE)) => {
-                prop_assert_eq!(ends(action::family(key), &outcome.frame, ETHERNET), (service, packet.to));
+                prop_assert_eq!(ends(family, &outcome.frame, ETHERNET), (service, packet.to));
+                Ok(())
             }
-            (Fate::Host, Leave::Host) => {}
-            _ => prop_assert!(false, "{:?}, and the packet is at {:?}", fate, outcome),
+            (Fate::Host, Leave::Host) => {
+                prop_assert_ne!(outcome.reason, Some(Reason::ReplyObserved));
+                Ok(())
+            }
+            (Fate::Observed, Leave::Host) => came(Reason::ReplyObserved),
+            (Fate::Removed, Leave::Drop) => came(Reason::DestinationRemoved),
+            (Fate::Thinned, Leave::Drop) => came(Reason::DropPacket),
+            (Fate::Refused, Leave::Transmit) => came(Reason::NoDestination),
+            _ => Err(TestCaseError::fail(format!("{fate:?}, and the packet is at {outcome:?}"))),
         }
-        Ok(())
     }
 
     /// Compares everything that there is.
@@ -333,19 +377,22 @@ impl Pair {
     }
 }
 
-/// A packet as the model sees it, and as it is sent.
+/// A packet as the model sees it, and as it is sent: by an interface and between two stations; from one end to the other.
 fn packet(
-    protocol: u8,
-    macs: ([u8; 6], [u8; 6]),
+    (interface, macs): (u32, ([u8; 6], [u8; 6])),
+    Target { protocol, .. }: Target,
     (from, to): (SocketAddr, SocketAddr),
     letters: &'static str,
 ) -> (Packet, Vec<u8>) {
     let member = |end: SocketAddr| (xdpvs_tests::family::member(end.ip()), end.port());
-    let family = if from.is_ipv4() { Family::Four } else { Family::Six };
-    let frame = Frame { family, ..Frame::new(macs, member(from), member(to)) };
+    let frame = Frame { family: family_of(from), ..Frame::new(macs, member(from), member(to)) };
     let frame = if protocol == TCP { frame.tcp(letters, b"data") } else { frame.udp(b"data") };
     let len = (frame.len() - ETHERNET) as u64;
-    (Packet { protocol, from, to, flags: action::flags_of(letters), len }, frame)
+    (Packet { protocol, from, to, interface, flags: action::flags_of(letters), len }, frame)
+}
+
+fn family_of(end: SocketAddr) -> Family {
+    if end.is_ipv4() { Family::Four } else { Family::Six }
 }
 
 fn name(connection: &Connection) -> (u8, SocketAddr, SocketAddr) {

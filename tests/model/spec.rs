@@ -3,6 +3,7 @@
 use std::{collections::BTreeMap, net::SocketAddr};
 
 use super::{
+    mark::{Rule, mark_of},
     schedule::{Change, Standing},
     states::{Direction, Flags, State, TIMEOUTS},
 };
@@ -25,9 +26,11 @@ pub(crate) enum Method {
 
 /// What tells services apart.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct ServiceKey {
-    pub(crate) protocol: Protocol,
-    pub(crate) address: SocketAddr,
+pub(crate) enum ServiceKey {
+    /// Packets to this address and port.
+    At(Protocol, SocketAddr),
+    /// Packets with this mark, of IPv6 or of IPv4.
+    Mark { mark: u32, six: bool },
 }
 
 /// How a service is set.
@@ -112,6 +115,8 @@ pub(crate) struct Packet {
     pub(crate) protocol: Protocol,
     pub(crate) from: SocketAddr,
     pub(crate) to: SocketAddr,
+    /// The number of the interface by which it has come in.
+    pub(crate) interface: u32,
     pub(crate) flags: Flags,
     /// Length of the IP packet in bytes.
     pub(crate) len: u64,
@@ -124,6 +129,8 @@ pub(crate) enum Fate {
     To(SocketAddr, Method),
     /// Back to the client, from this address and port.
     ToClient(SocketAddr),
+    /// Left to the host, which forwards it: a packet of a server that answers clients itself.
+    Observed,
     /// Left to the host.
     Host,
     /// Dropped, because its destination has been removed.
@@ -170,6 +177,7 @@ pub(crate) struct Director {
     pub(crate) connections: Vec<Connection>,
     timeouts: BTreeMap<State, u64>,
     udp_timeout: u64,
+    pub(crate) rules: Vec<Rule>,
     pub(crate) settings: Settings,
     /// What `drop_packet` counts down.
     until_drop: i64,
@@ -179,9 +187,9 @@ pub(crate) struct Director {
 /// For how long a removed destination is remembered at the least, in seconds: section 1.4.
 const TRASH_S: u64 = 120;
 
-/// Whether a service can be set so: one packet at a time is for UDP.
+/// Whether a service can be set so: one packet at a time is not for TCP.
 fn is_possible(key: ServiceKey, spec: ServiceSpec) -> bool {
-    !spec.one_packet || key.protocol == UDP
+    !spec.one_packet || !matches!(key, ServiceKey::At(TCP, _))
 }
 
 impl Director {
@@ -193,6 +201,7 @@ impl Director {
             connections: Vec::new(),
             timeouts: TIMEOUTS.map(|(state, seconds)| (state, seconds * HZ)).into(),
             udp_timeout: 300 * HZ,
+            rules: Vec::new(),
             settings: Settings::default(),
             until_drop: 0,
             incarnations: 0,
@@ -374,8 +383,16 @@ impl Director {
 
     // Packets, section 4.
 
+    /// A packet of a client or of a server.
+    pub(crate) fn arrives(&mut self, packet: &Packet) -> Fate {
+        match self.replies(packet).first() {
+            Some(&at) => self.reply(at, packet),
+            None => self.request(packet),
+        }
+    }
+
     /// A packet of a client.
-    pub(crate) fn request(&mut self, packet: &Packet) -> Fate {
+    fn request(&mut self, packet: &Packet) -> Fate {
         let is_it = |connection: &Connection| {
             (connection.protocol, connection.client, connection.service) == (packet.protocol, packet.from, packet.to)
         };
@@ -414,15 +431,19 @@ impl Director {
         Fate::To(SocketAddr::new(self.dests[dest].server.ip(), port), method)
     }
 
+    /// Section 2.1: the service that a packet is for.
+    fn service_of(&self, packet: &Packet) -> Option<ServiceKey> {
+        let marked = mark_of(&self.rules, packet).map(|mark| ServiceKey::Mark { mark, six: packet.to.is_ipv6() });
+        let exact = ServiceKey::At(packet.protocol, packet.to);
+        marked.into_iter().chain([exact]).find(|key| self.services.contains_key(key))
+    }
+
     /// Sections 2 and 4.9: a packet of no connection.
     fn begins(&mut self, packet: &Packet) -> Fate {
         if packet.protocol == TCP && (packet.flags.rst || !packet.flags.syn && self.settings.sloppy_tcp == 0) {
             return Fate::Host;
         }
-        let key = ServiceKey { protocol: packet.protocol, address: packet.to };
-        if !self.services.contains_key(&key) {
-            return Fate::Host;
-        }
+        let Some(key) = self.service_of(packet) else { return Fate::Host };
         if self.is_thinned() {
             return Fate::Thinned;
         }
@@ -430,7 +451,10 @@ impl Director {
             return Fate::Host;
         }
         let Some(dest) = self.schedule(key, packet) else { return Fate::Refused };
-        let port = self.dests[dest].server.port();
+        let port = match self.dests[dest].server.port() {
+            0 => packet.to.port(),
+            port => port,
+        };
         if self.services[&key].spec.one_packet && packet.protocol == UDP {
             return self.pass_through(packet, dest, port);
         }
@@ -487,23 +511,28 @@ impl Director {
     /// The connections that a packet of a server may be of: section 4.2.
     fn replies(&self, packet: &Packet) -> Vec<usize> {
         let is_its = |connection: &Connection| {
-            let server = SocketAddr::new(self.dests[connection.dest].server.ip(), connection.port);
-            (connection.protocol, connection.client) == (packet.protocol, packet.to)
-                && connection.method == Method::Nat
-                && server == packet.from
+            let sender = match connection.method {
+                Method::Nat => SocketAddr::new(self.dests[connection.dest].server.ip(), connection.port),
+                Method::Direct | Method::Tunnel => connection.service,
+            };
+            (connection.protocol, connection.client, sender) == (packet.protocol, packet.to, packet.from)
         };
         (0..self.connections.len()).filter(|at| is_its(&self.connections[*at])).collect()
     }
 
-    /// A packet of a server to a client, of a connection that is masqueraded.
-    pub(crate) fn reply(&mut self, packet: &Packet) -> Fate {
-        let Some(&at) = self.replies(packet).first() else { return Fate::Host };
-        let Connection { dest, service, .. } = self.connections[at];
+    /// Whether a packet of a server may be of several connections: which one depends on the order in a table.
+    pub(crate) fn is_ambiguous(&self, packet: &Packet) -> bool {
+        self.replies(packet).len() > 1
+    }
+
+    /// A packet of a server to a client.
+    fn reply(&mut self, at: usize, packet: &Packet) -> Fate {
+        let Connection { dest, service, method, .. } = self.connections[at];
         if self.dests[dest].available {
             self.count(dest, 3, packet.len);
         }
         self.step(at, packet.flags, true);
-        Fate::ToClient(service)
+        if method == Method::Nat { Fate::ToClient(service) } else { Fate::Observed }
     }
 
     fn count(&mut self, dest: DestId, first: usize, len: u64) {

@@ -687,6 +687,9 @@ where
     let insert = Insert { key, place, dest: number, birth, clock: now.clock, control };
     let inserted = flow_table::insert(tables, &insert);
     if inserted == Inserted::New {
+        if track::begins_established(birth) {
+            template::assure(tables, control);
+        }
         let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
         cpu.counters.connections.update(|connections| connections + 1);
         return Ok(());

@@ -164,14 +164,22 @@ fn assures(before: Word, after: Word) -> bool {
         }
 }
 
-/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8).
+/// Whether a connection with this word, which has just begun, is established already: under `sloppy_tcp`.
+#[inline(always)]
+pub fn begins_established(word: Word) -> bool {
+    const ESTABLISHED: u8 = tcp::State::Established as u8;
+    word.protocol() == Protocol::Tcp && word.state() == ESTABLISHED
+}
+
+/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8): never those of one
+/// that a template controls.
 #[inline(always)]
 fn may_be_taken_over(config: &Config, word: Word, tcp_flags: u8) -> bool {
     const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
     const CLOSE: u8 = tcp::State::Close as u8;
     const FIN_WAIT: u8 = tcp::State::FinWait as u8;
     let mode = config.conn_reuse_mode.load();
-    if word.protocol() != Protocol::Tcp || !begins(tcp_flags) || mode == 0 {
+    if word.protocol() != Protocol::Tcp || !begins(tcp_flags) || mode == 0 || word.has(flag::CONTROLLED) {
         return false;
     }
     match word.state() {

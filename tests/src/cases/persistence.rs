@@ -26,6 +26,8 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         one_client_of_a_network(family),
         how_long(family),
         while_it_controls_connections(family),
+        not_taken_over(family),
+        established_at_once(family),
         datagrams(family),
         quiescent(family, false),
         quiescent(family, true),
@@ -474,4 +476,24 @@ fn flood(family: Family) -> Case {
     }
     case = case.reaches((0, PORT, method), first, tcp("A"), NOTHING);
     case.shows_one("tcp ASSURED 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80")
+}
+
+/// The connection of a persistent client is not taken over by a SYN, whatever its state is.
+fn not_taken_over(family: Family) -> Case {
+    let method = Method::Route;
+    let mut case = two(family, "a closed connection goes on with a SYN", method);
+    let (at, first) = ((0, PORT, method), request(family, cast::CLIENT, 0, PORT));
+    case = case.reaches(at, first, tcp("S"), BINDS).reaches(at, first, tcp("A"), NOTHING);
+    case = reset(case, 0);
+    // It would else be one connection more.
+    case.reaches(at, first, tcp("S"), DestCounts { active: 1, inactive: -1, ..NOTHING })
+}
+
+/// A connection that is established from its first segment on assures its template.
+fn established_at_once(family: Family) -> Case {
+    let method = Method::Route;
+    let mut case = two(family, "established at once", method).setting("sloppy_tcp", 1);
+    case = case.reaches((0, PORT, method), request(family, cast::CLIENT, 0, PORT), tcp("A"), BINDS);
+    case = case.reaches((1, PORT, method), request(family, OTHER, 0, PORT), tcp("S"), BINDS);
+    case.shows(["tcp ASSURED 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80", "tcp NONE 10.1.0.2:0 10.9.9.9:80 10.2.0.12:80"])
 }

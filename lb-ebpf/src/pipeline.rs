@@ -443,8 +443,9 @@ where
         return Err(Halt::go_on(Stage::Overflow));
     }
     let service = service_for(tables, marked, ip, segment)?;
-    if service.view().is_none() && now.config.reckon.load() & reckon::ANY_PORT == 0 {
-        return Err(Reason::NotService.into());
+    if service.view().is_none() {
+        // A service that was here has left the port to one for all ports, if there is one.
+        return Err(unless_marked(tables));
     }
     may_open(tables, now, ip, segment)?;
     let Some(view) = service.plain_view() else { return Err(Halt::go_on(Stage::Persist)) };
@@ -1248,12 +1249,21 @@ where
     }
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let (to, port, protocol) = (ip.destination(), segment.destination(), segment.protocol());
-    if service_of_mark::<I, P, T, E>(packet, tables, env, now).view()?.is_none()
-        && endpoint::any_port(tables, to, port, protocol).0.view().is_none()
-    {
+    let is_of_mark = service_of_mark::<I, P, T, E>(packet, tables, env, now).view()?.is_some();
+    if !is_of_mark && endpoint::any_port(tables, to, port, protocol).0.view().is_none() {
         return Err(Reason::NotService.into());
     }
-    if ip.checksum_holds(packet) { Err(Halt::go_on(Stage::Open)) } else { Err(Reason::IpChecksum.into()) }
+    if !ip.checksum_holds(packet) {
+        return Err(Reason::IpChecksum.into());
+    }
+    if is_of_mark {
+        return Err(Halt::go_on(Stage::Open));
+    }
+    if !segment.opens(now.config.switches.load()) {
+        return Err(Halt::go_on(Stage::Overflow));
+    }
+    may_open(tables, now, ip, segment)?;
+    Err(Halt::go_on(Stage::Persist))
 }
 
 /// The masqueraded connection between the server that sent `segment` from `server` and `client`.

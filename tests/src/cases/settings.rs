@@ -1,7 +1,7 @@
 //! What ip_vs's settings do to packets.
 
 use lb_common::{overload::Thresholds, proto::service_flag};
-use lb_userspace::control::model::{DestSpec, ServiceSpec};
+use lb_userspace::control::model::{self, DestSpec, Netmask, Persistence, ServiceSpec};
 
 use super::*;
 
@@ -21,6 +21,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         all_are_dropped(family),
         full_and_sloppy(family),
         one_packet_too_many(family),
+        none_of_no_service(family),
     ]);
     cases
 }
@@ -265,6 +266,29 @@ fn some_are_dropped(family: Family, method: Method) -> Case {
     (0..7).step_by(3).fold(case, |case, number| {
         passes(case, method, numbered(family, number), tcp("S"), segment(family, "S").opening_active())
     })
+}
+
+/// Packets to a port whose service is gone are none that would open a connection, though others at its address are for a
+/// service for all ports.
+fn none_of_no_service(family: Family) -> Case {
+    let method = Method::Route;
+    let persistence =
+        Some(Persistence { timeout: 100, netmask: Netmask::whole(model::Family::of(family.address(cast::VIP))) });
+    let mut case = one(family, "drop_packet and a service that is gone", UDP, method).change(move |change| {
+        let key = family.service(TCP, 0);
+        change.add_service(key, ServiceSpec { persistence, ..scheduled(Scheduler::Rr) }).expect("new");
+        change.add_dest(key, family.at(0, 0), dest(method, 1)).expect("new");
+    });
+    let build = |frame: Frame| frame.udp(b"hello");
+    let counts = DestCounts::input(&build(family.request())).opening_inactive();
+    case = passes(case, method, numbered(family, 9), build, counts);
+    case = case.change(move |change| change.delete_service(family.key(UDP)).expect("there"));
+    case = case.setting("am_droprate", 2).setting("drop_packet", 3);
+    case = case.stops(Wire::Outside, numbered(family, 0).tcp("S", b""), Reason::DropPacket);
+    case = case.stops(Wire::Outside, build(numbered(family, 1)), Reason::NotService);
+    let counts = DestCounts { templates: 1, ..segment(family, "S").opening_active() };
+    case = passes(case, method, numbered(family, 2), tcp("S"), counts);
+    case.stops(Wire::Outside, numbered(family, 3).tcp("S", b""), Reason::DropPacket)
 }
 
 /// With memory short from the outset, the automatic mode drops whatever would open a connection.

@@ -7,6 +7,7 @@ use xdpvs_tests::{cast, family::Family};
 
 use crate::{
     mark::{Prefix, Rule},
+    persistence::Persistence,
     spec::{DestSpec, HZ, Method, Protocol, ServiceKey, ServiceSpec, TCP, UDP},
     states::Flags,
 };
@@ -98,6 +99,9 @@ const WEIGHTS: [u32; 8] = [0, 1, 1, 2, 3, 5, 10, 100];
 /// Upper and lower thresholds.
 const THRESHOLDS: [(u32, u32); 12] =
     [(0, 0), (0, 0), (0, 0), (0, 0), (1, 0), (2, 0), (3, 1), (4, 0), (4, 2), (4, 4), (8, 0), (2, 3)];
+/// How long clients are remembered, in seconds. None of them and no sum with minutes is a second more than the timeout of a
+/// state: what a template does that is over at the moment when a connection ends is not said by anything.
+const PERSISTENCE: [u64; 4] = [5, 50, 100, 400];
 const METHODS: [Method; 3] = [Method::Nat, Method::Direct, Method::Tunnel];
 const FLAGS: [&str; 12] = ["S", "S", "S", "SA", "A", "A", "A", "FA", "RA", "", "SR", "SF"];
 /// Seconds.
@@ -168,6 +172,15 @@ impl Target {
     }
 }
 
+/// In how many bits the addresses agree that stand for those that agree in so many octets: of IPv6, in one octet more.
+fn bits_of_octets(family: Family, octets: u8) -> u8 {
+    match (family, octets) {
+        (Family::Six, 4) => 128,
+        (Family::Six, _) => 8 * (octets + 1),
+        (Family::Four, _) => 8 * octets,
+    }
+}
+
 pub(crate) fn flags_of(letters: &str) -> Flags {
     let has = |letter| letters.contains(letter);
     Flags { syn: has('S'), ack: has('A'), fin: has('F'), rst: has('R') }
@@ -181,7 +194,7 @@ fn any_family() -> impl Strategy<Value = Family> {
 }
 
 fn any_key() -> impl Strategy<Value = ServiceKey> {
-    const KEYS: [(Protocol, u16); 4] = [(TCP, 80), (TCP, 81), (UDP, 80), (UDP, 81)];
+    const KEYS: [(Protocol, u16); 7] = [(TCP, 80), (TCP, 81), (UDP, 80), (UDP, 81), (TCP, 21), (TCP, 0), (UDP, 0)];
     let at = (any_family(), prop::sample::select(&KEYS[..])).prop_map(|(family, (protocol, port))| {
         ServiceKey::At(protocol, SocketAddr::new(family.address(cast::VIP), port))
     });
@@ -194,7 +207,7 @@ fn any_protocol() -> impl Strategy<Value = Protocol> {
 }
 
 fn any_target() -> impl Strategy<Value = Target> {
-    let port = prop_oneof![3 => 80..82u16, 1 => Just(443u16)];
+    let port = prop_oneof![4 => 80..82u16, 1 => prop::sample::select(&[20, 21, 443, 1023, 1024, 2000][..])];
     let address = prop_oneof![3 => Just(ADDRESSES[0]), 1 => Just(ADDRESSES[1])];
     (any_family(), any_protocol(), address, port).prop_map(|(family, protocol, address, port)| Target {
         family,
@@ -217,24 +230,24 @@ fn any_rule() -> impl Strategy<Value = Rule> {
     let interface = prop_oneof![3 => Just(None), 1 => Just(Some(cast::OUTSIDE)), 1 => Just(Some(cast::INSIDE))];
     (1..=2u32, any_family(), protocol, destination, prop::sample::select(&PORTS[..]), source, interface).prop_map(
         |(mark, family, protocol, destination, ports, source, interface)| {
-            // Hosts that share octets share one more of IPv6.
-            let prefix = |(address, octets): (Ipv4Addr, u8)| {
-                let bits = match (family, octets) {
-                    (Family::Six, 4) => 128,
-                    (Family::Six, _) => 8 * (octets + 1),
-                    (Family::Four, _) => 8 * octets,
-                };
-                Prefix(family.address(address), bits)
-            };
+            let prefix =
+                |(address, octets): (Ipv4Addr, u8)| Prefix(family.address(address), bits_of_octets(family, octets));
             let source = source.map(|(number, octets)| prefix((client(number), octets)));
             Rule { mark, protocol, destination: prefix(destination), ports, source, interface }
         },
     )
 }
 
-fn any_service() -> impl Strategy<Value = ServiceSpec> {
-    (prop::sample::select(&SCHEDULERS[..]), any::<(bool, bool)>(), prop::bool::weighted(0.2)).prop_map(
-        |(scheduler, (fallback, with_port), one_packet)| ServiceSpec { scheduler, fallback, with_port, one_packet },
+/// A service, and how it is set.
+fn any_service() -> impl Strategy<Value = (ServiceKey, ServiceSpec)> {
+    let persistence = prop::option::weighted(0.4, (prop::sample::select(&PERSISTENCE[..]), 2..=4u8));
+    let scheduler = prop::sample::select(&SCHEDULERS[..]);
+    (any_key(), scheduler, any::<(bool, bool)>(), prop::bool::weighted(0.2), persistence).prop_map(
+        |(key, scheduler, (fallback, with_port), one_packet, persistence)| {
+            let persistence =
+                persistence.map(|(timeout, octets)| Persistence { timeout, bits: bits_of_octets(family(key), octets) });
+            (key, ServiceSpec { scheduler, fallback, with_port, one_packet, persistence })
+        },
     )
 }
 
@@ -254,6 +267,7 @@ fn any_setting() -> impl Strategy<Value = (&'static str, u32)> {
         (Just("conn_reuse_mode"), 0..4u32),
         (Just("sloppy_tcp"), 0..=1u32),
         (Just("expire_nodest_conn"), 0..=1u32),
+        (Just("expire_quiescent_template"), 0..=1u32),
         (Just("secure_tcp"), always(1)),
         (Just("drop_packet"), always(4)),
         (Just("am_droprate"), 0..6u32),
@@ -270,8 +284,8 @@ pub(crate) fn any_action() -> impl Strategy<Value = Action> {
     let flags = || prop::sample::select(&FLAGS[..]);
     let server = || 0..SERVERS;
     prop_oneof![
-        3 => (any_key(), any_service()).prop_map(|(key, spec)| Action::AddService { key, spec }),
-        1 => (any_key(), any_service()).prop_map(|(key, spec)| Action::EditService { key, spec }),
+        3 => any_service().prop_map(|(key, spec)| Action::AddService { key, spec }),
+        1 => any_service().prop_map(|(key, spec)| Action::EditService { key, spec }),
         1 => any_key().prop_map(|key| Action::DeleteService { key }),
         12 => (any_key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::AddDest { key, server, spec }),
         4 => (any_key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::EditDest { key, server, spec }),

@@ -8,6 +8,7 @@ use proptest::{
 mod action;
 mod mark;
 mod pair;
+mod persistence;
 mod schedule;
 mod spec;
 mod states;

@@ -1,7 +1,7 @@
 //! The product and the model of it, side by side.
 
 use std::{
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, SocketAddr},
     num::NonZeroU32,
 };
 
@@ -18,9 +18,11 @@ use lb_ebpf::{
     env::Scan as _,
     forward::Leave,
     host::HostRoute,
+    pipeline::Now,
 };
 use lb_userspace::control::{
     change::Change,
+    connections::Reader,
     marks,
     model::{self as product, Transport},
     settings::{Setting, Timeouts},
@@ -38,6 +40,7 @@ use xdpvs_tests::{
 use crate::{
     action::{self, Action, Client, FAMILIES, Sender, Target},
     mark::{Prefix, Rule},
+    persistence::TemplateKey,
     spec::{Connection, DestId, DestSpec, Director, Fate, HZ, Method, Packet, ServiceKey, ServiceSpec, TCP},
 };
 
@@ -80,14 +83,22 @@ fn product_rule(rule: &Rule) -> product::Rule {
     }
 }
 
-fn product_service(spec: ServiceSpec) -> product::ServiceSpec {
+fn product_service(key: ServiceKey, spec: ServiceSpec) -> product::ServiceSpec {
+    let six = matches!(key, ServiceKey::At(_, SocketAddr::V6(_)) | ServiceKey::Mark { six: true, .. });
     let flag = |set: bool, flag: u32| if set { flag } else { 0 };
     product::ServiceSpec {
         scheduler: Scheduler::from_name(spec.scheduler).expect("a scheduler"),
         flags: flag(spec.fallback, sched_flag::FALLBACK)
             | flag(spec.with_port, sched_flag::PORT)
             | flag(spec.one_packet, service_flag::ONE_PACKET),
-        persistence: None,
+        persistence: spec.persistence.map(|persistence| product::Persistence {
+            timeout: persistence.timeout as u32,
+            netmask: if six {
+                product::Netmask::V6(persistence.bits)
+            } else {
+                product::Netmask::V4(Ipv4Addr::from_bits(u32::MAX << (32 - persistence.bits)))
+            },
+        }),
     }
 }
 
@@ -146,11 +157,11 @@ impl Pair {
     pub(crate) fn act(&mut self, action: Action) -> Result<(), TestCaseError> {
         match action {
             Action::AddService { key, spec } => {
-                let done = self.change(|change| change.add_service(product_key(key), product_service(spec)));
+                let done = self.change(|change| change.add_service(product_key(key), product_service(key, spec)));
                 prop_assert_eq!(done, self.model.add_service(key, spec));
             }
             Action::EditService { key, spec } => {
-                let done = self.change(|change| change.edit_service(product_key(key), product_service(spec)));
+                let done = self.change(|change| change.edit_service(product_key(key), product_service(key, spec)));
                 prop_assert_eq!(done, self.model.edit_service(key, spec));
             }
             Action::DeleteService { key } => {
@@ -197,6 +208,7 @@ impl Pair {
         *match name {
             "conn_reuse_mode" => &mut settings.conn_reuse_mode,
             "sloppy_tcp" => &mut settings.sloppy_tcp,
+            "expire_quiescent_template" => &mut settings.expire_quiescent_template,
             "expire_nodest_conn" => &mut settings.expire_nodest_conn,
             "secure_tcp" => &mut settings.secure_tcp,
             "drop_packet" => &mut settings.drop_packet,
@@ -332,6 +344,7 @@ impl Pair {
         for (at, (_, word, number)) in found.into_iter().enumerate() {
             self.compare_connection(at, word, number)?;
         }
+        self.compare_templates()?;
         self.compare_dests()
     }
 
@@ -353,6 +366,45 @@ impl Pair {
         Ok(())
     }
 
+    fn compare_templates(&self) -> Result<(), TestCaseError> {
+        let tables = &self.world.tables;
+        let shared = self.world.shared();
+        let reader = Reader {
+            flows4: &tables.flows4,
+            flows6: &tables.flows6,
+            services: shared.services,
+            dests: shared.dests,
+            now: Now::of(shared.config, &self.world.env).clock.now,
+            hz: world::HZ,
+        };
+        let templates = reader.connections().filter(|connection| connection.client.port() == 0);
+        let mut found: Vec<_> = templates
+            .map(|product| {
+                let protocol = product.protocol.map_or(0, |protocol| protocol.protocol() as u8);
+                let ends = (product.client.ip(), product.service, product.destination);
+                (protocol, ends, product.state, product.expires)
+            })
+            .collect();
+        let mut expected: Vec<_> = self
+            .model
+            .templates
+            .iter()
+            .map(|template| {
+                let TemplateKey { protocol, clients, service } = template.key;
+                let (service_port, port) =
+                    if template.retired { (65_535, 65_535) } else { (service.port(), template.port) };
+                let service = SocketAddr::new(service.ip(), service_port);
+                let server = SocketAddr::new(self.model.dests[template.dest].server.ip(), port);
+                let state = if template.assured { "ASSURED" } else { "NONE" };
+                (protocol, (clients, service, server), state, (template.expires - self.model.now) * 1000 / HZ)
+            })
+            .collect();
+        found.sort_unstable();
+        expected.sort_unstable();
+        prop_assert_eq!(found, expected);
+        Ok(())
+    }
+
     fn compare_dests(&self) -> Result<(), TestCaseError> {
         let state = Configured::load(&self.world.shared());
         for (key, service) in &self.model.services {
@@ -368,6 +420,7 @@ impl Pair {
                 let thresholds = Thresholds { upper: dest.spec.upper, lower: dest.spec.lower };
                 prop_assert_eq!(load.is_overloaded(thresholds), dest.overloaded, "{:?}", dest);
                 prop_assert_eq!(active_and_total(load.connections.load()), (dest.active, dest.total), "{:?}", dest);
+                prop_assert_eq!(load.templates.load(), dest.templates, "{:?}", dest);
                 let counters = HostCounters(&self.world.tables.dest_cpus).read(number).expect("memory can be read");
                 prop_assert_eq!(counters, dest.counters, "{:?}", dest);
             }

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, net::SocketAddr};
 
 use super::{
     mark::{Rule, mark_of},
+    persistence::{FTP, Persistence, Template, TemplateId},
     schedule::{Change, Standing},
     states::{Direction, Flags, State, TIMEOUTS},
 };
@@ -41,6 +42,7 @@ pub(crate) struct ServiceSpec {
     pub(crate) with_port: bool,
     /// Every UDP packet is scheduled by itself.
     pub(crate) one_packet: bool,
+    pub(crate) persistence: Option<Persistence>,
 }
 
 /// How a destination is set.
@@ -75,6 +77,7 @@ pub(crate) struct Dest {
     removed: u64,
     pub(crate) active: u32,
     pub(crate) total: u32,
+    pub(crate) templates: u32,
     /// Connections, packets and bytes in, packets and bytes out.
     pub(crate) counters: [u64; 5],
 }
@@ -103,6 +106,8 @@ pub(crate) struct Connection {
     pub(crate) state: State,
     pub(crate) inactive: bool,
     no_output: bool,
+    /// What controls it.
+    pub(crate) template: Option<TemplateId>,
     /// The tick at which its timer is to fire.
     pub(crate) expires: u64,
     /// The tick at which it does, which may be later.
@@ -147,6 +152,7 @@ pub(crate) struct Settings {
     pub(crate) conn_reuse_mode: u32,
     pub(crate) sloppy_tcp: u32,
     pub(crate) expire_nodest_conn: u32,
+    pub(crate) expire_quiescent_template: u32,
     /// 0 or 3: the other modes go by the memory that is left.
     pub(crate) secure_tcp: u32,
     /// Like `secure_tcp`.
@@ -160,6 +166,7 @@ impl Default for Settings {
             conn_reuse_mode: 1,
             sloppy_tcp: 0,
             expire_nodest_conn: 0,
+            expire_quiescent_template: 0,
             secure_tcp: 0,
             drop_packet: 0,
             am_droprate: 10,
@@ -175,6 +182,9 @@ pub(crate) struct Director {
     /// All that there have ever been.
     pub(crate) dests: Vec<Dest>,
     pub(crate) connections: Vec<Connection>,
+    pub(crate) templates: Vec<Template>,
+    /// How many there have been.
+    pub(crate) template_ids: TemplateId,
     timeouts: BTreeMap<State, u64>,
     udp_timeout: u64,
     pub(crate) rules: Vec<Rule>,
@@ -184,12 +194,27 @@ pub(crate) struct Director {
     incarnations: u64,
 }
 
+/// The first port that a process without privileges may have: `net.ipv4.ip_unprivileged_port_start`.
+const UNPRIVILEGED: u16 = 1024;
+
+/// Section 2.5: what becomes of a packet for a service that has no destination for it.
+pub(crate) fn nobody(key: ServiceKey, packet: &Packet) -> Fate {
+    match key {
+        ServiceKey::At(_, address) if address.port() == FTP && packet.to.port() != FTP => Fate::Host,
+        _ => Fate::Refused,
+    }
+}
+
 /// For how long a removed destination is remembered at the least, in seconds: section 1.4.
 const TRASH_S: u64 = 120;
 
-/// Whether a service can be set so: one packet at a time is not for TCP.
+/// Whether a service can be set so: one packet at a time is not for TCP, and all ports are for persistent services only.
 fn is_possible(key: ServiceKey, spec: ServiceSpec) -> bool {
-    !spec.one_packet || !matches!(key, ServiceKey::At(TCP, _))
+    match key {
+        ServiceKey::At(TCP, _) if spec.one_packet => false,
+        ServiceKey::At(_, address) if address.port() == 0 => spec.persistence.is_some(),
+        _ => true,
+    }
 }
 
 impl Director {
@@ -199,6 +224,8 @@ impl Director {
             services: BTreeMap::new(),
             dests: Vec::new(),
             connections: Vec::new(),
+            templates: Vec::new(),
+            template_ids: 0,
             timeouts: TIMEOUTS.map(|(state, seconds)| (state, seconds * HZ)).into(),
             udp_timeout: 300 * HZ,
             rules: Vec::new(),
@@ -270,8 +297,9 @@ impl Director {
 
     /// Whether a removed destination may have been forgotten. Nobody can tell, for as long as the trash is swept now and then.
     pub(crate) fn may_be_forgotten(&self, dest: DestId) -> bool {
-        let is_its = |connection: &Connection| connection.dest == dest;
-        self.now >= self.dests[dest].removed + TRASH_S * HZ && !self.connections.iter().any(is_its)
+        let is_referred_to = self.connections.iter().any(|connection| connection.dest == dest)
+            || self.templates.iter().any(|template| template.dest == dest);
+        self.now >= self.dests[dest].removed + TRASH_S * HZ && !is_referred_to
     }
 
     // Thresholds, section 1.3.
@@ -333,6 +361,7 @@ impl Director {
                 removed: 0,
                 active: 0,
                 total: 0,
+                templates: 0,
                 counters: [0; 5],
             });
         }
@@ -378,6 +407,7 @@ impl Director {
                     self.end(at);
                 }
             }
+            self.expire_removed_templates();
         }
     }
 
@@ -408,7 +438,7 @@ impl Director {
 
     /// Section 4.8: whether a packet of a connection is taken for one that begins another.
     fn is_over_for(&self, at: usize, packet: &Packet) -> bool {
-        let Connection { state, no_output, dest, .. } = self.connections[at];
+        let Connection { state, no_output, dest, template, .. } = self.connections[at];
         let Settings { conn_reuse_mode, expire_nodest_conn, .. } = self.settings;
         let Dest { available, spec: DestSpec { weight, .. }, .. } = self.dests[dest];
         let begins = packet.protocol == TCP && packet.flags.syn;
@@ -417,7 +447,7 @@ impl Director {
             State::Fw => conn_reuse_mode & 2 != 0 && no_output,
             _ => false,
         };
-        begins && ends || expire_nodest_conn != 0 && (!available || begins && weight == 0)
+        begins && ends && template.is_none() || expire_nodest_conn != 0 && (!available || begins && weight == 0)
     }
 
     /// A packet of a connection that is known.
@@ -434,8 +464,10 @@ impl Director {
     /// Section 2.1: the service that a packet is for.
     fn service_of(&self, packet: &Packet) -> Option<ServiceKey> {
         let marked = mark_of(&self.rules, packet).map(|mark| ServiceKey::Mark { mark, six: packet.to.is_ipv6() });
-        let exact = ServiceKey::At(packet.protocol, packet.to);
-        marked.into_iter().chain([exact]).find(|key| self.services.contains_key(key))
+        let at = |port| Some(ServiceKey::At(packet.protocol, SocketAddr::new(packet.to.ip(), port)));
+        let may_be_data = packet.protocol == TCP && (packet.to.port() == 20 || packet.to.port() >= UNPRIVILEGED);
+        let candidates = [marked, at(packet.to.port()), at(FTP).filter(|_| may_be_data), at(0)];
+        candidates.into_iter().flatten().find(|key| self.services.contains_key(key))
     }
 
     /// Sections 2 and 4.9: a packet of no connection.
@@ -450,15 +482,26 @@ impl Director {
         if packet.from.port() == 20 {
             return Fate::Host;
         }
-        let Some(dest) = self.schedule(key, packet) else { return Fate::Refused };
-        let port = match self.dests[dest].server.port() {
-            0 => packet.to.port(),
-            port => port,
+        let ServiceSpec { one_packet, persistence, .. } = self.services[&key].spec;
+        let (dest, port, template) = match persistence {
+            Some(persistence) => match self.persist(key, packet, persistence) {
+                Ok((dest, template)) => (dest, self.persistent_port(key, packet, dest), Some(template)),
+                Err(fate) => return fate,
+            },
+            None => {
+                let is_other = matches!(key, ServiceKey::At(_, address) if address.port() != packet.to.port());
+                let picked = if is_other { None } else { self.schedule(key, packet) };
+                let Some(dest) = picked else { return nobody(key, packet) };
+                match self.dests[dest].server.port() {
+                    0 => (dest, packet.to.port(), None),
+                    port => (dest, port, None),
+                }
+            }
         };
-        if self.services[&key].spec.one_packet && packet.protocol == UDP {
+        if one_packet && packet.protocol == UDP {
             return self.pass_through(packet, dest, port);
         }
-        self.open(packet, dest, port)
+        self.open(packet, dest, port, template)
     }
 
     /// Section 4.12: a connection that ends with its first packet.
@@ -486,7 +529,7 @@ impl Director {
     }
 
     /// Section 4.3: a new connection to a port of a destination.
-    fn open(&mut self, packet: &Packet, dest: DestId, port: u16) -> Fate {
+    fn open(&mut self, packet: &Packet, dest: DestId, port: u16, template: Option<TemplateId>) -> Fate {
         let Dest { spec: DestSpec { method, .. }, server, .. } = self.dests[dest];
         self.connections.push(Connection {
             protocol: packet.protocol,
@@ -498,6 +541,7 @@ impl Director {
             state: State::No,
             inactive: true,
             no_output: method != Method::Nat,
+            template,
             expires: self.now,
             ends: self.now,
         });
@@ -560,10 +604,15 @@ impl Director {
             connection.state = next;
             self.timeouts[&next]
         };
+        let is_good = if connection.protocol == UDP { output } else { connection.state == State::Es };
         connection.expires = self.now + timeout;
         connection.ends = connection.expires;
         if output {
             connection.no_output = false;
+        }
+        if is_good {
+            let template = connection.template;
+            self.assure(template);
         }
     }
 
@@ -577,7 +626,8 @@ impl Director {
 
     /// When the next timer fires.
     pub(crate) fn next_end(&self) -> Option<u64> {
-        self.connections.iter().map(|connection| connection.ends).min()
+        let connections = self.connections.iter().map(|connection| connection.ends);
+        connections.chain(self.templates.iter().map(|template| template.expires)).min()
     }
 
     /// Lets time pass, at most until the next timer fires.
@@ -586,5 +636,6 @@ impl Director {
         while let Some(at) = self.connections.iter().position(|connection| connection.ends <= self.now) {
             self.end(at);
         }
+        self.age_templates();
     }
 }

@@ -6,3 +6,4 @@ mod packets;
 mod persistence;
 mod sched;
 mod states;
+mod table;

@@ -27,7 +27,7 @@ use crate::{
 };
 
 /// Incremented whenever the meaning or the layout of a pinned map changes.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 
 /// A plain value and its form in shared memory.
 pub trait Word: Copy {
@@ -215,8 +215,12 @@ record! {
         am_droprate: u32,
         /// What packets have to reckon with because of how services are set: bits of [`reckon`].
         reckon: u32,
+        /// ip_vs's `lblc_expiration`, in seconds.
+        lblc_expiration: u32,
+        /// ip_vs's `lblcr_expiration`, in seconds.
+        lblcr_expiration: u32,
         /// Zero.
-        reserved: [u32; 3],
+        reserved: u32,
     }
 }
 
@@ -241,6 +245,12 @@ pub mod switch {
     pub const RUN_ESTIMATION: u32 = 1 << 2;
     /// A template whose destination has weight 0 is not used any more.
     pub const EXPIRE_QUIESCENT_TEMPLATE: u32 = 1 << 3;
+    /// Translated replies are routed as packets of the service's address, and not as those of the server.
+    pub const SNAT_REROUTE: u32 = 1 << 4;
+    /// A packet for a mark's service without a usable destination goes where it is addressed to.
+    pub const CACHE_BYPASS: u32 = 1 << 5;
+    /// A masqueraded server is told when it has sent a packet that belongs to no connection.
+    pub const NAT_ICMP_SEND: u32 = 1 << 6;
 }
 
 /// What the CPUs share that limits what they do: a cache line of its own, for they write it.
@@ -1049,11 +1059,14 @@ pub enum Stage {
     PersistOverflow,
     /// A client's packet for a persistent service, for whose template something has made room.
     PersistAlike,
+    /// A packet of a client for whom there is no server, or of a server for whom there is no client, while it depends on the
+    /// packet's own destination what becomes of it.
+    Astray,
 }
 
 impl Stage {
     /// Every stage that both families have, in the order of their numbers.
-    pub const COMMON: [Self; 11] = [
+    pub const COMMON: [Self; 12] = [
         Self::Request,
         Self::Reply,
         Self::Observe,
@@ -1065,6 +1078,7 @@ impl Stage {
         Self::Persist,
         Self::PersistOverflow,
         Self::PersistAlike,
+        Self::Astray,
     ];
     /// Stages of IPv4, and entries of the map of stages, with room for more.
     const OF_ONE_FAMILY: u32 = 16;
@@ -1100,6 +1114,7 @@ impl Stage {
             Self::Persist => ["persist", "persist6"],
             Self::PersistOverflow => ["persist_overflow", "persist_overflow6"],
             Self::PersistAlike => ["persist_alike", "persist_alike6"],
+            Self::Astray => ["astray", "astray6"],
         }
     }
 }

@@ -101,6 +101,10 @@ reasons! {
         "is an ICMP error about a packet in a tunnel that the client is not told of: it may be fragmented, or there have been too many";
     Dropped ExtensionHeader = 37, "extension-header", "is for a service address and has an IPv6 extension header";
     Dropped DropPacket = 38, "drop-packet", "would open a connection and is one of those that `drop_packet` drops";
+    Passed CacheBypass = 39, "cache-bypass",
+        "is for the service of a mark without a usable destination, and goes where it is addressed to by `cache_bypass`";
+    Dropped StrayReply = 40, "stray-reply",
+        "comes from a masqueraded server, which `nat_icmp_send` tells that it belongs to no connection";
 }
 
 #[cfg(test)]

@@ -2,13 +2,13 @@
 //!
 //! ip_vs keeps a table for each service and sweeps it by a timer. Here one table of a fixed size is for all services. An
 //! address has one bucket; when that is full, the entry that has not been used for longest makes room. What ip_vs
-//! would sweep away after a day without use is over after exactly a day.
+//! would sweep away some time after a day without use, or whatever it is set to, is over after exactly that time.
 //!
 //! An entry is read and written while other CPUs do the same. One that another CPU is writing is as good as none: the
 //! packet's destination is chosen by wlc then, and nothing is remembered.
 
 use lb_common::{
-    abi::{CACHE_BUCKETS, CACHE_SET, CACHE_WAYS, CacheEntry, Slot, View, active_and_total},
+    abi::{CACHE_BUCKETS, CACHE_SET, CACHE_WAYS, CacheEntry, Config, Slot, View, active_and_total},
     hash::scale,
     proto::Scheduler,
     sync::opaque,
@@ -21,9 +21,17 @@ use crate::{
     tables::Tables,
 };
 
-/// Seconds without use after which an entry is over, and seconds without change after which a set loses one: ip_vs's
+/// Ticks without use after which an entry of this service is over, and without change after which a set loses one: ip_vs's
 /// `lblc_expiration` and `lblcr_expiration`.
-const EXPIRATION_S: u32 = 86_400;
+#[inline(always)]
+fn expiration(config: &Config, view: &View, clock: Clock) -> u32 {
+    let seconds = if view.scheduler.load() == Scheduler::Lblc as u32 {
+        config.lblc_expiration.load()
+    } else {
+        config.lblcr_expiration.load()
+    };
+    seconds.wrapping_mul(clock.hz)
+}
 
 /// What was found for an address.
 ///
@@ -50,11 +58,14 @@ impl Found {
 struct Search<'t, T> {
     tables: &'t T,
     address: u64,
-    owner: u32,
+    /// Verifier: a word of 64 bits, or the compiler would write some of those of 32 together where that is not aligned.
+    owner: u64,
     first: u32,
     now: u32,
-    /// Ticks after which an entry is over.
-    expiration: u32,
+    /// Ticks after which an entry of the owner is over.
+    expiration: u64,
+    /// Ticks after which an entry of anybody is over.
+    longest: u64,
     /// The entry of the address, plus one.
     found: u32,
     /// The entry that makes room, plus one, and for how many ticks it has not been used, plus one; more than any of these when it
@@ -73,13 +84,14 @@ impl<T: Tables> Scan for Search<'_, T> {
     fn visit(&mut self, way: u32) -> bool {
         let index = self.first + way;
         let Some(entry) = self.tables.cache(index) else { return false };
-        let idle = self.now.wrapping_sub(entry.used.load());
-        let live = entry.owner.load() != 0 && idle < self.expiration;
-        if live && entry.owner.load() == self.owner && entry.address.load() == self.address {
+        let idle = u64::from(self.now.wrapping_sub(entry.used.load()));
+        let owner = u64::from(entry.owner.load());
+        let live = owner != 0 && idle < if owner == self.owner { self.expiration } else { self.longest };
+        if live && owner == self.owner && entry.address.load() == self.address {
             self.found = index + 1;
             return false;
         }
-        let idle = if live { u64::from(idle) + 1 } else { 1 << 33 };
+        let idle = if live { idle + 1 } else { 1 << 33 };
         if idle > self.idle {
             self.idle = idle;
             self.victim = index + 1;
@@ -89,8 +101,8 @@ impl<T: Tables> Scan for Search<'_, T> {
 }
 
 #[inline(always)]
-fn clock(tables: &impl Tables, env: &impl Env) -> Option<Clock> {
-    Some(Now::of(tables.config()?, env).clock)
+fn now<'t>(tables: &'t impl Tables, env: &impl Env) -> Option<Now<'t>> {
+    Some(Now::of(tables.config()?, env))
 }
 
 /// The destination that `address` has, if it is to be used again.
@@ -104,7 +116,7 @@ pub(crate) fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address
     }
     let best = best_of_set(tables, view, found);
     if view.scheduler.load() == Scheduler::Lblcr as u32 {
-        shrink_if_due(tables, env, found);
+        shrink_if_due(tables, env, view, found);
     }
     match best.dest() {
         Some(number) if is_overloaded(tables, env, view, number) == 0 => Found(found.0 | best.0),
@@ -115,12 +127,14 @@ pub(crate) fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address
 /// The entry of `address`, or the one to be used for it.
 #[inline(never)]
 fn search(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Found {
-    let Some(Clock { now, hz }) = clock(tables, env) else { return Found(0) };
-    let (owner, now) = (view.cache.load(), now.0);
+    let Some(Now { config, clock }) = now(tables, env) else { return Found(0) };
+    let (owner, now) = (view.cache.load(), clock.now.0);
     let bucket = scale(tables.seed().quick_hash(address ^ u64::from(owner) << 32), CACHE_BUCKETS);
-    let expiration = EXPIRATION_S.wrapping_mul(hz);
+    let expiration = expiration(config, view, clock).into();
     let first = bucket * CACHE_WAYS;
-    let mut search = Search { tables, address, owner, first, now, expiration, found: 0, victim: 0, idle: 0 };
+    let longest = config.lblc_expiration.load().max(config.lblcr_expiration.load()).wrapping_mul(clock.hz).into();
+    let owner = owner.into();
+    let mut search = Search { tables, address, owner, first, now, expiration, longest, found: 0, victim: 0, idle: 0 };
     env.scan(CACHE_WAYS, &mut search);
     if search.found == 0 {
         return Found(u64::from(search.victim) << 32);
@@ -163,13 +177,13 @@ fn best_of_set(tables: &impl Tables, view: &View, found: Found) -> Choice {
 
 /// Takes the most loaded destination out of the set of an entry, if it has others and has been the same for long.
 #[inline(never)]
-fn shrink_if_due(tables: &impl Tables, env: &impl Env, found: Found) {
+fn shrink_if_due(tables: &impl Tables, env: &impl Env, view: &View, found: Found) {
     if let Some(entry) = found.entry().and_then(|index| tables.cache(index))
         && entry.set[1].load() != 0
-        && let Some(Clock { now, hz }) = clock(tables, env)
-        && now.0.wrapping_sub(entry.modified.load()) > EXPIRATION_S.wrapping_mul(hz)
+        && let Some(Now { config, clock }) = now(tables, env)
+        && clock.now.0.wrapping_sub(entry.modified.load()) > expiration(config, view, clock)
     {
-        shrink(tables, entry, now.0);
+        shrink(tables, entry, clock.now.0);
     }
 }
 
@@ -184,7 +198,7 @@ pub(crate) fn remember(
 ) -> Option<()> {
     let chosen = choice.0 as u32;
     let entry = tables.cache(found.entry()?)?;
-    let now = clock(tables, env)?.now.0;
+    let now = now(tables, env)?.clock.now.0;
     let owner = view.cache.load();
     let version = begin(entry)?;
     let known = found.0 & Found::KNOWN != 0;
@@ -315,7 +329,8 @@ mod tests {
     use crate::host::{HostEnv, HostSizes, HostTables};
 
     const HZ: u32 = 250;
-    const DAY: u32 = EXPIRATION_S * HZ;
+    const DAY_S: u32 = 86_400;
+    const DAY: u32 = DAY_S * HZ;
 
     /// A service with as many destinations of this weight.
     fn service(dests: u32, weight: u32, scheduler: Scheduler) -> (HostTables, HostEnv) {
@@ -333,6 +348,8 @@ mod tests {
         }
         let view = ViewRecord { scheduler: scheduler as u32, list_len: dests, cache: 7, ..ViewRecord::zeroed() };
         tables.views[0].store(&view);
+        tables.config[0].lblc_expiration.store(DAY_S);
+        tables.config[0].lblcr_expiration.store(DAY_S);
         (tables, HostEnv::new(HZ))
     }
 
@@ -366,6 +383,39 @@ mod tests {
         }
         env.jiffies.update(|now| now + DAY);
         assert_eq!(found(&tables, &env, 1), None);
+    }
+
+    #[test]
+    fn an_address_is_forgotten_as_soon_as_is_set_for_its_own_scheduler() {
+        for (scheduler, other) in [(Scheduler::Lblc, Scheduler::Lblcr), (Scheduler::Lblcr, Scheduler::Lblc)] {
+            let (tables, env) = service(2, 10, scheduler);
+            let config = &tables.config[0];
+            let own = if scheduler == Scheduler::Lblc { &config.lblc_expiration } else { &config.lblcr_expiration };
+            own.store(60);
+            learn(&tables, &env, 1, 1);
+            env.jiffies.update(|now| now + 60 * HZ - 1);
+            assert_eq!(found(&tables, &env, 1), Some(1));
+            env.jiffies.update(|now| now + 60 * HZ);
+            assert_eq!(found(&tables, &env, 1), None);
+            own.store(0);
+            learn(&tables, &env, 1, 1);
+            assert_eq!(found(&tables, &env, 1), None);
+            // What belongs to a service of the other scheduler stays as long as it may.
+            own.store(DAY_S);
+            learn(&tables, &env, 1, 1);
+            own.store(60);
+            tables.views[0].scheduler.store(other as u32);
+            env.jiffies.update(|now| now + 3600 * HZ);
+            assert_eq!(found(&tables, &env, 1), Some(1));
+            tables.views[0].cache.store(8);
+            let bucket =
+                |address: u64, owner: u64| scale(tables.seed().quick_hash(address ^ owner << 32), CACHE_BUCKETS);
+            for address in (0u64..).filter(|address| bucket(*address, 8) == bucket(1, 7)).take(7) {
+                learn(&tables, &env, address, 0);
+            }
+            tables.views[0].cache.store(7);
+            assert_eq!(found(&tables, &env, 1), Some(1));
+        }
     }
 
     #[test]

@@ -63,6 +63,7 @@ impl Halt {
             10 => Some(Stage::Persist),
             11 => Some(Stage::PersistOverflow),
             12 => Some(Stage::PersistAlike),
+            13 => Some(Stage::Astray),
             _ => None,
         }
     }
@@ -256,8 +257,15 @@ pub fn known_way<'t, E: Entry>(tables: &'t impl Tables, found: &Found<'_, E>, cl
     (number != 0 && hop.kind.get() == hop::VIA && is_recent(hop, clock)).then_some(hop)
 }
 
-/// Finds out the way to the client of a connection, for a packet from the service's address, and lets the connection
-/// remember its number.
+/// The address that a translated reply to `service`'s client is routed as a packet of: the service's, or, as ip_vs's `snat_reroute`
+/// may have it, that of the server that has sent it (`docs/ipvs.md`, section 5.2).
+#[inline(always)]
+pub fn routed_as<A: Address>(config: &Config, service: A, server: A) -> A {
+    if config.switches.load() & switch::SNAT_REROUTE != 0 { service } else { server }
+}
+
+/// Finds out the way to the client of a connection, for a packet from the second of `addresses`, see [`routed_as`], and lets the
+/// connection remember its number.
 ///
 /// # Errors
 ///
@@ -270,9 +278,9 @@ pub fn find_way<'t, E: Entry>(
     addresses: (E::Addr, E::Addr),
     clock: Clock,
 ) -> Result<&'t NextHop, Halt> {
-    let (client, service) = addresses;
+    let (client, source) = addresses;
     let once = tables.adjacency_cpu(0).ok_or(Reason::Impossible)?;
-    env.route(client, service, once)?;
+    env.route(client, source, once)?;
     if once.kind.get() != hop::VIA {
         return Ok(once);
     }

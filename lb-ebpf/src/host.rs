@@ -382,6 +382,8 @@ pub struct HostEnv {
     pub ingress: Cell<u32>,
     /// The routing table: what is not in it has no route.
     pub routes: RefCell<HashMap<IpAddr, HostRoute>>,
+    /// What it says of packets to the first address from the second, before all else.
+    pub routes_from: RefCell<HashMap<(IpAddr, IpAddr), HostRoute>>,
     /// How often the routing table was asked.
     pub asked: Cell<u32>,
     /// How many random numbers there have been.
@@ -396,6 +398,7 @@ impl HostEnv {
             hz,
             ingress: Cell::new(2),
             routes: RefCell::new(HashMap::new()),
+            routes_from: RefCell::new(HashMap::new()),
             asked: Cell::new(0),
             drawn: Cell::new(0),
         }
@@ -439,7 +442,7 @@ impl Env for HostEnv {
         self.ingress.get()
     }
 
-    fn route<A: Address>(&self, destination: A, _: A, hop: &NextHop) -> Result<(), Reason> {
+    fn route<A: Address>(&self, destination: A, source: A, hop: &NextHop) -> Result<(), Reason> {
         self.asked.set(self.asked.get() + 1);
         let via = |ifindex: u32, source: IpAddr, gateway: IpAddr| {
             hop.ifindex.set(ifindex);
@@ -449,7 +452,10 @@ impl Env for HostEnv {
             hop.gateway_family.set(if gateway.is_ipv4() { Ip4::FAMILY } else { Ip6::FAMILY });
             hop.gateway.set(words(gateway));
         };
-        match self.routes.borrow().get(&address(destination)).copied().unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
+        let destination = address(destination);
+        let of_source = self.routes_from.borrow().get(&(destination, address(source))).copied();
+        let of_any = || self.routes.borrow().get(&destination).copied();
+        match of_source.or_else(of_any).unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
             HostRoute::Via { ifindex, mtu, to, from, source, gateway } => {
                 via(ifindex, source, gateway);
                 hop.kind.set(hop::VIA);

@@ -17,7 +17,7 @@ use network_types::{
 
 use crate::{
     endpoint,
-    env::{Clock, Env, HandOver},
+    env::{Env, HandOver},
     flow_table::{self, Found},
     forward::{self, Exit, Halt},
     nat::{self, Rewrite},
@@ -55,6 +55,8 @@ pub enum About {
     PortUnreachable = 3,
     /// The packet is too large and must not be fragmented.
     TooBig = 4,
+    /// Nobody waits for the reply.
+    StrayReply = 5,
 }
 
 impl Complaint {
@@ -64,6 +66,9 @@ impl Complaint {
     pub const HOST_UNREACHABLE: Self = Self { about: About::HostUnreachable, mtu: 0 };
     /// Nobody serves the port, which is what a service without a usable destination looks like.
     pub const PORT_UNREACHABLE: Self = Self { about: About::PortUnreachable, mtu: 0 };
+
+    /// Nobody waits for the reply. The director says so in its own name: the packet was on its way through it.
+    pub const STRAY_REPLY: Self = Self { about: About::StrayReply, mtu: 0 };
 
     /// The packet is larger than `mtu` bytes and must not be fragmented.
     pub const fn too_big(mtu: u32) -> Self {
@@ -85,13 +90,19 @@ impl Complaint {
             2 => About::HostUnreachable,
             3 => About::PortUnreachable,
             4 => About::TooBig,
+            5 => About::StrayReply,
             _ => return None,
         };
         Some(Self { about, mtu: (bits >> 8) as u16 })
     }
 
-    const fn is_too_big(self) -> bool {
-        self.about as u8 == About::TooBig as u8
+    /// Whether the TTL of the packet that is quoted is one less than it came in with.
+    const fn comes_late(self) -> bool {
+        matches!(self.about, About::TooBig | About::StrayReply)
+    }
+
+    const fn is_in_own_name(self) -> bool {
+        matches!(self.about, About::StrayReply)
     }
 }
 
@@ -160,7 +171,7 @@ impl Messages for Ip4Packet {
         match about {
             About::TtlExpired => [11, 0],
             About::HostUnreachable => [3, 1],
-            About::PortUnreachable => [3, 3],
+            About::PortUnreachable | About::StrayReply => [3, 3],
             About::TooBig => [3, 4],
         }
     }
@@ -258,7 +269,7 @@ impl Messages for Ip6Packet {
         match about {
             About::TtlExpired => [3, 0],
             About::HostUnreachable => [1, 3],
-            About::PortUnreachable => [1, 4],
+            About::PortUnreachable | About::StrayReply => [1, 4],
             About::TooBig => [2, 0],
         }
     }
@@ -318,7 +329,7 @@ impl Messages for Ip6Packet {
     }
 }
 
-/// Turns a packet, still as it came in, into an error for its sender, from the address it was sent to.
+/// Turns a packet, still as it came in, into an error for its sender, from the address it was sent to or from one of this host's.
 ///
 /// `None` when no error may be sent: the sender is no host, this second's errors are used up, or there is no way back.
 #[inline(always)]
@@ -334,9 +345,10 @@ pub fn answer<I: Family, P: Packet + HandOver>(
         return None;
     }
     let hop = tables.adjacency_cpu(0)?;
-    env.route(ip.source(), ip.destination(), hop).ok()?;
-    if complaint.is_too_big() {
-        // ip_vs lowers the TTL before it looks at the size, and quotes the packet after that.
+    let own_name = complaint.is_in_own_name();
+    env.route(ip.source(), if own_name { I::Addr::default() } else { ip.destination() }, hop).ok()?;
+    if complaint.comes_late() {
+        // ip_vs lowers the TTL before it looks at the size, and the host before ip_vs sees what it forwards.
         ip.lower_ttl(packet)?;
     }
     let before_quote = I::HEADER + HEADER;
@@ -346,7 +358,8 @@ pub fn answer<I: Family, P: Packet + HandOver>(
     let [kind, code] = I::kind(complaint.about);
     let rest = u32::from(complaint.mtu).to_be();
     let header = (u32::from_ne_bytes([kind, code, 0, 0]), rest);
-    write_error::<I>(packet, env.jiffies(), (ip.destination(), ip.source()), header, quote)?;
+    let from = if own_name { hop.source() } else { ip.destination() };
+    write_error::<I>(packet, env.jiffies(), (from, ip.source()), header, quote)?;
     tables.count_event(Event::IcmpSent);
     forward::send(packet, env, hop).ok()
 }
@@ -591,7 +604,7 @@ where
         return Some(Err(halt));
     }
     let now = Now::of(tables.config()?, env);
-    Some(send_to_client(packet, tables, env, ip, &found, service.0, now.clock))
+    Some(send_to_client(packet, tables, env, ip, &found, service.0, &now))
 }
 
 #[inline(always)]
@@ -602,7 +615,7 @@ fn send_to_client<I, P, T, E>(
     ip: &I,
     found: &Found<'_, EntryOf<I>>,
     service: I::Addr,
-    clock: Clock,
+    now: &Now<'_>,
 ) -> Result<Exit, Halt>
 where
     I: Family,
@@ -610,7 +623,8 @@ where
     T: Tables,
     E: Env,
 {
-    let hop = forward::find_way(tables, env, found, (ip.destination(), service), clock)?;
+    let source = forward::routed_as(now.config, service, ip.source());
+    let hop = forward::find_way(tables, env, found, (ip.destination(), source), now.clock)?;
     let hops = if forward::is_local(hop) { 0 } else { 1 };
     if ip.ttl() <= hops {
         return Err(Reason::TtlExpired.into());

@@ -431,6 +431,13 @@ impl Segment {
         self.flags as u8
     }
 
+    /// Whether the segment is one of TCP that resets its connection.
+    #[inline(always)]
+    pub const fn resets(&self) -> bool {
+        // Those of UDP have no flags.
+        self.flags() & flag::RST != 0
+    }
+
     /// Whether the segment may open a connection under these [`switch`]es: it is UDP, or has SYN and not RST set; with
     /// `sloppy_tcp`, SYN may be missing.
     #[inline(always)]

@@ -1,7 +1,7 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target, View, reckon},
+    abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target, View, reckon, switch},
     addr::{Address, Ip4, Port},
     event::Event,
     flow::{Entry, Key as _, Place, Word, flag},
@@ -115,6 +115,7 @@ where
         Stage::Persist => persist::<I, P, T, E>(packet, tables, env),
         Stage::PersistOverflow => persist_overflow::<I, P, T, E>(packet, tables, env),
         Stage::PersistAlike => persist_alike::<I, P, T, E>(packet, tables, env),
+        Stage::Astray => astray::<I, P, T, E>(packet, tables, env),
         // Not of this family.
         Stage::Six => Err(Reason::Impossible.into()),
     };
@@ -214,16 +215,17 @@ where
     if from.is_service() {
         return Err(Halt::go_on(Stage::Observe));
     }
-    Err(unless_marked(tables))
+    Err(unless_marked(tables, from))
 }
 
-/// What becomes of a packet of no service's address and port and of no masqueraded server.
+/// What becomes of a packet of no service's address and port and of no masqueraded connection, which comes from this endpoint.
 #[inline(always)]
-fn unless_marked(tables: &impl Tables) -> Halt {
-    match tables.config() {
-        Some(config) if config.reckon.load() & (reckon::MARKS | reckon::ANY_PORT) != 0 => Halt::go_on(Stage::Mark),
-        _ => Reason::NotService.into(),
-    }
+fn unless_marked(tables: &impl Tables, from: Target) -> Halt {
+    let Some(config) = tables.config() else { return Reason::Impossible.into() };
+    // The setting's bit, if a masqueraded server has sent it.
+    let told = (from.0 & Target::SERVER) >> Target::SERVER.ilog2() << switch::NAT_ICMP_SEND.ilog2();
+    let known = config.reckon.load() & (reckon::MARKS | reckon::ANY_PORT) | config.switches.load() & told as u32;
+    if known != 0 { Halt::go_on(Stage::Mark) } else { Reason::NotService.into() }
 }
 
 /// The settings and the time while a packet is handled.
@@ -445,13 +447,13 @@ where
     let service = service_for(tables, marked, ip, segment)?;
     if service.view().is_none() {
         // A service that was here has left the port to one for all ports, if there is one.
-        return Err(unless_marked(tables));
+        return Err(unless_marked(tables, Target::default()));
     }
     may_open(tables, now, ip, segment)?;
     let Some(view) = service.plain_view() else { return Err(Halt::go_on(Stage::Persist)) };
     let number = match env.pick(tables, view, Parties::of(key)) {
         Ok(number) => number,
-        Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
+        Err(Reason::NoDestination) => return Err(no_destination(now.config, By::Itself)),
         Err(reason) => return Err(reason.into()),
     };
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
@@ -738,7 +740,7 @@ where
     }
     let number = match env.pick(tables, service.number, Parties::of(&request_key(ip, segment))) {
         Ok(number) => number,
-        Err(Reason::NoDestination) => return Err(no_destination(service.by)),
+        Err(Reason::NoDestination) => return Err(no_destination(now.config, service.by)),
         Err(reason) => return Err(reason.into()),
     };
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
@@ -748,10 +750,56 @@ where
 /// What becomes of a packet for a service without a usable destination (`docs/ipvs.md`, section 2.5). What may be a data
 /// connection of FTP may as well be one to this host.
 #[inline(always)]
-fn no_destination(by: By) -> Halt {
+fn no_destination(config: &Config, by: By) -> Halt {
     if by == By::Ftp {
         return Reason::NotService.into();
     }
+    if config.switches.load() & switch::CACHE_BYPASS != 0 {
+        return Halt::go_on(Stage::Astray);
+    }
+    nobody_serves()
+}
+
+/// A packet for a service without a usable destination, under ip_vs's `cache_bypass`: one that has its service by a mark goes
+/// where it is addressed to, unless that is this host (`docs/ipvs.md`, section 2.5). Or else one of a masqueraded server that
+/// belongs to no connection, under `nat_icmp_send` (section 5.2).
+///
+/// # Errors
+///
+/// Why it is left to the host or dropped.
+#[inline(always)]
+fn astray<I, P, T, E>(packet: &P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Stages<I, P, T>,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let once = tables.adjacency_cpu(0).ok_or(Reason::Impossible)?;
+    let stays = env.route(ip.destination(), I::Addr::default(), once).is_ok() && forward::is_local(once);
+    let stays = tables.hide(stays.into()) != 0;
+    if marked.view()?.is_some() {
+        let leaves = ip.destination().is_host() && !stays;
+        return Err(if leaves { Reason::CacheBypass.into() } else { nobody_serves() });
+    }
+    let (to, port, protocol) = (ip.destination(), segment.destination(), segment.protocol());
+    let (target, _) = endpoint::serving(tables, to, port, protocol);
+    if target.view().is_some() {
+        return Err(nobody_serves());
+    }
+    if stays || ip.ttl() <= 1 || segment.resets() || !ip.checksum_holds(packet) {
+        return Err(Reason::NotService.into());
+    }
+    Err(Halt::tell(Reason::StrayReply, Complaint::STRAY_REPLY))
+}
+
+/// The client is told that nobody serves the port.
+#[inline(always)]
+const fn nobody_serves() -> Halt {
     Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)
 }
 
@@ -812,7 +860,7 @@ where
     let number = match env.pick_alike(tables, view, Parties::of(key), EntryOf::<I>::common_hash(key)) {
         Ok(number) => number,
         Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
-        Err(Reason::NoDestination) => return Err(Halt::tell(Reason::NoDestination, Complaint::PORT_UNREACHABLE)),
+        Err(Reason::NoDestination) => return Err(no_destination(now.config, By::Itself)),
         Err(reason) => return Err(reason.into()),
     };
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
@@ -897,7 +945,7 @@ where
     let common = EntryOf::<I>::common_hash(key);
     let number = match env.pick_alike(tables, service.number, Parties::of(key), common) {
         Ok(number) => number,
-        Err(Reason::NoDestination) => return Err(no_destination(service.by)),
+        Err(Reason::NoDestination) => return Err(no_destination(now.config, service.by)),
         Err(reason) => return Err(reason.into()),
     };
     let dest = tables.dest(number).ok_or(Reason::Impossible)?;
@@ -954,7 +1002,7 @@ where
         match env.pick_alike(tables, service.number, Parties::of(key), common) {
             Ok(number) => number,
             Err(Reason::NoDestination) if !opens => return Err(Reason::NoConnection.into()),
-            Err(Reason::NoDestination) => return Err(no_destination(service.by)),
+            Err(Reason::NoDestination) => return Err(no_destination(now.config, service.by)),
             Err(reason) => return Err(reason.into()),
         }
     };
@@ -1182,7 +1230,8 @@ where
     };
     let service = (key.vaddr(), key.vport());
     let now = Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let hop = forward::find_way(tables, env, &found, (ip.destination(), service.0), now.clock)?;
+    let source = forward::routed_as(now.config, service.0, ip.source());
+    let hop = forward::find_way(tables, env, &found, (ip.destination(), source), now.clock)?;
     rewrite_to_client(packet, tables, (ip, segment), found.dest, service, hop)?;
     forward::send(packet, env, hop)
 }
@@ -1251,7 +1300,13 @@ where
     let (to, port, protocol) = (ip.destination(), segment.destination(), segment.protocol());
     let is_of_mark = service_of_mark::<I, P, T, E>(packet, tables, env, now).view()?.is_some();
     if !is_of_mark && endpoint::any_port(tables, to, port, protocol).0.view().is_none() {
-        return Err(Reason::NotService.into());
+        let told = now.config.switches.load() & switch::NAT_ICMP_SEND != 0;
+        let from = EndpointOf::<I>::new(ip.source(), segment.source(), protocol);
+        return Err(if told && endpoint::find(tables, from).has(Target::SERVER) {
+            Halt::go_on(Stage::Astray)
+        } else {
+            Reason::NotService.into()
+        });
     }
     if !ip.checksum_holds(packet) {
         return Err(Reason::IpChecksum.into());

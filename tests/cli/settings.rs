@@ -16,7 +16,8 @@ fn defaults() -> Value {
     json!({
         "am_droprate": 10, "amemthresh": 1024, "backup_only": 0, "cache_bypass": 0, "conn_reuse_mode": 1, "conntrack": 0,
         "drop_entry": 0, "drop_packet": 0, "est_cpulist": "", "est_nice": 0, "expire_nodest_conn": 0,
-        "expire_quiescent_template": 0, "ignore_tunneled": 1, "nat_icmp_send": 0, "pmtu_disc": 1, "run_estimation": 1,
+        "expire_quiescent_template": 0, "ignore_tunneled": 1, "lblc_expiration": 86_400, "lblcr_expiration": 86_400,
+        "nat_icmp_send": 0, "pmtu_disc": 1, "run_estimation": 1,
         "schedule_icmp": 0, "secure_tcp": 0, "sloppy_sctp": 0, "sloppy_tcp": 0, "snat_reroute": 1,
         "sync_persist_mode": 0, "sync_ports": 1, "sync_qlen_max": 0, "sync_refresh_period": 0, "sync_retries": 0,
         "sync_sock_size": 0, "sync_threshold": "3 50", "sync_version": 1,
@@ -30,12 +31,17 @@ fn settings_are_shown_set_and_kept_by_new_programs() -> Result<()> {
     for (name, value) in [
         ("am_droprate", 7),
         ("amemthresh", 0),
+        ("cache_bypass", 1),
         ("conn_reuse_mode", 2),
         ("drop_packet", 3),
         ("expire_nodest_conn", 1),
+        ("lblc_expiration", 360),
+        ("lblcr_expiration", 0),
+        ("nat_icmp_send", 1),
         ("run_estimation", 0),
         ("secure_tcp", 3),
         ("sloppy_tcp", 1),
+        ("snat_reroute", 0),
     ] {
         assert_eq!(stage.ok(&format!("set {name} {value}"))?, "", "{name}");
         assert_eq!(stage.ask(&format!("set {name}"))?, json!({"settings": {name: value}}));
@@ -64,6 +70,7 @@ fn settings_that_cannot_be_are_refused_and_change_nothing() -> Result<()> {
         ("drop_packet 4", "setting drop_packet: `4` is none of its values, use 0 to 3"),
         ("am_droprate many", "setting am_droprate: `many` is none of its values, use 0 to 2147483647"),
         ("amemthresh 2147483648", "setting amemthresh: `2147483648` is none of its values, use 0 to 2147483647"),
+        ("cache_bypass 2", "setting cache_bypass: `2` is none of its values, use 0 or 1"),
         (
             "conntrack 1",
             "setting conntrack is `0` and cannot be changed: XDP comes before netfilter, so packets have no conntrack \
@@ -74,6 +81,10 @@ fn settings_that_cannot_be_are_refused_and_change_nothing() -> Result<()> {
         let expected = Said { out: String::new(), err: format!("xdpvs: {line}\n"), code: Some(1) };
         assert_eq!(stage.say(&format!("set {words}"))?, expected, "{words}");
     }
+    // As many ticks as ip_vs can count are fewer seconds, how many depends on the kernel's clock.
+    let said = stage.say("set lblc_expiration 2147483647")?;
+    let line = "xdpvs: setting lblc_expiration: `2147483647` is none of its values, use 0 to ";
+    assert!(said.code == Some(1) && said.out.is_empty() && said.err.starts_with(line), "{said:?}");
     assert_eq!(stage.ask("set")?, json!({"settings": defaults()}));
     Ok(())
 }

@@ -620,3 +620,19 @@ fn director_error(family: Family) -> Frame {
     let dscp = if family == Family::Four { 0xc0 >> 2 } else { 0 };
     Frame { id: 0, dont_fragment: false, dscp, ..frame }
 }
+
+/// Where the checksum of a segment stands in a frame.
+const fn checksum_offset(family: Family, protocol: Transport) -> usize {
+    let offset = match protocol {
+        TCP => 16,
+        UDP => 6,
+    };
+    ETHERNET + family.header() + offset
+}
+
+/// A frame with the checksum that another segment has. What is quoted of a segment that has been translated keeps its own.
+fn with_checksum_of(mut frame: Vec<u8>, family: Family, protocol: Transport, other: &[u8]) -> Vec<u8> {
+    let checksum = checksum_offset(family, protocol);
+    frame[checksum..checksum + 2].copy_from_slice(&other[checksum..checksum + 2]);
+    frame
+}

@@ -74,6 +74,8 @@ pub const FAR_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 3, 0, 1);
 pub const FAR_GATEWAY: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 9);
 /// A client without a route.
 pub const LOST_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 4, 0, 1);
+/// A client for which packets from real server number 0 have no route.
+pub const BARRED_CLIENT: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 77);
 
 /// The same cast over IPv6, with the same link-layer addresses.
 pub mod six {

@@ -1,6 +1,7 @@
 //! Services and destinations as people speak of them.
 
 use std::{
+    borrow::Cow,
     fmt,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     num::NonZeroU32,
@@ -515,7 +516,7 @@ pub enum Refusal {
         /// What was given.
         word: String,
         /// What it can be.
-        allowed: &'static str,
+        allowed: Cow<'static, str>,
     },
     /// A setting that cannot be set.
     #[error("setting {name} is `{is}` and cannot be changed: {because}")]

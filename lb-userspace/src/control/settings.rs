@@ -1,6 +1,6 @@
 //! Settings that hold for all services.
 
-use std::{fmt, slice};
+use std::{borrow::Cow, fmt, slice};
 
 use lb_common::{
     abi::{Config, DestLoad, InstanceRecord, active_and_total, switch},
@@ -16,6 +16,9 @@ use crate::control::{model::Refusal, shared::Shared};
 /// ICMP errors an instance may send in a second: the kernel's own default, `net.ipv4.icmp_msgs_per_sec`.
 const ICMP_PER_SECOND: u32 = 1000;
 
+/// ip_vs's default of `lblc_expiration` and `lblcr_expiration`, in seconds.
+const CACHE_EXPIRATION_S: u32 = 86_400;
+
 /// Sets everything to what a new instance begins with, ip_vs's defaults, in a kernel with `hz` ticks per second.
 pub fn set_defaults(config: &Config, hz: u32) {
     for (shared, ticks) in config.timeouts.iter().zip(timeout::defaults(hz)) {
@@ -23,7 +26,9 @@ pub fn set_defaults(config: &Config, hz: u32) {
     }
     config.icmp_per_second.store(ICMP_PER_SECOND);
     config.conn_reuse_mode.store(1);
-    config.switches.store(switch::RUN_ESTIMATION);
+    config.switches.store(switch::RUN_ESTIMATION | switch::SNAT_REROUTE);
+    config.lblc_expiration.store(CACHE_EXPIRATION_S);
+    config.lblcr_expiration.store(CACHE_EXPIRATION_S);
     for mode in &config.defences {
         mode.store(defence::mode::OFF);
     }
@@ -110,6 +115,8 @@ enum Kind {
     Mode(usize),
     /// Any number that ip_vs takes.
     Number(fn(&Config) -> &Shared32),
+    /// Any number of seconds that ip_vs takes: as many as it can count ticks.
+    Seconds(fn(&Config) -> &Shared32),
     /// Nothing but what it is.
     Fixed {
         is: Value,
@@ -149,11 +156,11 @@ const NO_DAEMON: &str = "connections are not synchronised";
 const NO_THREADS: &str = "the timer that ages connections estimates rates";
 
 /// Every setting, in the order of their names.
-static SETTINGS: [Setting; 29] = [
+static SETTINGS: [Setting; 31] = [
     setting("am_droprate", Kind::Number(|config| &config.am_droprate)),
     setting("amemthresh", Kind::Number(|config| &config.amemthresh)),
     fixed("backup_only", 0, NO_DAEMON),
-    fixed("cache_bypass", 0, "a client whose packets have a mark is told when its service has no usable destination"),
+    setting("cache_bypass", Kind::Switch(switch::CACHE_BYPASS)),
     setting("conn_reuse_mode", Kind::Number(|config| &config.conn_reuse_mode)),
     fixed("conntrack", 0, "XDP comes before netfilter, so packets have no conntrack entries"),
     fixed("drop_entry", 0, "connections do not end early"),
@@ -163,14 +170,16 @@ static SETTINGS: [Setting; 29] = [
     setting("expire_nodest_conn", Kind::Switch(switch::EXPIRE_NODEST_CONN)),
     setting("expire_quiescent_template", Kind::Switch(switch::EXPIRE_QUIESCENT_TEMPLATE)),
     fixed("ignore_tunneled", 1, "a packet that the host takes out of a tunnel does not come by XDP again"),
-    fixed("nat_icmp_send", 0, "replies without a connection are left to the host"),
+    setting("lblc_expiration", Kind::Seconds(|config| &config.lblc_expiration)),
+    setting("lblcr_expiration", Kind::Seconds(|config| &config.lblcr_expiration)),
+    setting("nat_icmp_send", Kind::Switch(switch::NAT_ICMP_SEND)),
     fixed("pmtu_disc", 1, "an XDP program cannot fragment packets"),
     setting("run_estimation", Kind::Switch(switch::RUN_ESTIMATION)),
     fixed("schedule_icmp", 0, "ICMP errors open no connections"),
     setting("secure_tcp", Kind::Mode(which::SECURE_TCP)),
     fixed("sloppy_sctp", 0, "there are no SCTP services"),
     setting("sloppy_tcp", Kind::Switch(switch::SLOPPY_TCP)),
-    fixed("snat_reroute", 1, "translated replies are always routed as packets of the service's address"),
+    setting("snat_reroute", Kind::Switch(switch::SNAT_REROUTE)),
     fixed("sync_persist_mode", 0, NO_DAEMON),
     fixed("sync_ports", 1, NO_DAEMON),
     fixed("sync_qlen_max", 0, NO_DAEMON),
@@ -201,7 +210,7 @@ impl Setting {
         Value::Number(match self.kind {
             Kind::Switch(bit) => (config.switches.load() & bit != 0).into(),
             Kind::Mode(place) => config.defences[place].load(),
-            Kind::Number(word) => word(config).load(),
+            Kind::Number(word) | Kind::Seconds(word) => word(config).load(),
             Kind::Fixed { is, .. } => return is,
         })
     }
@@ -224,7 +233,7 @@ impl Setting {
     /// then.
     pub fn set(&self, shared: &Shared<'_>, word: &str) -> Result<(), Refusal> {
         let Self { name, kind } = *self;
-        let number = |greatest: u32, allowed| {
+        let number = |greatest: u32, allowed: Cow<'static, str>| {
             let number = word.parse().ok().filter(|number| *number <= greatest);
             number.ok_or_else(|| Refusal::Setting { name, word: word.to_owned(), allowed })
         };
@@ -232,10 +241,14 @@ impl Setting {
         match kind {
             Kind::Switch(bit) => {
                 let others = config.switches.load() & !bit;
-                config.switches.store(others | if number(1, "0 or 1")? == 0 { 0 } else { bit });
+                config.switches.store(others | if number(1, "0 or 1".into())? == 0 { 0 } else { bit });
             }
-            Kind::Mode(place) => config.defences[place].store(number(defence::mode::ALWAYS, "0 to 3")?),
-            Kind::Number(of) => of(config).store(number(i32::MAX as u32, "0 to 2147483647")?),
+            Kind::Mode(place) => config.defences[place].store(number(defence::mode::ALWAYS, "0 to 3".into())?),
+            Kind::Number(of) => of(config).store(number(i32::MAX as u32, "0 to 2147483647".into())?),
+            Kind::Seconds(of) => {
+                let longest = i32::MAX as u32 / shared.instance.hz.load().max(1);
+                of(config).store(number(longest, format!("0 to {longest}").into())?);
+            }
             Kind::Fixed { is, .. } if is.to_string() == word.split_whitespace().collect::<Vec<_>>().join(" ") => {}
             Kind::Fixed { is, because } => return Err(Refusal::FixedSetting { name, is, because }),
         }
@@ -278,9 +291,12 @@ mod tests {
             ("drop_packet", 0),
             ("expire_nodest_conn", 0),
             ("expire_quiescent_template", 0),
+            ("lblc_expiration", 86_400),
+            ("lblcr_expiration", 86_400),
             ("run_estimation", 1),
             ("secure_tcp", 0),
             ("sloppy_tcp", 0),
+            ("snat_reroute", 1),
         ] {
             let setting = Setting::named(name).expect("there");
             assert_eq!((setting.value(&config), setting.fixed_because()), (Value::Number(value), None), "{name}");

@@ -96,22 +96,6 @@ fn segment(protocol: Transport, frame: Frame) -> Vec<u8> {
     }
 }
 
-/// Where the checksum of a segment stands in a frame.
-const fn checksum_offset(family: Family, protocol: Transport) -> usize {
-    let offset = match protocol {
-        TCP => 16,
-        UDP => 6,
-    };
-    ETHERNET + family.header() + offset
-}
-
-/// A frame with the checksum that another segment has. What is quoted of a segment that has been translated keeps its own.
-fn with_checksum_of(mut frame: Vec<u8>, family: Family, protocol: Transport, other: &[u8]) -> Vec<u8> {
-    let checksum = checksum_offset(family, protocol);
-    frame[checksum..checksum + 2].copy_from_slice(&other[checksum..checksum + 2]);
-    frame
-}
-
 /// The least that an error must quote: the IP header and eight bytes.
 const fn least_quote(family: Family) -> usize {
     family.header() + 8

@@ -36,10 +36,10 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
 }
 
 /// The mark of most cases.
-const MARK: u32 = 7;
+pub(super) const MARK: u32 = 7;
 
 /// The service of packets with `mark`.
-fn key(family: Family, mark: u32) -> Identity {
+pub(super) fn key(family: Family, mark: u32) -> Identity {
     let family = match family {
         Family::Four => model::Family::Ipv4,
         Family::Six => model::Family::Ipv6,
@@ -48,7 +48,7 @@ fn key(family: Family, mark: u32) -> Identity {
 }
 
 /// The network of a family that the IPv4 network of the first `octets` of `address` stands for.
-fn prefix(family: Family, address: Ipv4Addr, octets: u8) -> Prefix {
+pub(super) fn prefix(family: Family, address: Ipv4Addr, octets: u8) -> Prefix {
     let length = match family {
         Family::Four => 8 * octets,
         Family::Six if octets == 4 => 128,
@@ -58,7 +58,7 @@ fn prefix(family: Family, address: Ipv4Addr, octets: u8) -> Prefix {
 }
 
 /// A rule for all packets to the network of the first `octets` of [`cast::VIP`].
-fn rule(family: Family, mark: u32, octets: u8) -> Rule {
+pub(super) fn rule(family: Family, mark: u32, octets: u8) -> Rule {
     Rule {
         mark: NonZeroU32::new(mark).expect("a mark"),
         matches: Match {
@@ -72,7 +72,7 @@ fn rule(family: Family, mark: u32, octets: u8) -> Rule {
 }
 
 /// A rule and what else must be true.
-fn rule_if(family: Family, mark: u32, octets: u8, and: impl Fn(&mut Match)) -> Rule {
+pub(super) fn rule_if(family: Family, mark: u32, octets: u8, and: impl Fn(&mut Match)) -> Rule {
     let mut rule = rule(family, mark, octets);
     and(&mut rule.matches);
     rule
@@ -80,7 +80,7 @@ fn rule_if(family: Family, mark: u32, octets: u8, and: impl Fn(&mut Match)) -> R
 
 impl Case {
     /// Adds the service of a mark by rr, and its destinations: number of the real server, port and method.
-    fn mark_service(self, mark: u32, dests: &[(u8, u16, Method)]) -> Self {
+    pub(super) fn mark_service(self, mark: u32, dests: &[(u8, u16, Method)]) -> Self {
         let (family, dests) = (self.family, dests.to_vec());
         self.change(move |change| {
             change.add_service(key(family, mark), scheduled(Scheduler::Rr)).expect("new");

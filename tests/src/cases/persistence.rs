@@ -46,7 +46,7 @@ const TIMEOUT_S: u32 = 100;
 /// Another client, of the network of the first one's first three octets.
 const OTHER: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 2);
 
-fn persistent(family: Family, timeout: u32, octets: usize) -> ServiceSpec {
+pub(super) fn persistent(family: Family, timeout: u32, octets: usize) -> ServiceSpec {
     let netmask = match family.address(cast::CLIENT) {
         IpAddr::V4(_) => Netmask::V4(Ipv4Addr::from_bits(u32::MAX.checked_shl(32 - 8 * octets as u32).unwrap_or(0))),
         IpAddr::V6(_) if octets == 4 => Netmask::V6(128),

@@ -3,7 +3,10 @@
 use lb_common::{overload::Thresholds, proto::service_flag};
 use lb_userspace::control::model::{self, DestSpec, Netmask, Persistence, ServiceSpec};
 
-use super::*;
+use super::{
+    marks::{self, MARK},
+    persistence, *,
+};
 
 pub(super) fn cases(family: Family) -> Vec<Case> {
     let mut cases = Vec::new();
@@ -22,6 +25,13 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         full_and_sloppy(family),
         one_packet_too_many(family),
         none_of_no_service(family),
+        rerouted(family),
+        stray_replies(family),
+        limit_of_stray_replies(family),
+        stray_replies_to_marks(family),
+        bypassed(family, false),
+        bypassed(family, true),
+        not_bypassed(family),
     ]);
     cases
 }
@@ -366,6 +376,178 @@ fn one_packet_too_many(family: Family) -> Case {
         case.change(move |change| change.edit_service(family.key(UDP), spec(service_flag::ONE_PACKET)).expect("there"));
     for index in [0, 1, 1] {
         case = send(case, 3, index, counts);
+    }
+    case
+}
+
+/// Replies have the way of the service's address, or that of their own server's.
+fn rerouted(family: Family) -> Case {
+    let build = |frame: Frame| frame.udp(b"x");
+    let of_client = |frame: Frame| Frame { from: (cast::BARRED_CLIENT, CLIENT_PORT), ..frame };
+    let to_client = |frame: Frame| Frame { to: (cast::BARRED_CLIENT, CLIENT_PORT), ..frame };
+    let mut case = one(family, "snat_reroute", UDP, Method::Masq);
+    let request = of_client(family.request());
+    case = passes(case, Method::Masq, request, build, DestCounts::input(&build(request)).opening_inactive());
+    let (reply, translated) = (build(to_client(family.reply())), build(to_client(family.translated_reply())));
+    case = replies(case, reply.clone(), translated.clone());
+    case = case.setting("snat_reroute", 0).pass(2).stops(Wire::Inside, reply.clone(), Reason::NoRoute);
+    // So have errors about requests.
+    let about = forwarded(Method::Masq, 0, PORT, request, build);
+    let error = to_client(family.frame(from_server(0), (cast::server(0), 0), (cast::CLIENT, 0)));
+    let error = error.error(Says::PortUnreachable, &about[ETHERNET..]);
+    let answered = with_checksum_of(build(Frame { ttl: 63, ..request }), family, UDP, &about);
+    let told = |frame: Frame| to_client(frame).error(Says::PortUnreachable, &answered[ETHERNET..]);
+    let within = told(family.frame(from_server(0), (cast::server(0), 0), (cast::CLIENT, 0)));
+    case = case.arrives(Wire::Inside, error.clone(), Verdict::Drop, within, Counts::of(Reason::NoRoute));
+    // Other clients' packets have one way.
+    let near = build(family.request());
+    case = passes(case, Method::Masq, family.request(), build, DestCounts::input(&near).opening_inactive());
+    case = replies(case, build(family.reply()), build(family.translated_reply()));
+    case = case.setting("snat_reroute", 1);
+    let counts = Counts::none().at(0, DestCounts::output(&error));
+    let out = told(Frame { ttl: 63, ..family.frame(TO_CLIENT, (cast::VIP, 0), (cast::CLIENT, 0)) });
+    case = case.arrives(Wire::Inside, error, OUTSIDE, out, counts);
+    replies(case, reply, translated)
+}
+
+/// What the director tells real server number 0 about a packet that it has received from it.
+fn error_for_server(family: Family, about: &[u8]) -> Vec<u8> {
+    let frame = family.frame(to_server(0), (cast::DIRECTOR_INSIDE, 0), (cast::server(0), 0));
+    let frame = Frame { id: 0, dont_fragment: false, dscp: director_error(family).dscp, ..frame };
+    frame.error(Says::PortUnreachable, &about[ETHERNET..])
+}
+
+/// A packet of a masqueraded server that belongs to no connection.
+fn strays(case: Case, build: impl Fn(Frame) -> Vec<u8>, reply: Frame) -> Case {
+    let about = build(Frame { ttl: reply.ttl - 1, ..reply });
+    let error = error_for_server(case.family, &about);
+    case.answers(Wire::Inside, build(reply), Verdict::Transmit, error, Counts::answered(Reason::StrayReply))
+}
+
+/// A masqueraded server is told that nobody waits for its packet, which goes no further.
+fn stray_replies(family: Family) -> Case {
+    let methods = [(0, Method::Masq), (1, Method::Route)];
+    let dests = methods.map(|(index, method)| (index, PORT, method, 1));
+    let mut case = Case::new(family, "nat_icmp_send").service(TCP, PORT, &dests).service(
+        UDP,
+        PORT + 1,
+        &[(0, 53, Method::Masq, 1)],
+    );
+    let reply = family.reply();
+    let named = Frame { from: (cast::server(0), 53), ..reply };
+    let udp = |frame: Frame| frame.udp(b"answer");
+    case = case.stops(Wire::Inside, reply.tcp("SA", b""), Reason::NotService).stops(
+        Wire::Inside,
+        udp(named),
+        Reason::NotService,
+    );
+    case = case.setting("nat_icmp_send", 1);
+    for flags in ["SA", "A", "FA", "PA", "S"] {
+        case = strays(case, tcp(flags), reply);
+    }
+    case = strays(case, udp, named);
+    case = strays(case, udp, Frame { to: (cast::LOST_CLIENT, 7), dscp: 0x2e, ttl: 2, ..named });
+    let others = [
+        // Nobody is told about a reset.
+        reply.tcp("R", b""),
+        reply.tcp("RA", b""),
+        // What the host does not forward.
+        Frame { ttl: 1, ..reply }.tcp("A", b""),
+        Frame { to: (cast::DIRECTOR_OUTSIDE, CLIENT_PORT), ..reply }.tcp("SA", b""),
+        // No masqueraded server, or another of its ports, or protocols.
+        Frame { from: (cast::server(1), PORT), macs: from_server(1), ..reply }.tcp("SA", b""),
+        Frame { from: (cast::server(0), PORT + 2), ..reply }.tcp("SA", b""),
+        udp(reply),
+        named.tcp("SA", b""),
+    ];
+    for frame in others {
+        case = case.stops(Wire::Inside, frame, Reason::NotService);
+    }
+    if family == Family::Four {
+        let mut wrong = reply.tcp("A", b"");
+        wrong[ETHERNET + 10] ^= 1;
+        case = case.stops(Wire::Inside, wrong, Reason::NotService);
+    }
+    // What belongs to a connection is a reply.
+    let counts = segment(family, "S").opening_active();
+    case = reaches(case, (Method::Route, 1), numbered(family, 1), "S", &[(1, counts)]);
+    case = passes(case, Method::Masq, family.request(), tcp("S"), counts);
+    case = replies(case, reply.tcp("SA", b""), family.translated_reply().tcp("SA", b""));
+    case.setting("nat_icmp_send", 0).stops(Wire::Inside, udp(named), Reason::NotService)
+}
+
+/// When no more errors may be sent, the packet goes no further all the same.
+fn limit_of_stray_replies(family: Family) -> Case {
+    let mut case = one(family, "nat_icmp_send, the limit of errors", UDP, Method::Masq).setting("nat_icmp_send", 1);
+    case = case.set(|config, _| config.icmp_per_second.store(1)).in_a_young_second();
+    case = strays(case, |frame| frame.udp(b"answer"), family.reply());
+    case.stops(Wire::Inside, family.reply().udp(b"answer"), Reason::StrayReply)
+}
+
+/// Servers of services of marks are known by the ports that they have of their own, for any protocol.
+fn stray_replies_to_marks(family: Family) -> Case {
+    let mut case = Case::new(family, "nat_icmp_send, marks")
+        .mark_service(MARK, &[(0, 99, Method::Masq), (1, 0, Method::Masq)])
+        .rules(vec![marks::rule(family, MARK, 4)])
+        .setting("nat_icmp_send", 1);
+    let reply = Frame { from: (cast::server(0), 99), ..family.reply() };
+    case = strays(case, tcp("SA"), reply);
+    case = strays(case, |frame| frame.udp(b"x"), reply);
+    case.stops(Wire::Inside, family.reply().tcp("SA", b""), Reason::NotService)
+}
+
+/// A packet for a mark's service without a usable server goes where it is addressed to, which is the host's to find out.
+fn bypassed(family: Family, persistent: bool) -> Case {
+    let origin = 5;
+    let client = |number| Frame { to: (cast::server(origin), PORT), ..numbered(family, number) };
+    let rule =
+        marks::rule_if(family, MARK, 3, |matches| matches.destination = marks::prefix(family, cast::server(0), 3));
+    let spec = if persistent { persistence::persistent(family, 300, 4) } else { scheduled(Scheduler::Rr) };
+    let mut case = Case::new(family, format!("cache_bypass, persistent: {persistent}"))
+        .change(move |change| {
+            let key = marks::key(family, MARK);
+            change.add_service(key, spec).expect("new");
+            change.add_dest(key, family.at(1, 0), dest(Method::Route, 0)).expect("new");
+        })
+        .rules(vec![rule]);
+    let told = |case: Case, frame: Vec<u8>, to| {
+        let error = Frame { from: (to, 0), ..director_error(family) }.error(Says::PortUnreachable, &frame[ETHERNET..]);
+        case.answers(Wire::Outside, frame, Verdict::Transmit, error, Counts::answered(Reason::NoDestination))
+    };
+    case = told(case, client(0).tcp("S", b""), cast::server(origin));
+    case = case.setting("cache_bypass", 1);
+    for frame in [client(0).tcp("S", b""), client(1).udp(b"x"), Frame { ttl: 1, ..client(2) }.udp(b"y")] {
+        case = case.stops(Wire::Outside, frame, Reason::CacheBypass);
+    }
+    // It has opened no connection.
+    case = case.stops(Wire::Outside, client(0).tcp("A", b""), Reason::NoConnection);
+    // An address that packets have no way to is none of this host.
+    let lost = Frame { to: (cast::server(cast::special::UNREACHABLE), PORT), ..client(3) };
+    case = case.stops(Wire::Outside, lost.tcp("S", b""), Reason::CacheBypass);
+    let here = cast::server(cast::special::LOCAL);
+    case = told(case, Frame { to: (here, PORT), ..client(4) }.tcp("S", b""), here);
+    case = case.change(move |change| {
+        change.edit_dest(marks::key(family, MARK), family.at(1, 0), dest(Method::Route, 1)).expect("there");
+    });
+    let counts = segment(family, "S").opening_active();
+    let counts = DestCounts { templates: persistent.into(), ..counts };
+    case = reaches(case, (Method::Route, 1), client(5), "S", &[(1, counts)]);
+    case = case.change(move |change| {
+        change.delete_dest(marks::key(family, MARK), family.at(1, 0)).expect("there");
+    });
+    case = case.stops(Wire::Outside, client(6).udp(b"x"), Reason::CacheBypass).setting("cache_bypass", 0);
+    told(case, client(6).udp(b"x"), cast::server(origin))
+}
+
+/// Of a service that is at an address of its own, clients are told all the same.
+fn not_bypassed(family: Family) -> Case {
+    let mut case =
+        Case::new(family, "cache_bypass, a service at an address").service(TCP, PORT, &[]).setting("cache_bypass", 1);
+    let spec = persistence::persistent(family, 300, 4);
+    case = case.change(move |change| change.add_service(family.key(UDP), spec).expect("new"));
+    for frame in [family.request().tcp("S", b""), family.request().udp(b"x")] {
+        let error = error_for_client(family, Says::PortUnreachable, &frame);
+        case = case.answers(Wire::Outside, frame, Verdict::Transmit, error, Counts::answered(Reason::NoDestination));
     }
     case
 }

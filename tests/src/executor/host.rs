@@ -119,7 +119,11 @@ impl Host {
                 },
             );
         }
-        self.world.route(family.address(Ipv4Addr::LOCALHOST), HostRoute::Local);
+        for own in [Ipv4Addr::LOCALHOST, cast::DIRECTOR_OUTSIDE, cast::DIRECTOR_INSIDE] {
+            self.world.route(family.address(own), HostRoute::Local);
+        }
+        let barred = (family.address(cast::BARRED_CLIENT), family.address(cast::server(0)));
+        self.world.env.routes_from.borrow_mut().insert(barred, HostRoute::Nowhere(Reason::NoRoute));
         for last in 0..=255 {
             self.world.route_client_of(family, Ipv4Addr::new(10, 1, 0, last));
         }

@@ -226,6 +226,9 @@ fn build(namespace: &NetNs) -> Result<()> {
     Family::ALL.into_iter().try_for_each(|family| build_family(namespace, family))
 }
 
+/// The routing table of packets to [`cast::BARRED_CLIENT`] that are barred.
+const BARRED_TABLE: u32 = 77;
+
 fn build_family(namespace: &NetNs, family: Family) -> Result<()> {
     let address = |address| family.address(address);
     namespace.sysctl(&format!("net.{}.conf.lo.forwarding", family.sysctl()), "1")?;
@@ -237,6 +240,10 @@ fn build_family(namespace: &NetNs, family: Family) -> Result<()> {
     namespace.ip(&format!("route add {clients} via {}", address(cast::CLIENT_GATEWAY)))?;
     namespace.ip(&format!("route add {} via {}", address(cast::FAR_CLIENT), address(cast::FAR_GATEWAY)))?;
     namespace.ip(&format!("route add unreachable {}", address(cast::LOST_CLIENT)))?;
+    let (barred, server) = (address(cast::BARRED_CLIENT), address(cast::server(0)));
+    let version = if family == Family::Four { "-4" } else { "-6" };
+    namespace.ip(&format!("{version} rule add from {server} to {barred} lookup {BARRED_TABLE}"))?;
+    namespace.ip(&format!("route add unreachable {barred} table {BARRED_TABLE}"))?;
     for index in 0..SERVERS {
         let server = address(cast::server(index));
         let mac = cast::server_mac(index);

@@ -60,6 +60,8 @@ programs! {
     persist_overflow: Ip4Packet, process_stage(PersistOverflow);
     /// [`Stage::PersistAlike`].
     persist_alike: Ip4Packet, process_stage(PersistAlike);
+    /// [`Stage::Astray`].
+    astray: Ip4Packet, process_stage(Astray);
     /// [`Stage::Request`] of IPv6.
     request6: Ip6Packet, process_stage(Request);
     /// [`Stage::Reply`] of IPv6.
@@ -82,6 +84,8 @@ programs! {
     persist_overflow6: Ip6Packet, process_stage(PersistOverflow);
     /// [`Stage::PersistAlike`] of IPv6.
     persist_alike6: Ip6Packet, process_stage(PersistAlike);
+    /// [`Stage::Astray`] of IPv6.
+    astray6: Ip6Packet, process_stage(Astray);
 }
 
 macro_rules! stages {
@@ -142,8 +146,8 @@ macro_rules! stages {
     };
 }
 
-stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike);
-stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike);
+stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray);
+stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray);
 
 /// [`schedule::pick`], for every program: see [`picked`].
 ///

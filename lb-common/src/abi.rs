@@ -264,7 +264,10 @@ pub struct Limiter {
     /// How many packets that would open a connection come before the next that is dropped, a signed number: see
     /// [`Config::drop_rate`].
     pub drop_counter: Shared32,
-    reserved: [u32; 13],
+    /// How many connections of which 1, 2, … 8 packets have come `drop_entry` passes by before the next that it ends, signed
+    /// numbers.
+    pub thinning: [Shared32; 8],
+    reserved: [u32; 5],
 }
 
 /// [`Service::state`] and [`Dest::state`]: what a slot holds.
@@ -1137,8 +1140,8 @@ pub struct AgeingRecord {
     pub last_began: u32,
     /// When the last whole sweep ended, in ticks.
     pub last_ended: u32,
-    /// Zero.
-    pub reserved: u32,
+    /// Of 2^32 buckets, how many `drop_entry` thins out in a sweep, less one.
+    pub share: u32,
     /// Connections ended because their time was over.
     pub ended: u64,
 }
@@ -1205,7 +1208,7 @@ pub struct ControlRequest {
     pub first: u32,
     /// The number of buckets it is about, or of connections.
     pub count: u32,
-    /// The destination it is about, or [`control::ANY`]; or the slot of the service.
+    /// The destination it is about, or [`control::ANY`]; or the slot of the service; or [`AgeingRecord::share`].
     pub subject: u32,
     /// What the program answers; its meaning depends on the operation.
     pub answer: u64,
@@ -1215,7 +1218,8 @@ pub struct ControlRequest {
 
 /// [`ControlRequest::operation`].
 pub mod control {
-    /// Starts the ageing timer, or lets one that runs go on with this program: `count` buckets every `interval_ns`.
+    /// Starts the ageing timer, or lets one that runs go on with this program: `count` buckets every `interval_ns`, of which
+    /// `drop_entry` thins out the share `subject`.
     pub const START_AGEING: u32 = 1;
     /// Answers with the time, in ticks.
     pub const CLOCK: u32 = 2;

@@ -47,6 +47,13 @@ pub const fn is_on(mode: u32) -> bool {
     mode >= mode::ROUSED
 }
 
+/// 1 when a defence in this mode is on or may come to be, else 0, found out without a branch.
+#[inline(always)]
+pub const fn is_wanted(mode: u32) -> u32 {
+    const _: () = assert!(mode::OFF == 0 && mode::ALWAYS == 3);
+    (mode | mode >> 1) & 1
+}
+
 /// Settles which defences are on when `left` pages are left, as ip_vs does once a second and whenever it is told something
 /// else. Returns the rate of `drop_packet` if it goes by memory and is on: the counter of packets begins anew then.
 #[inline(always)]
@@ -119,6 +126,12 @@ mod tests {
             assert_eq!((found, config.drop_rate.load(), config.tcp_table.load()), (after, rate, table), "{before:?}");
             assert_eq!(counter, (after[which::DROP_PACKET] == mode::ROUSED).then_some(rate));
         }
+    }
+
+    #[test]
+    fn every_mode_but_one_may_be_on() {
+        let modes = [mode::OFF, mode::READY, mode::ROUSED, mode::ALWAYS];
+        assert_eq!(modes.map(is_wanted), [0, 1, 1, 1]);
     }
 
     #[test]

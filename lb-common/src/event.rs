@@ -17,11 +17,13 @@ pub enum Event {
     Evicted = 62,
     /// It has forwarded a packet by the address of its client alone, for want of room in the flow table.
     Stateless = 61,
+    /// `drop_entry` has ended a connection or template before its time.
+    Thinned = 60,
 }
 
 impl Event {
     /// Every event, from the greatest number down.
-    pub const ALL: &'static [Self] = &[Self::IcmpSent, Self::Evicted, Self::Stateless];
+    pub const ALL: &'static [Self] = &[Self::IcmpSent, Self::Evicted, Self::Stateless, Self::Thinned];
 
     /// The event's name in listings and metrics.
     pub const fn as_str(self) -> &'static str {
@@ -29,6 +31,7 @@ impl Event {
             Self::IcmpSent => "icmp-sent",
             Self::Evicted => "evicted",
             Self::Stateless => "stateless",
+            Self::Thinned => "thinned",
         }
     }
 
@@ -38,6 +41,7 @@ impl Event {
             Self::IcmpSent => "An ICMP error that the director has sent.",
             Self::Evicted => "A connection that has made room for another in the flow table.",
             Self::Stateless => "A packet that was forwarded without a connection, for want of room in the flow table.",
+            Self::Thinned => "A connection or template that `drop_entry` has ended.",
         }
     }
 }

@@ -38,7 +38,7 @@
 use bytemuck::Zeroable;
 
 use crate::{
-    abi::{Dest, EndpointKey as _},
+    abi::{ADJACENCIES, Dest, EndpointKey as _},
     addr::{Address, Ip4, Ip6, Port},
     hash::{Seed, mix, scale},
     jiffies::Jiffies,
@@ -82,6 +82,8 @@ pub mod flag {
     pub const NO_OUTPUT: u64 = 1 << 12;
     /// The destination is reached at the service's port, not at the port of the destination's own record.
     pub const SERVICE_PORT: u64 = 1 << 13;
+    /// No more than [`super::FEW`] packets of the client have come, as far as they have been counted: see [`super::Hint`].
+    pub const FEW: u64 = 1 << 14;
     /// A template controls the connection: see [`super::control`].
     pub const CONTROLLED: u64 = 1 << 15;
 }
@@ -94,10 +96,15 @@ pub mod template {
     pub const RETRIED: u64 = 1 << 5;
     /// It ends as soon as it controls no connection.
     pub const DOOMED: u64 = 1 << 6;
+    /// Of a service whose packets are scheduled one by one.
+    pub const ONE_PACKET: u64 = 1 << 7;
 
     /// How long a template stays whose time is over while it controls connections, in seconds.
     pub const RETRY_S: u32 = 60;
 }
+
+/// Packets of a client that are few to `drop_entry` (`docs/ipvs.md`, section 4.11).
+pub const FEW: u32 = 8;
 
 /// Values of [`Entry::control`].
 ///
@@ -171,7 +178,7 @@ impl Word {
     }
 
     /// The word of a new template, but for its version. `method` is its destination's; of `flags`, only
-    /// [`flag::SERVICE_PORT`] means anything.
+    /// [`flag::SERVICE_PORT`] and [`template::ONE_PACKET`] mean anything.
     #[inline(always)]
     pub const fn template(method: u8, flags: u64, expires: Jiffies) -> Self {
         Self(TEMPLATE_LIVE | (method as u64 & 0x7) << 8 | flags | flag::INACTIVE | (expires.0 as u64) << EXPIRES_SHIFT)
@@ -1022,15 +1029,26 @@ impl Place {
     }
 }
 
-/// A hint kept beside a connection: 16 bits that count only for the life of the entry they were written in.
+/// A hint kept beside a connection: 16 bits that count only for the life of the entry they were written in. Twelve are the number
+/// of the next hop to the client, or 0; the others how many packets of the client have been counted, as long as those are few.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Hint(u32);
 
+const NEXT_HOP: u32 = ADJACENCIES - 1;
+const COUNTED_SHIFT: u32 = ADJACENCIES.ilog2();
+const _: () = assert!(NEXT_HOP + (FEW << COUNTED_SHIFT) < 1 << 16);
+
 impl Hint {
-    /// The hint `value` for the life of the entry with this word.
+    /// What was stored as `raw`, with another number of the next hop, for the life of the entry with this word.
     #[inline(always)]
-    pub const fn new(word: Word, value: u16) -> Self {
-        Self((word.0 & VERSION_MASK) as u32 | value as u32)
+    pub const fn with_next_hop(raw: u32, word: Word, number: u16) -> Self {
+        Self((word.0 & VERSION_MASK) as u32 | Self::counted(raw, word) << COUNTED_SHIFT | number as u32 & NEXT_HOP)
+    }
+
+    /// What was stored as `raw`, with another number of packets, at most [`FEW`], for the life of the entry with this word.
+    #[inline(always)]
+    pub const fn with_counted(raw: u32, word: Word, packets: u32) -> Self {
+        Self((word.0 & VERSION_MASK) as u32 | packets << COUNTED_SHIFT | Self::next_hop(raw, word) as u32)
     }
 
     /// The hint as stored.
@@ -1039,10 +1057,32 @@ impl Hint {
         self.0
     }
 
-    /// The value of the stored hint `raw`, or 0 when it was written in another life of the entry.
+    /// The bits of the stored hint `raw`, or 0 when it was written in another life of the entry.
     #[inline(always)]
-    pub const fn value(raw: u32, word: Word) -> u16 {
-        if (raw as u64 ^ word.0) & VERSION_MASK == 0 { raw as u16 } else { 0 }
+    const fn value(raw: u32, word: Word) -> u32 {
+        if (raw as u64 ^ word.0) & VERSION_MASK == 0 { raw & 0xffff } else { 0 }
+    }
+
+    /// The number of the next hop, or 0.
+    #[inline(always)]
+    pub const fn next_hop(raw: u32, word: Word) -> u16 {
+        (Self::value(raw, word) & NEXT_HOP) as u16
+    }
+
+    /// How many packets of the client have been counted since the one that opened the connection, or that one too if a template
+    /// controls it.
+    #[inline(always)]
+    pub const fn counted(raw: u32, word: Word) -> u32 {
+        Self::value(raw, word) >> COUNTED_SHIFT
+    }
+
+    /// How many packets have come for the connection with this word, whose hint is stored as `raw`, if those are counted and few.
+    #[inline(always)]
+    pub const fn packets(raw: u32, word: Word) -> Option<u32> {
+        if !word.has(flag::FEW) {
+            return None;
+        }
+        Some(Self::counted(raw, word) + if word.has(flag::CONTROLLED) { 0 } else { 1 })
     }
 }
 
@@ -1267,9 +1307,17 @@ mod tests {
     #[test]
     fn a_hint_of_an_earlier_life_does_not_count() {
         let word = Word(0).claimed(1).live(BIRTH);
-        let hint = Hint::new(word, 42);
-        assert_eq!(Hint::value(hint.raw(), word), 42);
-        assert_eq!(Hint::value(hint.raw(), word.freed().claimed(1).live(BIRTH)), 0);
-        assert_eq!(Hint::value(0, word), 0);
+        let next = word.freed().claimed(1).live(BIRTH.with(flag::FEW));
+        let hint = Hint::with_next_hop(0, word, 42).raw();
+        assert_eq!((Hint::next_hop(hint, word), Hint::counted(hint, word)), (42, 0));
+        let hint = Hint::with_counted(hint, word, FEW).raw();
+        assert_eq!((Hint::next_hop(hint, word), Hint::counted(hint, word)), (42, FEW));
+        let hint = Hint::with_next_hop(hint, word, 4095).raw();
+        assert_eq!((Hint::next_hop(hint, word), Hint::counted(hint, word)), (4095, FEW));
+        assert_eq!((Hint::next_hop(hint, next), Hint::counted(hint, next)), (0, 0));
+        assert_eq!((Hint::next_hop(0, word), Hint::packets(hint, word), Hint::packets(hint, next)), (0, None, Some(1)));
+        let hint = Hint::with_counted(hint, next, 3).raw();
+        assert_eq!((Hint::next_hop(hint, next), Hint::packets(hint, next)), (0, Some(4)));
+        assert_eq!(Hint::packets(hint, next.with(flag::CONTROLLED)), Some(3));
     }
 }

@@ -23,7 +23,12 @@ use lb_common::{
     sync::opaque,
 };
 
-use crate::{env::Clock, tables::Tables, template};
+use crate::{
+    ageing::{self, What},
+    env::Clock,
+    tables::Tables,
+    template,
+};
 
 /// Used entries up to which a connection goes to its first bucket without a look at the other.
 ///
@@ -87,6 +92,14 @@ pub trait Buckets<E: Entry>: Tables {
         Self: Sized,
     {
         template::assure(self, number)
+    }
+
+    /// [`ageing::end`].
+    fn end(&self, number: u32, what: What) -> u64
+    where
+        Self: Sized,
+    {
+        ageing::end(self, number, what)
     }
 }
 
@@ -269,7 +282,7 @@ pub fn release<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, dest: 
 
 /// [`release`], with what its template is told: see [`template::let_go`].
 #[inline(always)]
-fn release_as<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, dest: u32, how: u64) -> bool {
+pub fn release_as<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, dest: u32, how: u64) -> bool {
     let control = entry.control().load();
     let done = entry.word().compare_exchange(word.0, word.freed().0).is_ok();
     if done && word.has(flag::CONTROLLED) {

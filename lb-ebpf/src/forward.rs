@@ -252,7 +252,7 @@ pub fn find_out<A: Address>(
 /// The way to the client of a connection, of which the connection remembers the number, if this CPU knows it.
 #[inline(always)]
 pub fn known_way<'t, E: Entry>(tables: &'t impl Tables, found: &Found<'_, E>, clock: Clock) -> Option<&'t NextHop> {
-    let number = Hint::value(found.entry.hint().load(), found.word);
+    let number = Hint::next_hop(found.entry.hint().load(), found.word);
     let hop = tables.adjacency_cpu(u32::from(number))?;
     (number != 0 && hop.kind.get() == hop::VIA && is_recent(hop, clock)).then_some(hop)
 }
@@ -291,8 +291,9 @@ pub fn find_way<'t, E: Entry>(
     let hop = tables.adjacency_cpu(number.into()).ok_or(Reason::Impossible)?;
     hop.copy_from(once);
     hop.asked.set(clock.now.0);
-    let hint = Hint::new(found.word, number).raw();
-    if found.entry.hint().load() != hint {
+    let kept = found.entry.hint().load();
+    let hint = Hint::with_next_hop(kept, found.word, number).raw();
+    if kept != hint {
         found.entry.hint().store(hint);
     }
     Ok(hop)

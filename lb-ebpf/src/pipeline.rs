@@ -4,7 +4,7 @@ use lb_common::{
     abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target, View, reckon, switch},
     addr::{Address, Ip4, Port},
     event::Event,
-    flow::{Entry, Key as _, Place, Word, flag},
+    flow::{self, Entry, Key as _, Place, Word, flag},
     proto::{Method, Protocol, service_flag},
     reason::Reason,
     timeout,
@@ -641,7 +641,10 @@ impl<'t> Persistent<'t> {
         now: &Now<'_>,
     ) -> Inserted {
         let port = if self.is_of_one_port(segment) { 0 } else { flag::SERVICE_PORT };
-        let word = Word(tables.hide(Word::template(dest.method(), port, now.clock.now).0));
+        // The flag of the template is that of the service, without a branch.
+        const SHIFT: u32 = flow::template::ONE_PACKET.ilog2() - service_flag::ONE_PACKET.ilog2();
+        let one_packet = u64::from(self.view.flags.load() & service_flag::ONE_PACKET) << SHIFT;
+        let word = Word(tables.hide(Word::template(dest.method(), port | one_packet, now.clock.now).0));
         let made = &Made { word, timeout: self.view.persistence.load(), dest: number };
         template::make::<E>(tables, key, made, now.clock)
     }

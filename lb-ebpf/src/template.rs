@@ -32,7 +32,7 @@ pub const FORCED: u64 = 1;
 
 /// The template with this number, which is that of its entry plus one.
 #[inline(always)]
-fn entry_of<E: Entry>(tables: &impl Buckets<E>, number: u32) -> Option<&E> {
+pub fn entry_of<E: Entry>(tables: &impl Buckets<E>, number: u32) -> Option<&E> {
     let number = u64::from(number.checked_sub(1)?);
     tables.bucket((number / ENTRIES_PER_BUCKET as u64) as u32)?.entry(number % ENTRIES_PER_BUCKET as u64)
 }

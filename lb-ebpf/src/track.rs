@@ -2,7 +2,8 @@
 
 use lb_common::{
     abi::{Config, Dest, ONE_ACTIVE, switch},
-    flow::{Entry, Word, flag},
+    defence::{self, which},
+    flow::{self, Entry, Hint, Word, flag},
     jiffies::Jiffies,
     proto::{Method, Protocol},
     tcp::{self, Direction, Transition},
@@ -41,12 +42,15 @@ fn expiry(now: &Now<'_>, word: Word) -> Jiffies {
 pub fn birth(now: &Now<'_>, protocol: Protocol, tcp_flags: u8, method: u8, flags: u64) -> Word {
     let masquerade = method == Method::Masq as u8;
     let no_output = if masquerade { 0 } else { flag::NO_OUTPUT };
+    // Packets are counted as long as it may matter.
+    let few = u64::from(defence::is_wanted(now.config.defences[which::DROP_ENTRY].load())) * flag::FEW;
     let word = Word::born(protocol, 0, method, flags | no_output | flag::INACTIVE, now.clock.now);
     let word = next(now.config, word, tcp_flags, From::Client);
-    word.expiring(expiry(now, word))
+    word.with(few).expiring(expiry(now, word))
 }
 
-/// The word after a packet, but for the time it expires.
+/// The word after a packet, but for the time it expires, and for [`flag::FEW`]: without, so that every packet changes the word as
+/// long as packets are counted.
 #[inline(always)]
 fn next(config: &Config, word: Word, tcp_flags: u8, from: From) -> Word {
     let moved = match word.protocol() {
@@ -69,8 +73,24 @@ fn next(config: &Config, word: Word, tcp_flags: u8, from: From) -> Word {
     };
     match from {
         From::Server => moved.without(flag::NO_OUTPUT),
-        From::Client => moved,
+        From::Client => moved.without(flag::FEW),
     }
+}
+
+/// Counts a packet of the client, of a connection with the word `before` whose packets are few so far. Returns [`flag::FEW`] if they
+/// still are.
+#[inline(always)]
+fn count_packet<E: Entry>(entry: &E, before: Word) -> u64 {
+    let hint = entry.hint();
+    let kept = hint.load();
+    let Some(packets) = Hint::packets(kept, before) else { return 0 };
+    if packets >= flow::FEW {
+        return 0;
+    }
+    // When that fails, the entry is another's by now, or another CPU has counted one.
+    let counted = Hint::with_counted(kept, before, Hint::counted(kept, before) + 1);
+    let _ = hint.compare_exchange(kept, counted.raw());
+    flag::FEW
 }
 
 /// Lets a packet change the connection, and returns the word after it.
@@ -106,7 +126,9 @@ pub fn step<E: Entry>(
         if tables.dest(found.dest).is_none_or(|dest| !dest.available()) && from == From::Client {
             return Ok(word);
         }
-        let after = Word(tables.hide(moved.expiring(expires).0));
+        let few = if from == From::Client && word.has(flag::FEW) { count_packet(found.entry, word) } else { 0 };
+        // Verifier: hidden by itself, too, or it would follow what comes between once for each way to it.
+        let after = Word(tables.hide(moved.expiring(expires).with(tables.hide(few)).0));
         match found.entry.word().compare_exchange(word.0, after.0) {
             Ok(_) => {
                 count(tables, found.dest, word, after);

@@ -33,6 +33,7 @@ fn settings_are_shown_set_and_kept_by_new_programs() -> Result<()> {
         ("amemthresh", 0),
         ("cache_bypass", 1),
         ("conn_reuse_mode", 2),
+        ("drop_entry", 3),
         ("drop_packet", 3),
         ("expire_nodest_conn", 1),
         ("lblc_expiration", 360),
@@ -67,6 +68,7 @@ fn settings_that_cannot_be_are_refused_and_change_nothing() -> Result<()> {
         ("sloppy_tpc 1", "no setting `sloppy_tpc`: see `xdpvs set`"),
         ("sloppy_tcp 2", "setting sloppy_tcp: `2` is none of its values, use 0 or 1"),
         ("sloppy_tcp -1", "setting sloppy_tcp: `-1` is none of its values, use 0 or 1"),
+        ("drop_entry 4", "setting drop_entry: `4` is none of its values, use 0 to 3"),
         ("drop_packet 4", "setting drop_packet: `4` is none of its values, use 0 to 3"),
         ("am_droprate many", "setting am_droprate: `many` is none of its values, use 0 to 2147483647"),
         ("amemthresh 2147483648", "setting amemthresh: `2147483648` is none of its values, use 0 to 2147483647"),
@@ -121,6 +123,33 @@ fn the_timer_rouses_the_defences_when_memory_is_low_and_lets_them_rest() -> Resu
     stage.ok("conn flush")?;
     becomes(&stage, "drop_packet", 1)?;
     assert_eq!(stage.ask("set")?["settings"]["secure_tcp"], json!(3));
+    Ok(())
+}
+
+#[test]
+fn the_timer_thins_out_half_open_connections() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.ok(&format!("up {WIRE} --max-flows 1000 --max-flows6 1000"))?;
+    configure(&stage)?;
+    connect(&stage, 200)?;
+    settled(&stage, 400)?;
+    let half_open = || -> Result<usize> { Ok(stage.ok("conn list --state SYN_RECV --count")?.trim().parse()?) };
+    let thinned = || -> Result<Option<u64>> { Ok(stage.ask("stats")?["events"]["thinned"].as_u64()) };
+    assert_eq!((half_open()?, thinned()?), (200, Some(0)));
+    stage.ok("set drop_entry 3")?;
+    for _ in 0..300 {
+        if half_open()? < 150 {
+            break;
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    stage.ok("set drop_entry 0")?;
+    // A tick may be under way.
+    thread::sleep(Duration::from_millis(100));
+    let left = half_open()?;
+    // Half of it is gone in twenty seconds: a bucket of 32 each second. Other connections are not old enough.
+    assert!(left < 150, "{left} are left");
+    assert_eq!((thinned()?, stage.ok("conn list --count")?), (Some(200 - left as u64), format!("{}\n", 200 + left)));
     Ok(())
 }
 

@@ -14,7 +14,7 @@ use lb_common::{
     reason::Reason,
 };
 use lb_ebpf::{
-    ageing::{self, Sweep, What, of},
+    ageing::{self, Sweep, Thinning, What, of},
     env::Scan as _,
     forward::Leave,
     host::HostRoute,
@@ -221,8 +221,8 @@ impl Pair {
     fn expire_removed(&self, done: bool) {
         if done && self.model.settings.expire_nodest_conn != 0 {
             let tables = &self.world.tables;
-            let what = What::Of { kind: of::STATE, number: slot::REMOVED.into() };
-            let mut sweep = Sweep { tables, first: 0, what, ended: 0 };
+            let what = What { kind: of::STATE, number: slot::REMOVED.into() };
+            let mut sweep = Sweep { tables, first: 0, what, thinning: Thinning::NONE, ended: 0 };
             (0..ageing::buckets(tables)).for_each(|bucket| {
                 sweep.visit(bucket);
             });

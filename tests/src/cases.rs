@@ -82,6 +82,8 @@ enum Step {
     YoungSecond,
     /// What the timer does.
     Age,
+    /// The timer ends so many connections and templates before their time.
+    Thin(i64),
     /// The templates that there are then; or one of them.
     Templates(Vec<String>, Listed),
     /// Frames of which nothing is known but that they leave for one and the same destination, which is any.
@@ -133,7 +135,7 @@ impl Step {
             Self::Forwarding(on) => executor.set_forwarding(*on),
             Self::Pass(seconds) => executor.pass(*seconds),
             Self::YoungSecond => executor.wait_for_a_young_second(),
-            Self::Age => executor.age(),
+            Self::Age | Self::Thin(_) => executor.age(),
             Self::Arrive(_) | Self::Templates(..) | Self::Together(_) | Self::Leaves(_) => {}
         }
     }
@@ -224,6 +226,12 @@ impl Case {
     /// Lets the ageing timer go over the tables.
     fn age(mut self) -> Self {
         self.steps.push(Step::Age);
+        self
+    }
+
+    /// Lets the ageing timer go over the tables, and thin out every bucket by `drop_entry`, which ends so many before their time.
+    fn thins(mut self, ended: i64) -> Self {
+        self.steps.push(Step::Thin(ended));
         self
     }
 
@@ -357,6 +365,12 @@ pub fn run(case: &Case, executor: &mut impl Executor) -> Result<(), String> {
             Step::Templates(expected, listed) => list(expected, *listed, executor),
             Step::Together(frames) => together(frames, executor),
             Step::Leaves(frame) => leave(frame, executor).map(drop),
+            Step::Thin(ended) => {
+                let before = executor.counts().thinned;
+                step.prepare(executor);
+                let thinned = executor.counts().thinned - before;
+                if thinned == *ended { Ok(()) } else { Err(format!("  {thinned} thinned out, expected {ended}")) }
+            }
             _ => {
                 step.prepare(executor);
                 Ok(())

@@ -130,6 +130,8 @@ pub struct Counts {
     pub evicted: i64,
     /// Packets forwarded without a connection.
     pub stateless: i64,
+    /// Connections and templates that the timer has ended before their time.
+    pub thinned: i64,
     /// Destinations, by address; see [`family::member`].
     pub dests: BTreeMap<Ipv4Addr, DestCounts>,
 }
@@ -141,6 +143,7 @@ impl Counts {
             icmp_sent: self.icmp_sent - before.icmp_sent,
             evicted: self.evicted - before.evicted,
             stateless: self.stateless - before.stateless,
+            thinned: self.thinned - before.thinned,
             ..Self::default()
         };
         for (reason, count) in &self.reasons {
@@ -248,6 +251,7 @@ pub trait Executor {
             icmp_sent: counter(Event::IcmpSent as u8),
             evicted: counter(Event::Evicted as u8),
             stateless: counter(Event::Stateless as u8),
+            thinned: counter(Event::Thinned as u8),
             ..Counts::default()
         };
         for reason in Reason::ALL {

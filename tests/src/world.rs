@@ -5,13 +5,14 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use lb_common::{
     abi::{DestCpu, active_and_total},
     addr::Ip4,
+    defence::{self, which},
     hash::Seed,
     overload::Thresholds,
     proto::{Method, Scheduler},
     reason::Reason,
 };
 use lb_ebpf::{
-    ageing::{self, Sweep, What},
+    ageing::{self, Sweep, Thinning, What},
     env::Scan as _,
     forward::{Exit, Leave},
     host::{HostEnv, HostPacket, HostRoute, HostSizes, HostTables},
@@ -164,10 +165,14 @@ impl World {
         self.env.jiffies.set(self.env.jiffies.get() + seconds * HZ);
     }
 
-    /// Ends the connections whose time is over, as the timer does. Returns how many.
+    /// Ends the connections whose time is over, as the timer does, and thins out every bucket if `drop_entry` is on. Returns how
+    /// many were over.
     pub fn age(&self) -> u64 {
-        let clock = Now::of(&self.tables.config[0], &self.env).clock;
-        let mut sweep = Sweep { tables: &self.tables, first: 0, what: What::Over(clock), ended: 0 };
+        let config = &self.tables.config[0];
+        let clock = Now::of(config, &self.env).clock;
+        let on = defence::is_on(config.defences[which::DROP_ENTRY].load());
+        let thinning = if on { Thinning::ALL } else { Thinning::NONE };
+        let mut sweep = Sweep { tables: &self.tables, first: 0, what: What::over(clock), thinning, ended: 0 };
         for index in 0..ageing::buckets(&self.tables) {
             sweep.visit(index);
         }

@@ -260,7 +260,7 @@ fn who_moves_a_connection_and_who_ends_it_agree_about_its_counters() {
         vec![
             segment(tcp(1), ACK, From::Server, END - 1),
             segment(tcp(1), FIN, From::Client, END - 1),
-            sweep(What::Over(clock(END))),
+            sweep(What::over(clock(END))),
         ],
         |table, said| {
             assert!(said.iter().flatten().all(|packet| *packet == Packet::To(1)), "{said:?}");
@@ -338,7 +338,7 @@ fn a_connection_that_is_over_is_opened_again_once() {
                 occupy(table, occupied);
                 open(table, &opening(1, 9));
             },
-            vec![packet(opening(1, 1), END), packet(opening(1, 2), END), sweep(What::Over(clock(END)))],
+            vec![packet(opening(1, 1), END), packet(opening(1, 2), END), sweep(What::over(clock(END)))],
             |table, said| {
                 agree(table, &tcp(1), said);
                 assert_ne!(destination(table, &tcp(1)), Some(9));

@@ -284,7 +284,7 @@ impl<E: Entry> Model<E> {
             }
             Action::Pass(span) => self.now += SPANS[span],
             Action::Age => {
-                self.table.sweep(What::Over(now));
+                self.table.sweep(What::over(now));
                 let now = self.now;
                 self.connections.retain(|_, (_, connection)| now < connection.over + HZ);
                 prop_assert_eq!(self.check()?, self.table.connections().len());

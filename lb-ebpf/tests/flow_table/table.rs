@@ -16,7 +16,7 @@ use lb_common::{
     tcp, timeout,
 };
 use lb_ebpf::{
-    ageing::{Sweep, What},
+    ageing::{Sweep, Thinning, What},
     audit,
     env::Clock,
     flow_table::{self, Buckets, Found, Insert, Inserted},
@@ -175,8 +175,8 @@ impl<E: Entry> Table<E> {
 
     /// Ends connections of all buckets. Returns how many.
     pub(crate) fn sweep(&self, what: What) -> u64 {
-        let mut sweep = Sweep { tables: self, first: 0, what, ended: 0 };
-        (0..self.buckets()).for_each(|index| sweep.bucket::<E>(index));
+        let mut sweep = Sweep { tables: self, first: 0, what, thinning: Thinning::NONE, ended: 0 };
+        (0..self.buckets()).for_each(|index| sweep.bucket::<E>(index, what));
         sweep.ended
     }
 

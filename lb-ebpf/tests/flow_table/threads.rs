@@ -48,7 +48,7 @@ fn act<E: Entry>(table: &Table<E>, random: &mut Random, begin: u32) {
     let is_own = |dest: u32| assert_eq!(dest / SERVERS, u32::from(client), "a packet went to another client's server");
     match random.below(24) {
         0 => drop(table.sweep(What::dest(random.below(SERVERS * u32::from(CLIENTS))))),
-        1 => drop(table.sweep(What::Over(clock(ticks)))),
+        1 => drop(table.sweep(What::over(clock(ticks)))),
         2 | 3 => drop(table.displace(&packet, clock(ticks))),
         4..8 => {
             if let Some((found, key)) = table.find_reply(&packet.key, packet.place, packet.dest) {

@@ -131,13 +131,13 @@ struct Ageing {
 impl Ageing {
     /// Where ageing stands at `now`, in a flow table of an instance like this.
     fn new(record: &AgeingRecord, instance: &InstanceRecord, now: Jiffies) -> Self {
-        let AgeingRecord { slice, interval_ns, sweeps, last_began, last_ended, ended, .. } = *record;
+        let AgeingRecord { slice, interval_ns, share, sweeps, last_began, last_ended, ended, .. } = *record;
         let ms = |from: u32, to: u32| {
             let ticks = Jiffies(to).since(Jiffies(from)).max(0).cast_unsigned();
             (sweeps > 0).then_some(u64::from(ticks) * 1000 / u64::from(instance.hz.max(1)))
         };
         Self {
-            sweep_ms: Pace { slice, interval_ns }.sweep_ms(instance.buckets()),
+            sweep_ms: Pace { slice, interval_ns, share }.sweep_ms(instance.buckets()),
             interval_ms: interval_ns / 1_000_000,
             sweeps,
             last_sweep_ms: ms(last_began, last_ended),

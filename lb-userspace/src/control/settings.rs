@@ -163,7 +163,7 @@ static SETTINGS: [Setting; 31] = [
     setting("cache_bypass", Kind::Switch(switch::CACHE_BYPASS)),
     setting("conn_reuse_mode", Kind::Number(|config| &config.conn_reuse_mode)),
     fixed("conntrack", 0, "XDP comes before netfilter, so packets have no conntrack entries"),
-    fixed("drop_entry", 0, "connections do not end early"),
+    setting("drop_entry", Kind::Mode(which::DROP_ENTRY)),
     setting("drop_packet", Kind::Mode(which::DROP_PACKET)),
     setting("est_cpulist", Kind::Fixed { is: Value::Text(""), because: NO_THREADS }),
     fixed("est_nice", 0, NO_THREADS),

@@ -188,8 +188,8 @@ pub fn retire(place: &Place, _: &Lock) -> Result<(), Error> {
 ///
 /// When the kernel does not start it.
 pub fn start_ageing(place: &Place, maps: &Maps, pace: Option<Pace>) -> Result<(), Error> {
-    let AgeingRecord { slice, interval_ns, .. } = open::ageing(place)?.record;
-    let kept = if slice == 0 { Pace::usual(maps.instance().buckets()) } else { Pace { slice, interval_ns } };
+    let AgeingRecord { slice, interval_ns, share, .. } = open::ageing(place)?.record;
+    let kept = if slice == 0 { Pace::usual(maps.instance().buckets()) } else { Pace { slice, interval_ns, share } };
     Control::open(place)?.start_ageing(pace.unwrap_or(kept))
 }
 

@@ -15,6 +15,8 @@ pub struct Pace {
     pub slice: u32,
     /// Nanoseconds between two ticks.
     pub interval_ns: u64,
+    /// Of 2^32 buckets, how many `drop_entry` thins out in a sweep, less one: see [`Pace::share`].
+    pub share: u32,
 }
 
 impl Pace {
@@ -38,15 +40,25 @@ impl Pace {
         }
         // Small tables, of which one bucket in each tick would be too many, have fewer ticks.
         let ticks = buckets.div_ceil(slice) as u64;
-        Some(Self { slice, interval_ns: sweep_ms as u64 * 1_000_000 / ticks })
+        Some(Self { slice, interval_ns: sweep_ms as u64 * 1_000_000 / ticks, share: Self::share(sweep_ms) })
     }
 
     /// The pace at which a table of `buckets` buckets is looked at unless another is wanted.
     pub const fn usual(buckets: u32) -> Self {
         match Self::new(buckets, Self::SWEEP_MS) {
             Some(pace) => pace,
-            None => Self { slice: SLICE_MAX, interval_ns: INTERVAL_MS as u64 * 1_000_000 },
+            None => {
+                let share = Self::share(Self::shortest_ms(buckets));
+                Self { slice: SLICE_MAX, interval_ns: INTERVAL_MS as u64 * 1_000_000, share }
+            }
         }
+    }
+
+    /// The share of buckets to be thinned out in a sweep of so many milliseconds: as many in a second as in ip_vs, which are one of
+    /// 32 (`docs/ipvs.md`, section 4.11), but none more than once.
+    const fn share(sweep_ms: u32) -> u32 {
+        let share = ((sweep_ms as u64) << 32) / 32_000;
+        if share > u32::MAX as u64 { u32::MAX } else { share as u32 }
     }
 
     /// The shortest time in which a table of `buckets` buckets is looked at, in milliseconds.

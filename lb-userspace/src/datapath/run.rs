@@ -111,9 +111,9 @@ impl Control {
     ///
     /// When the kernel does not run the program.
     pub fn start_ageing(&self, pace: Pace) -> Result<(), Error> {
-        let Pace { slice: count, interval_ns } = pace;
-        let request =
-            ControlRequest { operation: control::START_AGEING, count, interval_ns, ..ControlRequest::zeroed() };
+        let Pace { slice: count, interval_ns, share: subject } = pace;
+        let operation = control::START_AGEING;
+        let request = ControlRequest { operation, count, interval_ns, subject, ..ControlRequest::zeroed() };
         self.request(request).map(|_| ())
     }
 

@@ -1,5 +1,7 @@
 //! What ip_vs's settings do to packets.
 
+use std::net::Ipv4Addr;
+
 use lb_common::{overload::Thresholds, proto::service_flag};
 use lb_userspace::control::model::{self, DestSpec, Netmask, Persistence, ServiceSpec};
 
@@ -18,6 +20,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         ]);
         cases.extend((0..=4).flat_map(|mode| STATES.map(|state| reuse(family, method, mode, state))));
         cases.extend([secure_tcp(family, method), some_are_dropped(family, method), one_packet(family, method)]);
+        cases.push(thinned_out(family, method));
     }
     cases.extend([
         removed_and_expired_udp(family),
@@ -32,6 +35,9 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         bypassed(family, false),
         bypassed(family, true),
         not_bypassed(family),
+        thinned_out_udp(family),
+        thinned_out_templates(family),
+        thinned_out_templates_of_datagrams(family),
     ]);
     cases
 }
@@ -550,4 +556,138 @@ fn not_bypassed(family: Family) -> Case {
         case = case.answers(Wire::Outside, frame, Verdict::Transmit, error, Counts::answered(Reason::NoDestination));
     }
     case
+}
+
+/// Sends the segments of client number `number` to the only server, the first of which opens its connection.
+fn converses(mut case: Case, method: Method, number: u16, flags: &[&'static str]) -> Case {
+    let family = case.family;
+    let mut active = true;
+    for (turn, flags) in flags.iter().enumerate() {
+        let counts = segment(family, flags);
+        let counts = match turn {
+            0 => counts.opening_active(),
+            // One that resets a half-open connection leaves it as it is.
+            _ if active && turn > 1 && flags.contains(['F', 'R']) => {
+                active = false;
+                counts.calming()
+            }
+            _ => counts,
+        };
+        case = passes(case, method, numbered(family, number), tcp(flags), counts);
+    }
+    case
+}
+
+/// `drop_entry` ends half-open connections, and established ones that have been idle for a minute after few packets.
+fn thinned_out(family: Family, method: Method) -> Case {
+    let mut case = one(family, format!("{method}: drop_entry"), TCP, method);
+    // Not counted.
+    case = converses(case, method, 0, &["S", "A"]).thins(0).setting("drop_entry", 3);
+    case = converses(case, method, 1, &["S"]);
+    case = converses(case, method, 2, &["S", "A"]);
+    case = converses(case, method, 3, &["S", "A", "PA", "PA", "A", "A", "A", "A"]);
+    case = converses(case, method, 4, &["S", "A", "PA", "PA", "A", "A", "A", "A", "A"]);
+    case = converses(case, method, 5, &["S", "A", "F"]);
+    case = converses(case, method, 6, &["S", "R"]);
+    if method == Method::Masq {
+        // What servers send does not count.
+        let to = numbered(family, 2).from;
+        for flags in ["SA", "A", "PA", "A", "PA", "A", "PA", "A", "PA"] {
+            let reply = Frame { to, ..family.reply() }.tcp(flags, b"");
+            case = replies(case, reply, Frame { to, ..family.translated_reply() }.tcp(flags, b""));
+        }
+    }
+    // The two that are half-open.
+    case = case.thins(2);
+    let gone = |case: Case, number| {
+        let frame = numbered(family, number).tcp("A", b"");
+        case.stops(Wire::Outside, frame, Reason::NoConnection)
+    };
+    case = gone(case, 1);
+    case = gone(case, 6);
+    case = case.pass(58).thins(0).pass(4).thins(2);
+    case = gone(case, 2);
+    case = gone(case, 3);
+    for number in [0, 4] {
+        case = passes(case, method, numbered(family, number), tcp("A"), segment(family, "A"));
+    }
+    // Of those that are closed none ends early, nor does any when the defence rests.
+    case = converses(case, method, 7, &["S"]).setting("drop_entry", 0).thins(0);
+    case = passes(case, method, numbered(family, 7), tcp("A"), segment(family, "A"));
+    // The automatic mode, with memory short.
+    case = converses(case, method, 8, &["S"]).setting("amemthresh", 0).setting("drop_entry", 1).thins(0);
+    gone(case.setting("amemthresh", 1024).thins(1), 8)
+}
+
+/// Datagrams are no more nor less than what an established connection gets.
+fn thinned_out_udp(family: Family) -> Case {
+    let method = Method::Masq;
+    let build = |frame: Frame| frame.udp(b"q");
+    let mut case = one(family, "drop_entry, datagrams", UDP, method).setting("drop_entry", 3);
+    let counts = DestCounts::input(&build(family.request()));
+    for (number, datagrams) in [(0, 1), (1, 8), (2, 9)] {
+        for turn in 0..datagrams {
+            let counts = if turn == 0 { counts.opening_inactive() } else { counts };
+            case = passes(case, method, numbered(family, number), build, counts);
+        }
+    }
+    case = case.pass(58).thins(0).pass(4).thins(2).thins(0);
+    for number in [0, 1] {
+        case = passes(case, method, numbered(family, number), build, counts.opening_inactive());
+    }
+    passes(case, method, numbered(family, 2), build, counts)
+}
+
+/// Half-open connections take templates with them that are there for them alone; those that have had better ones stay.
+fn thinned_out_templates(family: Family) -> Case {
+    let method = Method::Route;
+    let mut case = Case::new(family, "drop_entry, persistent").change(move |change| {
+        change.add_service(family.key(TCP), persistence::persistent(family, 100, 4)).expect("new");
+        change.add_dest(family.key(TCP), family.at(0, PORT), dest(method, 1)).expect("new");
+    });
+    let client = |last: u8| Frame { from: (Ipv4Addr::new(10, 1, 0, last), CLIENT_PORT), ..family.request() };
+    let opens = |case: Case, last, templates| {
+        let counts = DestCounts { templates, ..segment(family, "S").opening_active() };
+        passes(case, method, client(last), tcp("S"), counts)
+    };
+    let line = |state: &str, last: u8| format!("tcp {state} 10.1.0.{last}:0 10.9.9.9:80 10.2.0.11:80");
+    // One whose connection is over, and which has not served another.
+    case = opens(case, 3, 1).pass(62).age().shows([&line("NONE", 3)]).setting("drop_entry", 3);
+    case = case.thins(1).shows([]);
+    for last in [1, 2] {
+        case = opens(case, last, 1);
+    }
+    case = passes(case, method, client(2), tcp("A"), segment(family, "A"));
+    case = case.thins(1).shows([&line("ASSURED", 2)]);
+    // With the connection idle for a minute, there is nothing that it controls.
+    case = case.pass(62).thins(1).shows([&line("ASSURED", 2)]).thins(0);
+    // Of nine packets the first two were two.
+    case = opens(case, 2, 0);
+    for _ in 0..7 {
+        case = passes(case, method, client(2), tcp("A"), segment(family, "A"));
+    }
+    case = case.pass(62).thins(1);
+    case = opens(case, 2, 0);
+    for _ in 0..8 {
+        case = passes(case, method, client(2), tcp("A"), segment(family, "A"));
+    }
+    case = case.pass(62).thins(0);
+    passes(case, method, client(2), tcp("A"), segment(family, "A"))
+}
+
+/// Templates of a service whose datagrams are scheduled one by one stay for a minute at least.
+fn thinned_out_templates_of_datagrams(family: Family) -> Case {
+    let method = Method::Route;
+    let spec = ServiceSpec { flags: service_flag::ONE_PACKET, ..persistence::persistent(family, 300, 4) };
+    let build = |frame: Frame| frame.udp(b"q");
+    let counts = DestCounts { connections: 1, ..DestCounts::input(&build(family.request())) };
+    let mut case = Case::new(family, "drop_entry, persistent datagrams").change(move |change| {
+        change.add_service(family.key(UDP), spec).expect("new");
+        change.add_dest(family.key(UDP), family.at(0, PORT), dest(method, 1)).expect("new");
+    });
+    case = case.setting("drop_entry", 3);
+    case = passes(case, method, family.request(), build, DestCounts { templates: 1, ..counts });
+    let line = "udp NONE 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80";
+    case = case.thins(0).pass(58).thins(0).shows([line]);
+    passes(case, method, family.request(), build, counts).pass(58).thins(0).pass(4).thins(1).shows([])
 }

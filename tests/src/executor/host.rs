@@ -9,7 +9,7 @@ use lb_common::{
     reason::Reason,
 };
 use lb_ebpf::{
-    ageing::{self, Sweep, What},
+    ageing::{self, Sweep, Thinning, What},
     env::Scan as _,
     forward::Leave,
     host::{HEADROOM, HostPacket, HostRoute},
@@ -172,7 +172,7 @@ impl Executor for Host {
     fn end_connections(&mut self) {
         let tables = &self.world.tables;
         let what = What::dest(lb_common::abi::control::ANY);
-        let mut sweep = Sweep { tables, first: 0, what, ended: 0 };
+        let mut sweep = Sweep { tables, first: 0, what, thinning: Thinning::NONE, ended: 0 };
         for bucket in 0..ageing::buckets(tables) {
             sweep.visit(bucket);
         }
@@ -183,9 +183,10 @@ impl Executor for Host {
     }
 
     fn refill_limiter(&mut self) {
-        let Limiter { second, drop_counter, .. } = &self.world.tables.limiter[0];
+        let Limiter { second, drop_counter, thinning, .. } = &self.world.tables.limiter[0];
         second.store(0);
         drop_counter.store(0);
+        thinning.iter().for_each(|passed| passed.store(0));
     }
 
     fn wait_for_a_young_second(&self) {

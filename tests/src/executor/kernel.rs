@@ -311,6 +311,7 @@ impl Executor for Kernel<'_> {
         let buckets = self.maps.instance().buckets();
         let sweeps = || open::ageing(&self.place).expect("the pin opens").record.sweeps;
         let quick = Pace::new(buckets, Pace::SWEEP_MIN_MS).expect("the tables are small");
+        let quick = Pace { share: u32::MAX, ..quick };
         let before = sweeps();
         self.control.start_ageing(quick).expect("the control program runs");
         let begun = Instant::now();

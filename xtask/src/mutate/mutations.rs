@@ -156,13 +156,13 @@ pub(super) const MUTATIONS: &[Mutation] = &[
     Mutation {
         what: "a flush leaves connections that packets move meanwhile",
         file: AGEING,
-        from: "for _ in 0..END_ATTEMPTS {",
+        from: "for _ in 0..opaque(END_ATTEMPTS as u64) {",
         to: "for _ in 0..1 {",
     },
     Mutation {
         what: "the timer ends connections in their last second",
         file: AGEING,
-        from: "What::Over(clock) => word.expired(clock.now, clock.hz),",
-        to: "What::Over(clock) => word.expired(clock.now, 0),",
+        from: "{ now.reached(word.expires()) } else { word.expired(now, hz) };",
+        to: "{ now.reached(word.expires()) } else { word.expired(now, 0) };",
     },
 ];

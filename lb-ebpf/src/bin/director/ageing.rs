@@ -4,11 +4,14 @@ use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::bpf_timer,
-    helpers::generated::{bpf_timer_init, bpf_timer_set_callback, bpf_timer_start},
+    helpers::generated::{bpf_get_prandom_u32, bpf_timer_init, bpf_timer_set_callback, bpf_timer_start},
 };
-use lb_common::abi::switch;
+use lb_common::{
+    abi::switch,
+    defence::{self, mode, which},
+};
 use lb_ebpf::{
-    ageing::{self, Sweep, What},
+    ageing::{self, Sweep, Thinning, What},
     kernel,
     tables::Tables,
     upkeep::{self, Extent, Round},
@@ -22,12 +25,13 @@ const EBUSY: i64 = -16;
 
 /// Sets the pace and starts the timer; one that runs goes on under this program.
 #[inline(always)]
-pub(crate) fn start(slice: u32, interval_ns: u64) -> Option<()> {
+pub(crate) fn start(slice: u32, interval_ns: u64, share: u32) -> Option<()> {
     let value = AGEING.get_ptr_mut(0)?;
     // SAFETY: the value is valid while the program runs, and no timer runs before this has set its callback.
     unsafe {
         (*value).record.slice = slice;
         (*value).record.interval_ns = interval_ns;
+        (*value).record.share = share;
     }
     let timer = value.cast::<bpf_timer>();
     let map = (&raw const AGEING).cast_mut().cast::<c_void>();
@@ -58,6 +62,15 @@ fn keep_up() -> Option<()> {
     Some(())
 }
 
+/// Which buckets are thinned out in this tick.
+#[inline(always)]
+fn thinning(share: u32) -> Thinning {
+    let mode = Maps.config().map_or(mode::OFF, |config| config.defences[which::DROP_ENTRY].load());
+    let share = if defence::is_on(mode) { u64::from(share) + 1 } else { 0 };
+    // SAFETY: the helper has no preconditions.
+    Thinning { share, lot: unsafe { bpf_get_prandom_u32() as u32 } }
+}
+
 /// Looks at the next slice of the flow tables and arms the timer again.
 unsafe extern "C" fn tick(_map: *mut c_void, _key: *mut u32, value: *mut Ageing) -> i64 {
     // SAFETY: the kernel passes the value that the timer stands in. Only this callback writes the record while the
@@ -69,7 +82,8 @@ unsafe extern "C" fn tick(_map: *mut c_void, _key: *mut u32, value: *mut Ageing)
             record.began = clock.now.0;
         }
         let count = record.slice.min(buckets.saturating_sub(record.next));
-        let mut sweep = Sweep { tables: &Maps, first: record.next, what: What::Over(clock), ended: 0 };
+        let thinning = thinning(record.share);
+        let mut sweep = Sweep { tables: &Maps, first: record.next, what: What::over(clock), thinning, ended: 0 };
         kernel::repeat(count, &mut sweep);
         record.ended += sweep.ended;
         record.next += count;

@@ -16,7 +16,7 @@ use lb_common::{
     sync::opaque,
 };
 use lb_ebpf::{
-    ageing::{Sweep, What, of},
+    ageing::{Sweep, Thinning, What, of},
     bring,
     flow_table::Buckets,
     kernel::{self, XdpPacket},
@@ -47,7 +47,7 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
     let subject = u64::from(word(offset_of!(ControlRequest, subject))?);
     let answer = match operation {
         control::START_AGEING => {
-            ageing::start(count, packet.read(offset_of!(ControlRequest, interval_ns))?)?;
+            ageing::start(count, packet.read(offset_of!(ControlRequest, interval_ns))?, subject as u32)?;
             0
         }
         control::CLOCK => u64::from(maps::clock()?.now.0),
@@ -57,7 +57,7 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
                 control::FLUSH_SERVICE => (of::SERVICE, subject),
                 _ => (of::STATE, u64::from(slot::REMOVED)),
             };
-            flush(first, count, What::Of { kind, number })
+            flush(first, count, What { kind, number })
         }
         control::INSERT => insert(count, CONNECTIONS_MAX, |index| bring_one(ctx, index)),
         control::INSERT6 => insert(count, CONNECTIONS6_MAX, |index| bring_one6(ctx, index)),
@@ -70,7 +70,7 @@ fn carry_out(ctx: *mut xdp_md) -> Option<()> {
 
 #[inline(always)]
 fn flush(first: u32, count: u32, what: What) -> u64 {
-    let mut sweep = Sweep { tables: &Maps, first, what, ended: 0 };
+    let mut sweep = Sweep { tables: &Maps, first, what, thinning: Thinning::NONE, ended: 0 };
     kernel::repeat(count, &mut sweep);
     sweep.ended
 }

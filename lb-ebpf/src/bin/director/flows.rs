@@ -6,12 +6,16 @@ use lb_common::{
     flow::{Entry4, Entry6, Place},
     jiffies::Jiffies,
 };
-use lb_ebpf::{env::Clock, flow_table, template};
+use lb_ebpf::{
+    ageing::{self, What},
+    env::Clock,
+    flow_table, template,
+};
 
 use crate::maps::Maps;
 
 macro_rules! of_families {
-    ($($entry:ty: $candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident;)+) => {$(
+    ($($entry:ty: $candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident, $end:ident;)+) => {$(
         /// [`flow_table::candidate`].
         #[unsafe(no_mangle)]
         pub(crate) extern "C" fn $candidate(hash: u64, now: u32, hz: u32, idle: u32) -> u64 {
@@ -35,10 +39,16 @@ macro_rules! of_families {
         pub(crate) extern "C" fn $assure(number: u32) -> u64 {
             template::assure::<$entry>(&Maps, number)
         }
+
+        /// [`ageing::end`].
+        #[unsafe(no_mangle)]
+        pub(crate) extern "C" fn $end(number: u32, kind: u64, subject: u64) -> u64 {
+            ageing::end::<$entry>(&Maps, number, What { kind, number: subject })
+        }
     )+};
 }
 
 of_families! {
-    Entry4: candidate4, clear_way4, let_go4, assure4;
-    Entry6: candidate6, clear_way6, let_go6, assure6;
+    Entry4: candidate4, clear_way4, let_go4, assure4, end4;
+    Entry6: candidate6, clear_way6, let_go6, assure6, end6;
 }

@@ -24,6 +24,7 @@ use lb_common::{
     mark::{self, Marks, Rule, Start},
 };
 use lb_ebpf::{
+    ageing::What,
     env::{Clock, Scan},
     flow_table::Buckets,
     kernel::{self, Kernel},
@@ -269,7 +270,7 @@ impl Scan for OverCpus {
 
 macro_rules! of_families {
     ($(
-        $entry:ident, $buckets:ident, $flows:ident ($candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident),
+        $entry:ident, $buckets:ident, $flows:ident ($candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident, $end:ident),
         $key:ident, $endpoints:ident;
     )+) => {$(
         impl Buckets<$entry> for Maps {
@@ -302,6 +303,11 @@ macro_rules! of_families {
             fn assure(&self, number: u32) -> u64 {
                 flows::$assure(number)
             }
+
+            #[inline(always)]
+            fn end(&self, number: u32, what: What) -> u64 {
+                flows::$end(number, what.kind, what.number)
+            }
         }
 
         impl Endpoints<$key> for Maps {
@@ -314,6 +320,6 @@ macro_rules! of_families {
 }
 
 of_families! {
-    Entry4, FLOW_BUCKETS, FLOWS4 (candidate4, clear_way4, let_go4, assure4), EndpointKey4, ENDPOINTS4;
-    Entry6, FLOW_BUCKETS6, FLOWS6 (candidate6, clear_way6, let_go6, assure6), EndpointKey6, ENDPOINTS6;
+    Entry4, FLOW_BUCKETS, FLOWS4 (candidate4, clear_way4, let_go4, assure4, end4), EndpointKey4, ENDPOINTS4;
+    Entry6, FLOW_BUCKETS6, FLOWS6 (candidate6, clear_way6, let_go6, assure6, end6), EndpointKey6, ENDPOINTS6;
 }

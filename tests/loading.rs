@@ -42,6 +42,12 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("persist_alike6", 43_600),
     ("control", 484_500),
     ("neighbour", 40),
+    ("astray", 1_000_000),
+    ("astray6", 1_000_000),
+    ("related", 1_000_000),
+    ("related6", 1_000_000),
+    ("related_open", 1_000_000),
+    ("related_open6", 1_000_000),
 ];
 const BENCH_BUDGETS: &[(&str, u32)] = &[
     ("reset", 290),

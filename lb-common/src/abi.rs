@@ -251,6 +251,8 @@ pub mod switch {
     pub const CACHE_BYPASS: u32 = 1 << 5;
     /// A masqueraded server is told when it has sent a packet that belongs to no connection.
     pub const NAT_ICMP_SEND: u32 = 1 << 6;
+    /// An ICMP error about what a service has sent opens a connection if it is about none.
+    pub const SCHEDULE_ICMP: u32 = 1 << 7;
 }
 
 /// What the CPUs share that limits what they do: a cache line of its own, for they write it.
@@ -1065,11 +1067,15 @@ pub enum Stage {
     /// A packet of a client for whom there is no server, or of a server for whom there is no client, while it depends on the
     /// packet's own destination what becomes of it.
     Astray,
+    /// An ICMP error about a packet of a service, or in a tunnel, of which no connection is known.
+    Related,
+    /// An ICMP error about a packet of a service that opens a connection.
+    RelatedOpen,
 }
 
 impl Stage {
     /// Every stage that both families have, in the order of their numbers.
-    pub const COMMON: [Self; 12] = [
+    pub const COMMON: [Self; 14] = [
         Self::Request,
         Self::Reply,
         Self::Observe,
@@ -1082,6 +1088,8 @@ impl Stage {
         Self::PersistOverflow,
         Self::PersistAlike,
         Self::Astray,
+        Self::Related,
+        Self::RelatedOpen,
     ];
     /// Stages of IPv4, and entries of the map of stages, with room for more.
     const OF_ONE_FAMILY: u32 = 16;
@@ -1118,6 +1126,8 @@ impl Stage {
             Self::PersistOverflow => ["persist_overflow", "persist_overflow6"],
             Self::PersistAlike => ["persist_alike", "persist_alike6"],
             Self::Astray => ["astray", "astray6"],
+            Self::Related => ["related", "related6"],
+            Self::RelatedOpen => ["related_open", "related_open6"],
         }
     }
 }

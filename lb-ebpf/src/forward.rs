@@ -64,6 +64,8 @@ impl Halt {
             11 => Some(Stage::PersistOverflow),
             12 => Some(Stage::PersistAlike),
             13 => Some(Stage::Astray),
+            14 => Some(Stage::Related),
+            15 => Some(Stage::RelatedOpen),
             _ => None,
         }
     }

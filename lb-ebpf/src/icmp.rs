@@ -1,7 +1,7 @@
 //! ICMP errors (RFC 792, RFC 4443): those the director sends, and those it relays.
 
 use lb_common::{
-    abi::{Config, EndpointKey as _, PathMtu, Target, reckon},
+    abi::{Config, EndpointKey as _, PathMtu, Stage, Target, reckon},
     addr::{Address as _, Ip4, Ip6, Port},
     checksum::{self, Delta},
     event::Event,
@@ -154,9 +154,12 @@ pub struct Quoted<I: Ip> {
     offset: usize,
     /// Offset of its transport header.
     transport: usize,
-    protocol: Protocol,
-    source: (I::Addr, Port),
-    destination: (I::Addr, Port),
+    /// Its transport protocol.
+    pub protocol: Protocol,
+    /// Who has sent it.
+    pub source: (I::Addr, Port),
+    /// For whom it was.
+    pub destination: (I::Addr, Port),
     /// Whether routers may fragment it.
     may_be_fragmented: bool,
 }
@@ -416,7 +419,7 @@ fn within_limit(tables: &impl Tables, config: &Config, env: &impl Env) -> bool {
 ///
 /// # Errors
 ///
-/// Why it is not relayed: [`Reason::Icmp`] when it is none of the director's business.
+/// Why it is not relayed: [`Reason::Icmp`] when it is none of the director's business. Or where its path goes on.
 #[inline(always)]
 pub fn relay<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
 where
@@ -432,11 +435,23 @@ where
     if let Some(server) = ip.tunnelled_to(packet) {
         return relay_from_tunnel(packet, tables, env, ip, server);
     }
-    let quoted = &I::quoted(packet, ip.transport() + HEADER, end_of(ip)).ok_or(Reason::Icmp)?;
+    let quoted = &of_reply(packet, ip).ok_or(Reason::Icmp)?;
     match relay_to_server(packet, tables, env, ip, quoted) {
         Some(result) => result,
-        None => relay_to_client(packet, tables, env, ip, quoted).unwrap_or(Err(Reason::Icmp.into())),
+        None => relay_to_client(packet, tables, env, ip, quoted).unwrap_or(Err(Halt::go_on(Stage::Related))),
     }
+}
+
+/// What an error quotes if it is about what a service or a server has sent.
+#[inline(always)]
+pub fn of_reply<I: Messages>(packet: &impl Packet, ip: &I) -> Option<Quoted<I>> {
+    I::quoted(packet, ip.transport() + HEADER, end_of(ip))
+}
+
+/// What an error quotes of a packet that was in a tunnel from here.
+#[inline(always)]
+pub fn of_tunnelled<I: Messages>(packet: &impl Packet, ip: &I) -> Option<Quoted<I>> {
+    I::quoted(packet, ip.transport() + HEADER + I::HEADER, end_of(ip))
 }
 
 /// Where a packet ends, from the start of the frame.
@@ -450,7 +465,7 @@ fn end_of(ip: &impl Ip) -> usize {
 ///
 /// # Errors
 ///
-/// Why the client is not told: [`Reason::Icmp`] when the error is about no connection.
+/// Why the client is not told: [`Reason::Icmp`] when the error is about no connection. Or where its path goes on.
 #[inline(always)]
 fn relay_from_tunnel<I, P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &I, server: I::Addr) -> Result<Exit, Halt>
 where
@@ -459,13 +474,33 @@ where
     T: TablesOf<I::Addr>,
     E: Env,
 {
-    let tunnel = I::HEADER;
-    let quoted = &I::quoted(packet, ip.transport() + HEADER + tunnel, end_of(ip)).ok_or(Reason::Icmp)?;
+    let quoted = &of_tunnelled(packet, ip).ok_or(Reason::Icmp)?;
     let key = KeyOf::<I>::new(quoted.protocol, quoted.source, quoted.destination);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
-    let found = flow_table::find::<EntryOf<I>>(tables, &key, place).ok_or(Reason::Icmp)?;
-    let dest = tables.dest(found.dest).ok_or(Reason::Impossible)?;
-    if found.word.method() != Method::Tunnel as u8 || dest.addr::<I::Addr>() != server {
+    let found = flow_table::find::<EntryOf<I>>(tables, &key, place).ok_or(Halt::go_on(Stage::Related))?;
+    tell_client(packet, tables, env, ip, quoted, (server, Connection::of(found.word, found.dest)))
+}
+
+/// [`relay_from_tunnel`], for a packet of this connection that was in a tunnel to the server at this address.
+#[inline(always)]
+pub fn tell_client<I, P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    ip: &I,
+    quoted: &Quoted<I>,
+    tunnel: (I::Addr, Connection),
+) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Env,
+{
+    let (server, connection) = tunnel;
+    let tunnel = I::HEADER;
+    let dest = tables.dest(connection.dest()).ok_or(Reason::Impossible)?;
+    if connection.method() != Method::Tunnel as u8 || dest.addr::<I::Addr>() != server {
         return Err(Reason::Icmp.into());
     }
     verify_header(packet, ip)?;
@@ -476,7 +511,7 @@ where
     let config = tables.config().ok_or(Reason::Impossible)?;
     if [kind, code] == I::kind(About::TooBig) {
         let now = &Now::of(config, env);
-        let mtu = learn::<I>(tables, env, found.dest, I::size_said(rest), now)?;
+        let mtu = learn::<I>(tables, env, connection.dest(), I::size_said(rest), now)?;
         if quoted.may_be_fragmented {
             return Err(Reason::TunnelError.into());
         }
@@ -636,7 +671,7 @@ where
 
 /// Checks the checksum of the IP header of an error that is about to be relayed: nobody else has.
 #[inline(always)]
-fn verify_header(packet: &impl Packet, ip: &impl Ip) -> Result<(), Halt> {
+pub fn verify_header(packet: &impl Packet, ip: &impl Ip) -> Result<(), Halt> {
     if ip.checksum_holds(packet) { Ok(()) } else { Err(Reason::IpChecksum.into()) }
 }
 

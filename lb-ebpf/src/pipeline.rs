@@ -20,6 +20,7 @@ use crate::{
     nat::{self, End},
     packet::Packet,
     parse::{self, Ip, Ip4Packet, Ip6Packet, Segment},
+    related,
     schedule::{self, Parties},
     tables::{Tables, TablesOf},
     template::{self, Held, Made},
@@ -116,6 +117,8 @@ where
         Stage::PersistOverflow => persist_overflow::<I, P, T, E>(packet, tables, env),
         Stage::PersistAlike => persist_alike::<I, P, T, E>(packet, tables, env),
         Stage::Astray => astray::<I, P, T, E>(packet, tables, env),
+        Stage::Related => related::relay::<I, P, T, E>(packet, tables, env),
+        Stage::RelatedOpen => related::open::<I, P, T, E>(packet, tables, env),
         // Not of this family.
         Stage::Six => Err(Reason::Impossible.into()),
     };
@@ -269,6 +272,18 @@ impl Connection {
     #[inline(always)]
     pub fn of(word: Word, dest: u32) -> Self {
         Self(u64::from(dest) | u64::from(word.method()) << 32 | u64::from(word.has(flag::SERVICE_PORT)) << 40)
+    }
+
+    /// The connection with these bits.
+    #[inline(always)]
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
+
+    /// The connection as bits.
+    #[inline(always)]
+    pub const fn bits(self) -> u64 {
+        self.0
     }
 
     /// The number of the destination.
@@ -486,7 +501,7 @@ where
 ///
 /// Verifier: hidden, or it would follow the rest of the path once for each protocol.
 #[inline(always)]
-fn is_one_packet(tables: &impl Tables, view: u32, segment: Segment) -> bool {
+pub(crate) fn is_one_packet(tables: &impl Tables, view: u32, segment: Segment) -> bool {
     let flags = tables.view(view).map_or(0, |view| view.flags.load());
     let one_packet = u64::from(flags & service_flag::ONE_PACKET) & segment.is_udp() << service_flag::ONE_PACKET.ilog2();
     tables.hide(one_packet) != 0
@@ -526,7 +541,7 @@ fn service_for<I: Ip>(
 ///
 /// Verifier: a function of its own with a hidden result, or it would follow the rest of the path once for each way to it.
 #[inline(never)]
-fn is_dropped(tables: &impl Tables, config: &Config) -> bool {
+pub(crate) fn is_dropped(tables: &impl Tables, config: &Config) -> bool {
     let rate = config.drop_rate.load();
     let mut dropped = 0;
     if rate != 0
@@ -580,12 +595,12 @@ where
 
 /// A persistent service, as a packet for it has found it.
 #[derive(Clone, Copy)]
-struct Persistent<'t> {
+pub(crate) struct Persistent<'t> {
     /// The number of its view.
-    number: u32,
-    view: &'t View,
+    pub(crate) number: u32,
+    pub(crate) view: &'t View,
     /// How the packet has come to it.
-    by: By,
+    pub(crate) by: By,
 }
 
 impl<'t> Persistent<'t> {
@@ -620,19 +635,26 @@ impl<'t> Persistent<'t> {
     /// The template that a packet belongs to.
     #[inline(always)]
     fn template<I: Ip>(&self, ip: &I, segment: Segment) -> KeyOf<I> {
+        self.template_between::<I>((ip.source(), ip.destination()), segment)
+    }
+
+    /// The template that packets of a client to a service belong to.
+    #[inline(always)]
+    pub(crate) fn template_between<I: Ip>(&self, ends: (I::Addr, I::Addr), segment: Segment) -> KeyOf<I> {
+        let (client, service) = ends;
         let port = if self.is_of_one_port(segment) { segment.destination() } else { Port::default() };
-        let clients = ip.source().network(self.view.netmask.load());
+        let clients = client.network(self.view.netmask.load());
         if self.by == By::Mark {
             // For all protocols, and all addresses and ports that have the mark.
             let mark = I::Addr::from_words([self.view.mark.load().to_be(), 0, 0, 0]);
             return KeyOf::<I>::template(0, clients, mark, port);
         }
-        KeyOf::<I>::template(segment.protocol() as u8, clients, ip.destination(), port)
+        KeyOf::<I>::template(segment.protocol() as u8, clients, service, port)
     }
 
     /// Makes a template, whose connections go to this destination.
     #[inline(always)]
-    fn make<E: Entry>(
+    pub(crate) fn make<E: Entry>(
         &self,
         tables: &impl Buckets<E>,
         key: &E::Key,
@@ -651,7 +673,7 @@ impl<'t> Persistent<'t> {
 
     /// Whether packets reach the destination at the port that they are for, as a flag of the connection.
     #[inline(always)]
-    fn service_port(&self, dest: &Dest) -> u64 {
+    pub(crate) fn service_port(&self, dest: &Dest) -> u64 {
         if self.by == By::Itself && dest.port() != Port::default() { 0 } else { flag::SERVICE_PORT }
     }
 }

@@ -40,6 +40,7 @@ fn settings_are_shown_set_and_kept_by_new_programs() -> Result<()> {
         ("lblcr_expiration", 0),
         ("nat_icmp_send", 1),
         ("run_estimation", 0),
+        ("schedule_icmp", 1),
         ("secure_tcp", 3),
         ("sloppy_tcp", 1),
         ("snat_reroute", 0),

@@ -35,6 +35,7 @@ mod forwarding;
 mod life;
 mod marks;
 mod persistence;
+mod related;
 mod settings;
 mod way;
 
@@ -54,6 +55,7 @@ fn of(family: Family) -> Vec<Case> {
         marks::cases,
         settings::cases,
         persistence::cases,
+        related::cases,
     ]
     .into_iter()
     .flat_map(|cases| cases(family))

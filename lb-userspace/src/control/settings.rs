@@ -175,7 +175,7 @@ static SETTINGS: [Setting; 31] = [
     setting("nat_icmp_send", Kind::Switch(switch::NAT_ICMP_SEND)),
     fixed("pmtu_disc", 1, "an XDP program cannot fragment packets"),
     setting("run_estimation", Kind::Switch(switch::RUN_ESTIMATION)),
-    fixed("schedule_icmp", 0, "ICMP errors open no connections"),
+    setting("schedule_icmp", Kind::Switch(switch::SCHEDULE_ICMP)),
     setting("secure_tcp", Kind::Mode(which::SECURE_TCP)),
     fixed("sloppy_sctp", 0, "there are no SCTP services"),
     setting("sloppy_tcp", Kind::Switch(switch::SLOPPY_TCP)),

@@ -97,7 +97,7 @@ fn segment(protocol: Transport, frame: Frame) -> Vec<u8> {
 }
 
 /// The least that an error must quote: the IP header and eight bytes.
-const fn least_quote(family: Family) -> usize {
+pub(super) const fn least_quote(family: Family) -> usize {
     family.header() + 8
 }
 
@@ -109,10 +109,10 @@ fn opened(case: Case, protocol: Transport, method: Method) -> Case {
 }
 
 /// A router between director and client.
-const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 99);
+pub(super) const ROUTER: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 99);
 
 /// An error from `from` to the service, as it comes in by the clients' interface.
-const fn error_to_service(family: Family, from: Ipv4Addr) -> Frame {
+pub(super) const fn error_to_service(family: Family, from: Ipv4Addr) -> Frame {
     Frame { dscp: 0x30, id: 0x99, dont_fragment: false, ..family.frame(FROM_CLIENT, (from, 0), (cast::VIP, 0)) }
 }
 
@@ -408,7 +408,7 @@ fn relayed_by_unknown_neighbours(family: Family) -> Case {
 
 /// What is said on the way of a tunnel from the director, to it, of a packet that the client has sent: type, code and the rest
 /// of the error's header. Quotes `quote` bytes of the packet in the tunnel.
-fn error_about_tunnel(
+pub(super) fn error_about_tunnel(
     family: Family,
     from: Ipv4Addr,
     (kind, code, rest): (u8, u8, [u8; 4]),
@@ -420,7 +420,7 @@ fn error_about_tunnel(
 }
 
 /// A router on the way of the tunnel.
-const INNER_ROUTER: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 254);
+pub(super) const INNER_ROUTER: Ipv4Addr = Ipv4Addr::new(10, 2, 0, 254);
 
 /// The client is told by the service what the tunnel's other end, or a router on its way, says of the packet around its
 /// own.

@@ -62,6 +62,10 @@ programs! {
     persist_alike: Ip4Packet, process_stage(PersistAlike);
     /// [`Stage::Astray`].
     astray: Ip4Packet, process_stage(Astray);
+    /// [`Stage::Related`].
+    related: Ip4Packet, process_stage(Related);
+    /// [`Stage::RelatedOpen`].
+    related_open: Ip4Packet, process_stage(RelatedOpen);
     /// [`Stage::Request`] of IPv6.
     request6: Ip6Packet, process_stage(Request);
     /// [`Stage::Reply`] of IPv6.
@@ -86,6 +90,10 @@ programs! {
     persist_alike6: Ip6Packet, process_stage(PersistAlike);
     /// [`Stage::Astray`] of IPv6.
     astray6: Ip6Packet, process_stage(Astray);
+    /// [`Stage::Related`] of IPv6.
+    related6: Ip6Packet, process_stage(Related);
+    /// [`Stage::RelatedOpen`] of IPv6.
+    related_open6: Ip6Packet, process_stage(RelatedOpen);
 }
 
 macro_rules! stages {
@@ -146,8 +154,8 @@ macro_rules! stages {
     };
 }
 
-stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray);
-stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray);
+stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen);
+stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen);
 
 /// [`schedule::pick`], for every program: see [`picked`].
 ///

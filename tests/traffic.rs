@@ -23,6 +23,9 @@ use xdpvs_tests::{
     program::Director,
 };
 
+#[path = "traffic/persistence.rs"]
+mod persistence;
+
 /// The port of services, and of real servers by DR and tunnel.
 const PORT: u16 = 8080;
 /// The port of masqueraded real servers.

@@ -7,6 +7,7 @@ pub mod cast;
 pub mod executor;
 pub mod family;
 pub mod frames;
+pub mod ftp;
 pub mod lab;
 pub mod network;
 pub mod peers;

@@ -8,6 +8,7 @@ use std::{
     hash::{DefaultHasher, Hasher as _},
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    os::fd::AsRawFd as _,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -17,11 +18,15 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, ensure};
+use nix::sys::{
+    socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt},
+    time::{TimeVal, TimeValLike as _},
+};
 
 use crate::lab::NetNs;
 
 /// How long a client waits for anything.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 /// How long a server waits before it looks whether it is to end.
 const TURN: Duration = Duration::from_millis(50);
 /// The largest datagram of the tests, with room to spare.
@@ -135,9 +140,40 @@ fn serve_datagrams(socket: &UdpSocket, number: u8, end: &AtomicBool) {
 ///
 /// When the connection does not come about, or a byte is not what it should be.
 pub fn ask_tcp(service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
-    let mut stream = TcpStream::connect_timeout(&service, PATIENCE).context("connect")?;
+    ask_on(connect(unspecified(service), service)?, sent, wanted)
+}
+
+/// [`ask_tcp`] from this address of the client.
+///
+/// # Errors
+///
+/// When the connection does not come about, or a byte is not what it should be.
+pub fn ask_tcp_from(client: IpAddr, service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
+    ask_on(connect(client, service)?, sent, wanted)
+}
+
+/// Connects to a service from this address of the client. Neither side of the stream waits forever.
+///
+/// # Errors
+///
+/// When the address is not the client's, or the connection does not come about.
+pub(crate) fn connect(client: IpAddr, service: SocketAddr) -> Result<TcpStream> {
+    let family = if service.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let stream = socket::socket(family, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    // It holds for connecting, too.
+    setsockopt(&stream, sockopt::SendTimeout, &TimeVal::seconds(PATIENCE.as_secs().cast_signed()))?;
+    socket::bind(stream.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(client, 0))).context("take the address")?;
+    socket::connect(stream.as_raw_fd(), &SockaddrStorage::from(service)).context("connect")?;
+    let stream = TcpStream::from(stream);
     stream.set_read_timeout(Some(PATIENCE))?;
-    stream.set_write_timeout(Some(PATIENCE))?;
+    Ok(stream)
+}
+
+const fn unspecified(service: SocketAddr) -> IpAddr {
+    if service.is_ipv4() { IpAddr::V4(Ipv4Addr::UNSPECIFIED) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) }
+}
+
+fn ask_on(mut stream: TcpStream, sent: &[u8], wanted: usize) -> Result<u8> {
     stream.write_all(&request(sent, wanted)).context("send the request")?;
     stream.shutdown(Shutdown::Write)?;
     let mut answer = Vec::new();
@@ -156,14 +192,26 @@ pub fn ask_udp(service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
     ask_by(&udp_socket(service)?, sent, wanted)
 }
 
+/// [`ask_udp`] from this address of the client.
+///
+/// # Errors
+///
+/// When no answer comes, or a byte is not what it should be.
+pub fn ask_udp_from(client: IpAddr, service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
+    ask_by(&udp_socket_from(client, service)?, sent, wanted)
+}
+
 /// A socket that speaks to a service, from a port of its own in the namespace of the caller.
 ///
 /// # Errors
 ///
 /// When there is none to be had.
 pub fn udp_socket(service: SocketAddr) -> Result<UdpSocket> {
-    let any: IpAddr = if service.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0))?;
+    udp_socket_from(unspecified(service), service)
+}
+
+fn udp_socket_from(client: IpAddr, service: SocketAddr) -> Result<UdpSocket> {
+    let socket = UdpSocket::bind((client, 0))?;
     socket.connect(service)?;
     socket.set_read_timeout(Some(PATIENCE))?;
     Ok(socket)

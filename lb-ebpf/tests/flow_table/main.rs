@@ -4,4 +4,5 @@ mod interleavings;
 mod model;
 mod scheduler;
 mod table;
+mod templates;
 mod threads;

@@ -4,11 +4,14 @@ use bytemuck::{Zeroable, allocation::zeroed_slice_box};
 use lb_common::{
     abi::{
         Adjacency, CacheEntry, Config, Cursor, Dest, DestCpu, DestLoad, DestRecord, EndpointKey as _, Limiter, NextHop,
-        Record as _, SlotLine, View, slot,
+        Record as _, SlotLine, View, slot, switch,
     },
     addr::{Address, Ip4, Port},
     event::Event,
-    flow::{Bucket, Endpoint, Entry, Entry4, Key as _, Key4, Place, Word},
+    flow::{
+        Bucket, ENTRIES_PER_BUCKET, Endpoint, Entry, Entry4, Key as _, Key4, Place, Purpose, Word, control, flag,
+        template,
+    },
     hash::Seed,
     jiffies::Jiffies,
     mark::{Marks, Rule, Start},
@@ -22,6 +25,7 @@ use lb_ebpf::{
     flow_table::{self, Buckets, Found, Insert, Inserted},
     pipeline::Now,
     tables::Tables,
+    template::{self as templates, Held, Made},
     track::{self, From, Gone},
 };
 
@@ -50,6 +54,25 @@ pub(crate) struct Opening<K = Key4> {
     pub(crate) tcp_flags: u8,
 }
 
+/// What becomes of templates, and for them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Fate {
+    /// How long they stay from each use on, in ticks.
+    timeout: u32,
+    /// Whether others make room when there is none.
+    displace: bool,
+}
+
+impl Fate {
+    pub(crate) const fn new(timeout: u32) -> Self {
+        Self { timeout, displace: false }
+    }
+
+    pub(crate) const fn displace(self) -> Self {
+        Self { displace: true, ..self }
+    }
+}
+
 /// What a packet came to.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Packet {
@@ -76,6 +99,23 @@ pub(crate) fn host(address: impl Address) -> u8 {
 pub(crate) fn key<E: Entry>(protocol: Protocol, client: u8, service: u8) -> E::Key {
     let client = (address([1, 0], client), Port::new(40_000));
     E::Key::new(protocol, client, (address([9, 9], service), Port::new(80)))
+}
+
+/// The template of a client, by its number.
+pub(crate) fn template_key<E: Entry>(client: u8) -> E::Key {
+    E::Key::template(Protocol::Tcp as u8, address([1, 0], client), address([9, 9], 0), Port::new(80))
+}
+
+/// A template as the table has it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Template {
+    /// The number of its entry, plus one.
+    pub(crate) number: u32,
+    /// Its client, by number.
+    pub(crate) client: u8,
+    pub(crate) word: Word,
+    pub(crate) dest: u32,
+    pub(crate) retired: bool,
 }
 
 /// Where the destination with this number listens.
@@ -116,29 +156,43 @@ impl<E: Entry> Table<E> {
             entry.fill(&key::<E>(Protocol::Tcp, 0, 0), 0, 0);
             entry.word().store(0);
         }
-        self.loads.iter().for_each(|load| load.connections.store(0));
+        for load in &self.loads {
+            load.connections.store(0);
+            load.templates.store(0);
+        }
+        self.dests.iter().for_each(|dest| dest.weight.store(1));
+    }
+
+    /// Gives a destination weight 0, which sends clients away that have templates.
+    pub(crate) fn quiesce(&self, dest: u32) {
+        self.config[0].switches.store(switch::EXPIRE_QUIESCENT_TEMPLATE);
+        self.dests[dest as usize].weight.store(0);
     }
 
     fn now(&self, clock: Clock) -> Now<'_> {
         Now { config: &self.config[0], clock }
     }
 
-    fn birth<'k>(&self, opening: &'k Opening<E::Key>, clock: Clock) -> Insert<'k, E> {
-        let Opening { ref key, place, dest, tcp_flags } = *opening;
-        let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, 0);
-        Insert { key, place, dest, birth, clock, control: 0 }
+    fn birth<'k>(&self, opening: &'k Opening<E::Key>, held: Held, clock: Clock) -> Insert<'k, E> {
+        let Opening { ref key, place, mut dest, tcp_flags } = *opening;
+        let mut flags = 0;
+        if held.is_some() {
+            dest = held.dest();
+            flags = flag::CONTROLLED | if key.protocol() == Protocol::Udp { flag::NO_OUTPUT } else { 0 };
+        }
+        let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, flags);
+        Insert { key, place, dest, birth, clock, control: held.number() }
     }
 
     /// Creates a connection that has not been found.
     pub(crate) fn insert(&self, opening: &Opening<E::Key>, clock: Clock) -> Inserted {
-        flow_table::insert(self, &self.birth(opening, clock))
+        flow_table::insert(self, &self.birth(opening, Held::NONE, clock))
     }
 
     /// Creates a connection that has not been found and that there is no room for.
     pub(crate) fn displace(&self, opening: &Opening<E::Key>, clock: Clock) -> Inserted {
-        let insert = self.birth(opening, clock);
-        flow_table::clear_way(self, insert.place, clock, IDLE);
-        flow_table::insert(self, &insert)
+        self.clear_way(opening.place, clock);
+        self.insert(opening, clock)
     }
 
     /// The connection, if there is one; it may be past its time.
@@ -156,21 +210,88 @@ impl<E: Entry> Table<E> {
         track::step(self, found, (tcp_flags, from), &self.now(clock))
     }
 
+    /// Lets a packet change the connection that it belongs to, and returns its destination.
+    fn join(&self, opening: &Opening<E::Key>, clock: Clock) -> Option<u32> {
+        let found = self.find(&opening.key, opening.place)?;
+        self.step(&found, opening.tcp_flags, From::Client, clock).ok()?;
+        Some(found.dest)
+    }
+
     /// Does what the pipeline does with a packet of a client.
     pub(crate) fn packet(&self, opening: &Opening<E::Key>, clock: Clock) -> Packet {
-        let join = || {
-            let found = self.find(&opening.key, opening.place)?;
-            self.step(&found, opening.tcp_flags, From::Client, clock).ok()?;
-            Some(found.dest)
-        };
-        if let Some(dest) = join() {
+        if let Some(dest) = self.join(opening, clock) {
             return Packet::To(dest);
         }
         match self.insert(opening, clock) {
             Inserted::New => Packet::Opened(opening.dest),
-            Inserted::Contended => join().map_or(Packet::Lost(Inserted::Contended), Packet::To),
+            Inserted::Contended => self.join(opening, clock).map_or(Packet::Lost(Inserted::Contended), Packet::To),
             Inserted::Full => Packet::Lost(Inserted::Full),
         }
+    }
+
+    /// Makes room for an entry with this place, if anything may make room. Returns whether there is some.
+    pub(crate) fn clear_way(&self, place: Place, clock: Clock) -> bool {
+        flow_table::clear_way(self, place, clock, IDLE) != 0
+    }
+
+    /// Makes a template, which stays for so many ticks from each use on.
+    pub(crate) fn make(&self, client: u8, dest: u32, timeout: u32, clock: Clock) -> Inserted {
+        let word = Word::template(Method::Masq as u8, 0, clock.now);
+        templates::make(self, &template_key::<E>(client), &Made { word, timeout, dest }, clock)
+    }
+
+    /// Holds a client's template, which is used once more.
+    pub(crate) fn hold(&self, client: u8, clock: Clock) -> Held {
+        templates::hold(self, &template_key::<E>(client), clock.now.0, clock.hz)
+    }
+
+    /// Lets go of a template. Returns whether that has ended it.
+    pub(crate) fn let_go(&self, held: Held, how: u64) -> bool {
+        templates::let_go(self, held.number(), how) != 0
+    }
+
+    /// Does what the pipeline does with a packet of a client for a persistent service: opens a connection to the destination of
+    /// its template, which is made for that of `opening` when there is none.
+    pub(crate) fn persistent(&self, opening: &Opening<E::Key>, fate: Fate, clock: Clock) -> Packet {
+        let client = host(opening.key.caddr());
+        let template = E::template_place(&template_key::<E>(client), &self.seed());
+        if let Some(dest) = self.join(opening, clock) {
+            return Packet::To(dest);
+        }
+        // Room for a template, and for a connection; and each once more, when others have taken it.
+        let mut ways = if fate.displace { 4 } else { 0 };
+        let mut make_room = |place| {
+            let may = ways > 0;
+            ways -= i32::from(may);
+            may && self.clear_way(place, clock)
+        };
+        // Two templates may come and go meanwhile.
+        for _ in 0..7 {
+            let held = self.hold(client, clock);
+            let inserted = if held.is_some() {
+                let inserted = flow_table::insert(self, &self.birth(opening, held, clock));
+                if inserted != Inserted::New {
+                    self.let_go(held, 0);
+                }
+                inserted
+            } else if held == Held::NONE {
+                match self.make(client, opening.dest, fate.timeout, clock) {
+                    Inserted::New => continue,
+                    other => other,
+                }
+            } else {
+                Inserted::Contended
+            };
+            match inserted {
+                Inserted::New => return Packet::Opened(held.dest()),
+                Inserted::Contended if held.is_some() => {
+                    return self.join(opening, clock).map_or(Packet::Lost(Inserted::Contended), Packet::To);
+                }
+                Inserted::Full if make_room(if held.is_some() { opening.place } else { template }) => {}
+                other => return Packet::Lost(other),
+            }
+        }
+        Packet::Lost(Inserted::Contended)
     }
 
     /// Ends connections of all buckets. Returns how many.
@@ -185,8 +306,48 @@ impl<E: Entry> Table<E> {
         audit::connections(&self.flows).expect("at rest, every connection has one entry")
     }
 
-    /// Active and all connections of every destination, which must be what the counters say.
+    /// The entry with this number, which counts from one.
+    fn entry(&self, number: u32) -> &E {
+        let (bucket, index) = ((number - 1) as usize / ENTRIES_PER_BUCKET, (number - 1) as usize % ENTRIES_PER_BUCKET);
+        &self.flows[bucket].entries()[index]
+    }
+
+    /// The template with this number, if it is one.
+    pub(crate) fn template(&self, number: u32) -> Option<Template> {
+        let entry = self.entry(number);
+        let word = Word(entry.word().load());
+        let key = entry.key(word);
+        let (client, retired) = (host(key.caddr()), Purpose::of(&key).is_retired());
+        let is_template = word.is_live() && word.is_template();
+        is_template.then(|| Template { number, client, word, dest: entry.dest().load(), retired })
+    }
+
+    /// The templates that the table holds, whether or not their time is over.
+    pub(crate) fn templates(&self) -> Vec<Template> {
+        (1..=(self.flows.len() * ENTRIES_PER_BUCKET) as u32).filter_map(|number| self.template(number)).collect()
+    }
+
+    /// The template of a client that new connections would go by, if there is one.
+    pub(crate) fn template_of(&self, client: u8) -> Option<Template> {
+        self.templates().into_iter().find(|template| template.client == client && !template.retired)
+    }
+
+    /// Active and all connections of every destination, which must be what the counters say. Everything else that is to hold
+    /// at rest is checked, too.
     pub(crate) fn audit(&self) -> audit::Connections {
+        for entry in self.flows.iter().flat_map(Bucket::entries) {
+            let word = Word(entry.word().load());
+            if word.is_live() && !word.is_template() && word.has(flag::CONTROLLED) {
+                let template = self.template(entry.control().load()).expect("a template that controls stays");
+                let of = (template.client, template.dest);
+                assert_eq!((host(entry.key(word).caddr()), entry.dest().load()), of, "the template is its own");
+            }
+        }
+        for template in self.templates() {
+            let held = control::holders(self.entry(template.number).control().load());
+            let left = template.word.has(template::DOOMED) && held == Some(0);
+            assert!(!left, "{template:?} is doomed, and controls nothing");
+        }
         audit::check(&self.flows, &self.loads).expect("at rest, the table and its counters agree")
     }
 }

@@ -207,11 +207,7 @@ pub fn hold<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, now: u32, hz: u32)
     let dest = entry.dest().load();
     let Some(current) = word.template_at(clock.now, hz, others != 0) else {
         if entry.control().compare_exchange(control::TEMPLATE + 1, control::CLOSED).is_ok() {
-            return if end_closed(tables, entry, Word(entry.word().load()), dest) {
-                Held::NONE
-            } else {
-                Held::CONTENDED
-            };
+            return if end_closed(tables, entry, word, dest) { Held::NONE } else { Held::CONTENDED };
         }
         // Somebody else holds it, too, by now.
         tables.let_go(found, 0);

@@ -6,7 +6,7 @@
 //!   connections does not end.
 //! * A client has one template, apart from retired ones.
 //! * The template of a connection is its own: of its client, to its destination.
-//! * One that is doomed ends with its last holder.
+//! * A template that a packet has used does not end before its time; one that is doomed ends with its last holder.
 //!
 //! [`Table::audit`] checks what holds at rest.
 
@@ -164,6 +164,50 @@ fn a_template_that_is_held_stays_what_it_is() {
             );
         }
     }
+}
+
+/// A client comes at the very end of its template's time, and the timer does.
+#[test]
+fn a_template_that_is_used_does_not_end_before_its_time() {
+    let late: Work<Option<Packet>> = Arc::new(|table| {
+        let held = table.hold(1, clock(TIMEOUT));
+        table.let_go(held, 0);
+        None
+    });
+    for other in [sweep(What::over(clock(TIMEOUT))), late] {
+        explore(
+            Table::new(2),
+            3,
+            |table| assert_eq!(table.make(1, 1, TIMEOUT, clock(BEGIN)), Inserted::New),
+            vec![look(1, &[1], TIMEOUT - 1), other],
+            |table, said| {
+                assert_eq!(table.templates().len(), usize::from(said[0].is_some()), "{said:?}");
+                table.audit();
+                flush(table);
+            },
+        );
+    }
+}
+
+/// The same for one that is over, which a connection is about to be opened by.
+#[test]
+fn a_template_ends_or_controls_connections_but_not_both() {
+    explore(
+        Table::new(2),
+        1,
+        |table| assert_eq!(table.make(1, 1, TIMEOUT, clock(BEGIN)), Inserted::New),
+        vec![
+            persistent(opening(1, 0, 2), TIMEOUT - 1),
+            persistent(opening(1, 1, 3), TIMEOUT),
+            sweep(What::over(clock(TIMEOUT))),
+        ],
+        |table, said| {
+            assert!(table.templates().len() <= 1, "{said:?}");
+            let opened = said.iter().filter(|said| matches!(said, Some(Packet::Opened(_)))).count();
+            assert_eq!(table.audit().values().map(|(_, all)| *all as usize).sum::<usize>(), opened, "{said:?}");
+            flush(table);
+        },
+    );
 }
 
 /// One connection ends by itself, and everything of its destination is flushed, while the client opens another.

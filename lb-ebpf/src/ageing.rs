@@ -202,7 +202,7 @@ fn end_template<E: Entry>(
         }
         if what.kind == of::THINNED
             && is_thinned_template(tables, entry, word, what.clock())
-            && template::end(tables, entry, word, dest)
+            && template::end(tables, entry, word)
         {
             tables.count_event(Event::Thinned);
         }

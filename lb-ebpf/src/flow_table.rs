@@ -558,7 +558,7 @@ pub fn clear_way<E: Entry>(tables: &impl Buckets<E>, place: Place, clock: Clock,
             return 1;
         }
         let ended = if word.is_template() {
-            template::end(tables, entry, word, dest)
+            template::end(tables, entry, word)
         } else {
             release_as(tables, entry, word, dest, template::FORCED)
         };

@@ -78,20 +78,27 @@ pub fn count(tables: &impl Tables, dest: u32, number: u32) {
 
 /// Ends a template, unless somebody holds it or has changed it since `word` was read. Returns whether it did.
 #[inline(always)]
-pub fn end<E: Entry>(tables: &impl Tables, entry: &E, word: Word, dest: u32) -> bool {
-    close(entry) && end_closed(tables, entry, word, dest)
+pub fn end<E: Entry>(tables: &impl Tables, entry: &E, word: Word) -> bool {
+    close(entry) && end_closed(tables, entry, word)
 }
 
-/// [`end`] of a template that the caller has closed.
+/// [`end`] of a template that the caller has closed. One that is doomed ends whatever has changed: its last holder may have tried
+/// that while it was closed, and leaves it to whoever has closed it.
 #[inline(always)]
-fn end_closed<E: Entry>(tables: &impl Tables, entry: &E, word: Word, dest: u32) -> bool {
-    let done = entry.word().compare_exchange(word.0, word.freed().0).is_ok();
-    if done {
-        settle(tables, dest);
-    } else {
-        reopen(entry);
+fn end_closed<E: Entry>(tables: &impl Tables, entry: &E, mut word: Word) -> bool {
+    let dest = entry.dest().load();
+    for _ in 0..ATTEMPTS {
+        match entry.word().compare_exchange(word.0, word.freed().0) {
+            Ok(_) => {
+                settle(tables, dest);
+                return true;
+            }
+            Err(found) if Word(found).has(template::DOOMED) => word = Word(tables.hide(found)),
+            Err(_) => break,
+        }
     }
-    done
+    reopen(entry);
+    false
 }
 
 /// Lets go of the template with this number: a connection that it controlled has ended, or a packet has seen enough of it. `how`
@@ -99,14 +106,15 @@ fn end_closed<E: Entry>(tables: &impl Tables, entry: &E, word: Word, dest: u32) 
 #[inline(always)]
 pub fn let_go<E: Entry>(tables: &impl Buckets<E>, number: u32, how: u64) -> u64 {
     let Some(entry) = entry_of(tables, number) else { return 0 };
+    // What is there from the moment on at which it is let go may be another.
+    let held = Word(entry.word().load());
     // Nobody closes what is held, so this needs no exchange.
     let last = entry.control().fetch_add(u32::MAX) == control::TEMPLATE + 1;
     let ends = last && {
         let word = Word(entry.word().load());
-        word.is_live()
-            && word.is_template()
+        word.same_life(held)
             && (word.has(template::DOOMED) || how & FORCED != 0 && !word.has(template::ASSURED))
-            && end(tables, entry, word, entry.dest().load())
+            && end(tables, entry, word)
     };
     ends.into()
 }
@@ -207,7 +215,7 @@ pub fn hold<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, now: u32, hz: u32)
     let dest = entry.dest().load();
     let Some(current) = word.template_at(clock.now, hz, others != 0) else {
         if entry.control().compare_exchange(control::TEMPLATE + 1, control::CLOSED).is_ok() {
-            return if end_closed(tables, entry, word, dest) { Held::NONE } else { Held::CONTENDED };
+            return if end_closed(tables, entry, word) { Held::NONE } else { Held::CONTENDED };
         }
         // Somebody else holds it, too, by now.
         tables.let_go(found, 0);
@@ -265,7 +273,7 @@ pub fn age<E: Entry>(tables: &impl Tables, entry: &E, word: Word, clock: Clock) 
     if !clock.now.reached(word.expires()) {
         return false;
     }
-    if end(tables, entry, word, entry.dest().load()) {
+    if end(tables, entry, word) {
         return true;
     }
     let held = control::holders(entry.control().load()).is_some_and(|holders| holders != 0);
@@ -280,7 +288,7 @@ pub fn age<E: Entry>(tables: &impl Tables, entry: &E, word: Word, clock: Clock) 
 /// ended.
 #[inline(always)]
 pub fn doom<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, number: u32) -> bool {
-    if end(tables, entry, word, entry.dest().load()) {
+    if end(tables, entry, word) {
         return true;
     }
     if join(entry).is_none() {

@@ -245,6 +245,11 @@ impl<E: Entry> Table<E> {
         templates::hold(self, &template_key::<E>(client), clock.now.0, clock.hz)
     }
 
+    /// A template that is held already.
+    pub(crate) fn held(&self, template: Template) -> Held {
+        Held::from_bits(u64::from(template.dest) | u64::from(template.number) << 32)
+    }
+
     /// Lets go of a template. Returns whether that has ended it.
     pub(crate) fn let_go(&self, held: Held, how: u64) -> bool {
         templates::let_go(self, held.number(), how) != 0

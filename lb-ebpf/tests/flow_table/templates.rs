@@ -5,7 +5,7 @@
 //! * A template ends once, and at rest every destination's number of templates equals a recount. One that controls
 //!   connections does not end.
 //! * A client has one template, apart from retired ones.
-//! * The template of a connection is its own: of its client, to its destination.
+//! * The template of a connection is its own: of its client, to its destination. Its end is no other's.
 //! * A template that a packet has used does not end before its time; one that is doomed ends with its last holder.
 //!
 //! [`Table::audit`] checks what holds at rest.
@@ -16,7 +16,7 @@ use lb_common::{
     flow::{Entry4, Place, template},
     proto::Protocol,
 };
-use lb_ebpf::{ageing::What, flow_table::Inserted, track::From};
+use lb_ebpf::{ageing::What, flow_table::Inserted, template::FORCED, track::From};
 
 use crate::{
     scheduler::{Work, explore},
@@ -270,6 +270,36 @@ fn who_makes_room_takes_its_own_template_along() {
                 assert!(own.is_some_and(|own| own.word.has(template::ASSURED)), "{own:?}");
                 assert_eq!(said[0], Some(Packet::Lost(Inserted::Full)));
             }
+            flush(table);
+        },
+    );
+}
+
+/// A connection that was made to end lets go of its template, which ends meanwhile; another's is there then.
+#[test]
+fn an_end_is_of_no_template_but_its_own() {
+    let replace: Work<bool> = Arc::new(|table| {
+        table.sweep(What::dest(1));
+        table.make(2, 2, TIMEOUT, clock(BEGIN)) == Inserted::New
+    });
+    // It is held from the beginning.
+    let end: Work<bool> = Arc::new(|table| {
+        let only = table.templates()[0];
+        let held = table.held(only);
+        table.let_go(held, FORCED)
+    });
+    explore(
+        Table::new(2),
+        3,
+        |table| {
+            occupy(table, ENTRIES - 1);
+            assert_eq!(table.make(1, 1, TIMEOUT, clock(BEGIN)), Inserted::New);
+            assert!(table.hold(1, clock(BEGIN)).is_some());
+        },
+        vec![end, replace],
+        |table, said| {
+            assert_eq!(table.template_of(2).is_some(), said[1], "{said:?}");
+            table.audit();
             flush(table);
         },
     );

@@ -86,12 +86,20 @@ pub trait Buckets<E: Entry>: Tables {
         template::let_go(self, number, how)
     }
 
-    /// [`template::assure`].
-    fn assure(&self, number: u32) -> u64
+    /// [`template::word_of`].
+    fn template_word(&self, number: u32) -> u64
     where
         Self: Sized,
     {
-        template::assure(self, number)
+        template::word_of(self, number)
+    }
+
+    /// [`template::assure`].
+    fn assure(&self, number: u32, word: u64) -> u64
+    where
+        Self: Sized,
+    {
+        template::assure(self, number, word)
     }
 
     /// [`ageing::end`].

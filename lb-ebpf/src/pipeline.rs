@@ -713,10 +713,12 @@ where
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     let control = held.number();
     let insert = Insert { key, place, dest: number, birth, clock: now.clock, control };
+    // Asked for while the template is held.
+    let to_assure = if track::begins_established(birth) { tables.template_word(control) } else { 0 };
     let inserted = flow_table::insert(tables, &insert);
     if inserted == Inserted::New {
-        if track::begins_established(birth) {
-            template::assure(tables, control);
+        if to_assure != 0 {
+            tables.assure(control, to_assure);
         }
         let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
         cpu.counters.connections.update(|connections| connections + 1);

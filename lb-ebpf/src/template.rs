@@ -119,19 +119,26 @@ pub fn let_go<E: Entry>(tables: &impl Buckets<E>, number: u32, how: u64) -> u64 
     ends.into()
 }
 
-/// Notes that a connection which the template with this number controls has been established, or answered.
+/// The word of the template with this number, for [`assure`].
 #[inline(always)]
-pub fn assure<E: Entry>(tables: &impl Buckets<E>, number: u32) -> u64 {
-    let Some(entry) = entry_of(tables, number) else { return 0 };
-    change_word(entry, |word| word.with(template::ASSURED))
+pub fn word_of<E: Entry>(tables: &impl Buckets<E>, number: u32) -> u64 {
+    entry_of(tables, number).map_or(0, |entry| entry.word().load())
 }
 
-/// Changes the word of a template by exchange. Returns whether it is one.
+/// Notes that a connection which the template with this number controls has been established, or answered. `word` is one that
+/// the template had while it controlled the connection: by now, its entry may be another's.
 #[inline(always)]
-fn change_word<E: Entry>(entry: &E, change: impl Fn(Word) -> Word) -> u64 {
+pub fn assure<E: Entry>(tables: &impl Buckets<E>, number: u32, word: u64) -> u64 {
+    let Some(entry) = entry_of(tables, number) else { return 0 };
+    change_word(entry, Word(word), |word| word.with(template::ASSURED))
+}
+
+/// Changes the word of a template by exchange, if it is of the same life as `life`. Returns whether it is.
+#[inline(always)]
+fn change_word<E: Entry>(entry: &E, life: Word, change: impl Fn(Word) -> Word) -> u64 {
     for _ in 0..ATTEMPTS {
         let word = Word(entry.word().load());
-        if !word.is_live() || !word.is_template() {
+        if !word.same_life(life) {
             return 0;
         }
         let after = change(word);
@@ -229,7 +236,7 @@ pub fn hold<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, now: u32, hz: u32)
     }
     let retried = current.0 & template::RETRIED;
     let timeout = entry.hint().load();
-    change_word(entry, |word| {
+    change_word(entry, word, |word| {
         let word = word.with(retried);
         word.expiring(clock.now.after(word.template_timeout(timeout, hz)))
     });
@@ -296,7 +303,7 @@ pub fn doom<E: Entry>(tables: &impl Buckets<E>, entry: &E, word: Word, number: u
     }
     if Word(entry.word().load()).same_life(word) {
         entry.retire();
-        change_word(entry, |word| word.with(template::DOOMED));
+        change_word(entry, word, |word| word.with(template::DOOMED));
     }
     tables.let_go(number, 0) != 0
 }

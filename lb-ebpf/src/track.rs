@@ -133,7 +133,7 @@ pub fn step<E: Entry>(
             Ok(_) => {
                 count(tables, found.dest, word, after);
                 if assures(word, after) {
-                    tables.assure(found.entry.control().load());
+                    assure(tables, found.entry, after);
                 }
                 return Ok(after);
             }
@@ -191,6 +191,17 @@ fn assures(before: Word, after: Word) -> bool {
 pub fn begins_established(word: Word) -> bool {
     const ESTABLISHED: u8 = tcp::State::Established as u8;
     word.protocol() == Protocol::Tcp && word.state() == ESTABLISHED
+}
+
+/// Assures the template of a connection that has become `after`, unless the connection has ended since. While it has not, what it
+/// says of its template is true, and the template's word is of its own.
+#[inline(always)]
+fn assure<E: Entry>(tables: &impl Buckets<E>, entry: &E, after: Word) {
+    let number = entry.control().load();
+    let template = tables.template_word(number);
+    if Word(entry.word().load()).same_life(after) {
+        tables.assure(number, template);
+    }
 }
 
 /// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8): never those of one

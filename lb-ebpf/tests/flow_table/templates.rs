@@ -5,7 +5,8 @@
 //! * A template ends once, and at rest every destination's number of templates equals a recount. One that controls
 //!   connections does not end.
 //! * A client has one template, apart from retired ones.
-//! * The template of a connection is its own: of its client, to its destination. Its end is no other's.
+//! * The template of a connection is its own: of its client, to its destination. So its packets assure no other, and its end is
+//!   no other's.
 //! * A template that a packet has used does not end before its time; one that is doomed ends with its last holder.
 //!
 //! [`Table::audit`] checks what holds at rest.
@@ -270,6 +271,34 @@ fn who_makes_room_takes_its_own_template_along() {
                 assert!(own.is_some_and(|own| own.word.has(template::ASSURED)), "{own:?}");
                 assert_eq!(said[0], Some(Packet::Lost(Inserted::Full)));
             }
+            flush(table);
+        },
+    );
+}
+
+/// A packet establishes a connection that ends at the same time, with its template, in the entry of which there is another
+/// client's then.
+#[test]
+fn a_packet_assures_no_template_but_its_own() {
+    let establish: Work<Option<Packet>> = Arc::new(|table| acknowledge(table, &opening(1, 0, 1), BEGIN));
+    let replace: Work<Option<Packet>> = Arc::new(|table| {
+        table.sweep(What::dest(1));
+        Some(table.persistent(&opening(2, 0, 2), Fate::new(TIMEOUT), clock(BEGIN)))
+    });
+    explore(
+        Table::new(2),
+        2,
+        |table| {
+            occupy(table, ENTRIES - 2);
+            open(table, &opening(1, 0, 1));
+        },
+        vec![establish, replace],
+        |table, said| {
+            if said[1] == Some(Packet::Opened(2)) {
+                let other = table.template_of(2).expect("it controls a connection");
+                assert!(!other.word.has(template::ASSURED), "{other:?} was assured by another's packet");
+            }
+            table.audit();
             flush(table);
         },
     );

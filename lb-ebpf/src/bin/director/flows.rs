@@ -15,7 +15,7 @@ use lb_ebpf::{
 use crate::maps::Maps;
 
 macro_rules! of_families {
-    ($($entry:ty: $candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident, $end:ident;)+) => {$(
+    ($($entry:ty: $candidate:ident, $clear_way:ident, $let_go:ident, $template_word:ident, $assure:ident, $end:ident;)+) => {$(
         /// [`flow_table::candidate`].
         #[unsafe(no_mangle)]
         pub(crate) extern "C" fn $candidate(hash: u64, now: u32, hz: u32, idle: u32) -> u64 {
@@ -34,10 +34,16 @@ macro_rules! of_families {
             template::let_go::<$entry>(&Maps, number, how)
         }
 
+        /// [`template::word_of`].
+        #[unsafe(no_mangle)]
+        pub(crate) extern "C" fn $template_word(number: u32) -> u64 {
+            template::word_of::<$entry>(&Maps, number)
+        }
+
         /// [`template::assure`].
         #[unsafe(no_mangle)]
-        pub(crate) extern "C" fn $assure(number: u32) -> u64 {
-            template::assure::<$entry>(&Maps, number)
+        pub(crate) extern "C" fn $assure(number: u32, word: u64) -> u64 {
+            template::assure::<$entry>(&Maps, number, word)
         }
 
         /// [`ageing::end`].
@@ -49,6 +55,6 @@ macro_rules! of_families {
 }
 
 of_families! {
-    Entry4: candidate4, clear_way4, let_go4, assure4, end4;
-    Entry6: candidate6, clear_way6, let_go6, assure6, end6;
+    Entry4: candidate4, clear_way4, let_go4, template_word4, assure4, end4;
+    Entry6: candidate6, clear_way6, let_go6, template_word6, assure6, end6;
 }

@@ -270,7 +270,7 @@ impl Scan for OverCpus {
 
 macro_rules! of_families {
     ($(
-        $entry:ident, $buckets:ident, $flows:ident ($candidate:ident, $clear_way:ident, $let_go:ident, $assure:ident, $end:ident),
+        $entry:ident, $buckets:ident, $flows:ident ($candidate:ident, $clear_way:ident, $let_go:ident, $template_word:ident, $assure:ident, $end:ident),
         $key:ident, $endpoints:ident;
     )+) => {$(
         impl Buckets<$entry> for Maps {
@@ -300,8 +300,13 @@ macro_rules! of_families {
             }
 
             #[inline(always)]
-            fn assure(&self, number: u32) -> u64 {
-                flows::$assure(number)
+            fn template_word(&self, number: u32) -> u64 {
+                flows::$template_word(number)
+            }
+
+            #[inline(always)]
+            fn assure(&self, number: u32, word: u64) -> u64 {
+                flows::$assure(number, word)
             }
 
             #[inline(always)]
@@ -320,6 +325,6 @@ macro_rules! of_families {
 }
 
 of_families! {
-    Entry4, FLOW_BUCKETS, FLOWS4 (candidate4, clear_way4, let_go4, assure4, end4), EndpointKey4, ENDPOINTS4;
-    Entry6, FLOW_BUCKETS6, FLOWS6 (candidate6, clear_way6, let_go6, assure6, end6), EndpointKey6, ENDPOINTS6;
+    Entry4, FLOW_BUCKETS, FLOWS4 (candidate4, clear_way4, let_go4, template_word4, assure4, end4), EndpointKey4, ENDPOINTS4;
+    Entry6, FLOW_BUCKETS6, FLOWS6 (candidate6, clear_way6, let_go6, template_word6, assure6, end6), EndpointKey6, ENDPOINTS6;
 }

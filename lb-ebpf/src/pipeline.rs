@@ -1008,9 +1008,7 @@ where
     let key = &service.template(ip, segment);
     let held = template::hold::<EntryOf<I>>(tables, key, now.clock.now.0, now.clock.hz);
     let held = Held::from_bits(tables.hide(held.bits()));
-    if held.is_some() {
-        tables.let_go(held.number(), 0);
-    }
+    let mut cleared = 0;
     if opens && !one_packet {
         // Either there is a template, and no room for the connection, or there is no room for a template.
         let place = if held.is_some() {
@@ -1018,9 +1016,14 @@ where
         } else {
             EntryOf::<I>::template_place(key, &tables.seed())
         };
-        if tables.clear_way(place, now.clock, idle(now)) != 0 {
-            return Err(Halt::go_on(if held.is_some() { Stage::Persist } else { Stage::PersistAlike }));
-        }
+        cleared = tables.clear_way(place, now.clock, idle(now));
+    }
+    if held.is_some() {
+        // Held until now, for it must not be what makes room for its own connection.
+        tables.let_go(held.number(), 0);
+    }
+    if cleared != 0 {
+        return Err(Halt::go_on(if held.is_some() { Stage::Persist } else { Stage::PersistAlike }));
     }
     let number = if held.is_some() {
         held.dest()

@@ -273,26 +273,28 @@ impl<E: Entry> Table<E> {
         // Two templates may come and go meanwhile.
         for _ in 0..7 {
             let held = self.hold(client, clock);
-            let inserted = if held.is_some() {
+            if held.is_some() {
                 let inserted = flow_table::insert(self, &self.birth(opening, held, clock));
-                if inserted != Inserted::New {
-                    self.let_go(held, 0);
+                if inserted == Inserted::New {
+                    return Packet::Opened(held.dest());
                 }
-                inserted
-            } else if held == Held::NONE {
-                match self.make(client, opening.dest, fate.timeout, clock) {
-                    Inserted::New => continue,
-                    other => other,
+                // Held until then, for it must not be what makes room.
+                let cleared = inserted == Inserted::Full && make_room(opening.place);
+                self.let_go(held, 0);
+                match inserted {
+                    Inserted::Full if cleared => continue,
+                    Inserted::Full => return Packet::Lost(Inserted::Full),
+                    _ => return self.join(opening, clock).map_or(Packet::Lost(Inserted::Contended), Packet::To),
                 }
+            }
+            let made = if held == Held::NONE {
+                self.make(client, opening.dest, fate.timeout, clock)
             } else {
                 Inserted::Contended
             };
-            match inserted {
-                Inserted::New => return Packet::Opened(held.dest()),
-                Inserted::Contended if held.is_some() => {
-                    return self.join(opening, clock).map_or(Packet::Lost(Inserted::Contended), Packet::To);
-                }
-                Inserted::Full if make_room(if held.is_some() { opening.place } else { template }) => {}
+            match made {
+                Inserted::New => {}
+                Inserted::Full if make_room(template) => {}
                 other => return Packet::Lost(other),
             }
         }

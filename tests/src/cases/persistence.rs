@@ -20,7 +20,8 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
     let mut cases = Vec::new();
     for method in METHODS {
         cases.extend([stays(family, method), other_port(family, method), all_ports(family, method)]);
-        cases.extend([ftp(family, method), no_room(family, method), of_a_mark(family, method)]);
+        cases.extend([ftp(family, method), no_room(family, method), room_for_one(family, method)]);
+        cases.push(of_a_mark(family, method));
     }
     cases.extend([
         one_client_of_a_network(family),
@@ -457,6 +458,26 @@ fn no_room(family: Family, method: Method) -> Case {
             .flat_map(|number| ["S", "A"].map(|flags| request(family, cast::CLIENT, number, 443).tcp(flags, b"")))
             .collect(),
     )
+}
+
+/// There is room for the template and nothing else that could make any: it does not make room for its own connections.
+fn room_for_one(family: Family, method: Method) -> Case {
+    let mut case = Case::new(family, format!("persistent, {method}: room for the template"));
+    case = case.service(TCP, PORT, &[(0, PORT, method, 1)]);
+    case = case.persistent(TCP, 443, 4, &[(0, 443, method), (1, 443, method), (2, 443, method)]);
+    for number in 0..19 {
+        for (flags, counts) in [("S", OPENS), ("A", NOTHING)] {
+            case = case.reaches((0, PORT, method), request(family, OTHER, number, PORT), tcp(flags), counts);
+        }
+    }
+    let opening = |number| request(family, cast::CLIENT, number, 443).tcp("S", b"");
+    if method == Method::Masq {
+        let counts = Counts::of(Reason::TableFull).at(2, DestCounts { templates: 1, ..NOTHING });
+        case = case.arrives(Wire::Outside, opening(0), Verdict::Drop, opening(0), counts);
+    } else {
+        case = case.leaves(opening(0)).together((1..6).map(opening).collect());
+    }
+    case.shows(["tcp NONE 10.1.0.1:0 10.9.9.9:443 10.2.0.13:443"])
 }
 
 /// Half-open connections make room, and then their templates do, which nobody else has any use for. An assured one does not.

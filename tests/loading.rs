@@ -31,6 +31,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("astray", 15_000),
     ("related", 236_900),
     ("related_open", 194_000),
+    ("opened", 10_500),
     ("six", 79_400),
     ("request6", 22_800),
     ("open6", 307_800),
@@ -47,6 +48,7 @@ const DIRECTOR_BUDGETS: &[(&str, u32)] = &[
     ("related6", 209_600),
     ("related_open6", 248_400),
     ("control", 319_100),
+    ("opened6", 12_200),
     ("neighbour", 40),
 ];
 const BENCH_BUDGETS: &[(&str, u32)] = &[

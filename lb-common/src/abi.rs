@@ -1071,11 +1071,13 @@ pub enum Stage {
     Related,
     /// An ICMP error about a packet of a service that opens a connection.
     RelatedOpen,
+    /// A client's packet that has just opened a connection to a persistent service.
+    Opened,
 }
 
 impl Stage {
     /// Every stage that both families have, in the order of their numbers.
-    pub const COMMON: [Self; 14] = [
+    pub const COMMON: [Self; 15] = [
         Self::Request,
         Self::Reply,
         Self::Observe,
@@ -1090,9 +1092,10 @@ impl Stage {
         Self::Astray,
         Self::Related,
         Self::RelatedOpen,
+        Self::Opened,
     ];
     /// Stages of IPv4, and entries of the map of stages, with room for more.
-    const OF_ONE_FAMILY: u32 = 16;
+    const OF_ONE_FAMILY: u32 = 24;
     /// Entries of the map of stages.
     pub const PROGRAMS: u32 = 2 * Self::OF_ONE_FAMILY;
 
@@ -1128,6 +1131,7 @@ impl Stage {
             Self::Astray => ["astray", "astray6"],
             Self::Related => ["related", "related6"],
             Self::RelatedOpen => ["related_open", "related_open6"],
+            Self::Opened => ["opened", "opened6"],
         }
     }
 }

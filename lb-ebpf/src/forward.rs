@@ -66,6 +66,7 @@ impl Halt {
             13 => Some(Stage::Astray),
             14 => Some(Stage::Related),
             15 => Some(Stage::RelatedOpen),
+            16 => Some(Stage::Opened),
             _ => None,
         }
     }

@@ -119,6 +119,7 @@ where
         Stage::Astray => astray::<I, P, T, E>(packet, tables, env),
         Stage::Related => related::relay::<I, P, T, E>(packet, tables, env),
         Stage::RelatedOpen => related::open::<I, P, T, E>(packet, tables, env),
+        Stage::Opened => opened::<I, P, T, E>(packet, tables, env),
         // Not of this family.
         Stage::Six => Err(Reason::Impossible.into()),
     };
@@ -589,8 +590,32 @@ where
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     open_persistent::<I, P, T, E>(packet, tables, env, now)?;
-    // A second look at the segment that has opened a connection leaves it as it is.
-    Err(Halt::go_on(Stage::Request))
+    Err(Halt::go_on(Stage::Opened))
+}
+
+/// A packet of a client that has just opened a connection. Nothing that is asked of packets of known connections is asked: under
+/// `expire_nodest_conn` it would be taken for one that begins another, if the template's destination has weight 0.
+///
+/// # Errors
+///
+/// Why it does not get to a destination.
+#[inline(always)]
+fn opened<I, P, T, E>(packet: &mut P, tables: &T, env: &E) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Env,
+{
+    let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+    let ip = &I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    let key = request_key(ip, segment);
+    let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
+    // Another CPU may have ended it.
+    let found = flow_table::find::<EntryOf<I>>(tables, &key, place).ok_or(Reason::FlowContended)?;
+    let connection = Connection::of(found.word, found.dest);
+    to_server(packet, tables, env, ip, Some(segment), connection, now)
 }
 
 /// A persistent service, as a packet for it has found it.
@@ -730,7 +755,7 @@ where
     }
     // Another CPU has just opened it with a packet of the same client, or is about to.
     let found = flow_table::find_number(tables, key, place);
-    if found == 0 { Err(Reason::FlowContended.into()) } else { Ok(()) }
+    Err(if found == 0 { Reason::FlowContended.into() } else { Halt::go_on(Stage::Request) })
 }
 
 /// The template that a packet belongs to, which is held then.

@@ -28,6 +28,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         how_long(family),
         while_it_controls_connections(family),
         not_taken_over(family),
+        quiescent_and_expired(family),
         established_at_once(family),
         datagrams(family),
         quiescent(family, false),
@@ -517,4 +518,20 @@ fn established_at_once(family: Family) -> Case {
     case = case.reaches((0, PORT, method), request(family, cast::CLIENT, 0, PORT), tcp("A"), BINDS);
     case = case.reaches((1, PORT, method), request(family, OTHER, 0, PORT), tcp("S"), BINDS);
     case.shows(["tcp ASSURED 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80", "tcp NONE 10.1.0.2:0 10.9.9.9:80 10.2.0.12:80"])
+}
+
+/// Under expire_nodest_conn a SYN to a server of weight 0 begins another connection, once, and the template says that it is to the
+/// same server.
+fn quiescent_and_expired(family: Family) -> Case {
+    let method = Method::Route;
+    let mut case = two(family, "expire_nodest_conn, a server gets weight 0", method);
+    let (at, first) = ((0, PORT, method), request(family, cast::CLIENT, 0, PORT));
+    case = case.reaches(at, first, tcp("S"), BINDS).reaches(at, first, tcp("A"), NOTHING);
+    case = case.change(move |change| {
+        change.edit_dest(family.key(TCP), family.at(0, PORT), dest(method, 0)).expect("there");
+    });
+    case = case.setting("expire_nodest_conn", 1);
+    case = case.reaches(at, first, tcp("A"), NOTHING);
+    case = case.reaches(at, first, tcp("S"), DestCounts { connections: 1, ..NOTHING });
+    case.reaches(at, request(family, cast::CLIENT, 1, PORT), tcp("S"), OPENS)
 }

@@ -66,6 +66,8 @@ programs! {
     related: Ip4Packet, process_stage(Related);
     /// [`Stage::RelatedOpen`].
     related_open: Ip4Packet, process_stage(RelatedOpen);
+    /// [`Stage::Opened`].
+    opened: Ip4Packet, process_stage(Opened);
     /// [`Stage::Request`] of IPv6.
     request6: Ip6Packet, process_stage(Request);
     /// [`Stage::Reply`] of IPv6.
@@ -94,6 +96,8 @@ programs! {
     related6: Ip6Packet, process_stage(Related);
     /// [`Stage::RelatedOpen`] of IPv6.
     related_open6: Ip6Packet, process_stage(RelatedOpen);
+    /// [`Stage::Opened`] of IPv6.
+    opened6: Ip6Packet, process_stage(Opened);
 }
 
 macro_rules! stages {
@@ -154,8 +158,8 @@ macro_rules! stages {
     };
 }
 
-stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen);
-stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen);
+stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen Opened);
+stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen Opened);
 
 /// [`schedule::pick`], for every program: see [`picked`].
 ///

@@ -7,7 +7,7 @@ use xdpvs_tests::{cast, family::Family};
 
 use crate::{
     mark::{Prefix, Rule},
-    persistence::Persistence,
+    persistence::{FTP, Persistence},
     spec::{DestSpec, HZ, Method, Protocol, ServiceKey, ServiceSpec, TCP, UDP},
     states::Flags,
 };
@@ -102,6 +102,8 @@ const THRESHOLDS: [(u32, u32); 12] =
 /// How long clients are remembered, in seconds. None of them and no sum with minutes is a second more than the timeout of a
 /// state: what a template does that is over at the moment when a connection ends is not said by anything.
 const PERSISTENCE: [u64; 4] = [5, 50, 100, 400];
+/// Timeouts of states, in seconds; 0 leaves one as it is.
+const TIMEOUTS: [u32; 6] = [0, 0, 7, 20, 33, 80];
 const METHODS: [Method; 3] = [Method::Nat, Method::Direct, Method::Tunnel];
 const FLAGS: [&str; 12] = ["S", "S", "S", "SA", "A", "A", "A", "FA", "RA", "", "SR", "SF"];
 /// Seconds.
@@ -206,7 +208,26 @@ fn any_protocol() -> impl Strategy<Value = Protocol> {
     prop_oneof![Just(TCP), Just(UDP)]
 }
 
-fn any_target() -> impl Strategy<Value = Target> {
+/// A target, most likely one that one of these services is for.
+fn any_target(keys: &[ServiceKey]) -> impl Strategy<Value = Target> + use<> {
+    let of_service = (prop::sample::select(keys.to_vec()), anywhere()).prop_map(|(key, anywhere)| {
+        let family = family(key);
+        match key {
+            ServiceKey::Mark { .. } => Target { family, ..anywhere },
+            ServiceKey::At(protocol, address) => {
+                let port = match address.port() {
+                    0 => anywhere.port,
+                    FTP if anywhere.port > 1000 => anywhere.port,
+                    port => port,
+                };
+                Target { family, protocol, address: cast::VIP, port }
+            }
+        }
+    });
+    prop_oneof![4 => of_service, 1 => anywhere()]
+}
+
+fn anywhere() -> impl Strategy<Value = Target> {
     let port = prop_oneof![4 => 80..82u16, 1 => prop::sample::select(&[20, 21, 443, 1023, 1024, 2000][..])];
     let address = prop_oneof![3 => Just(ADDRESSES[0]), 1 => Just(ADDRESSES[1])];
     (any_family(), any_protocol(), address, port).prop_map(|(family, protocol, address, port)| Target {
@@ -239,16 +260,15 @@ fn any_rule() -> impl Strategy<Value = Rule> {
 }
 
 /// A service, and how it is set.
-fn any_service() -> impl Strategy<Value = (ServiceKey, ServiceSpec)> {
+fn any_service(keys: &[ServiceKey]) -> impl Strategy<Value = (ServiceKey, ServiceSpec)> + use<> {
     let persistence = prop::option::weighted(0.4, (prop::sample::select(&PERSISTENCE[..]), 2..=4u8));
     let scheduler = prop::sample::select(&SCHEDULERS[..]);
-    (any_key(), scheduler, any::<(bool, bool)>(), prop::bool::weighted(0.2), persistence).prop_map(
-        |(key, scheduler, (fallback, with_port), one_packet, persistence)| {
+    (prop::sample::select(keys.to_vec()), scheduler, any::<(bool, bool)>(), prop::bool::weighted(0.2), persistence)
+        .prop_map(|(key, scheduler, (fallback, with_port), one_packet, persistence)| {
             let persistence =
                 persistence.map(|(timeout, octets)| Persistence { timeout, bits: bits_of_octets(family(key), octets) });
             (key, ServiceSpec { scheduler, fallback, with_port, one_packet, persistence })
-        },
-    )
+        })
 }
 
 fn any_dest() -> impl Strategy<Value = DestSpec> {
@@ -280,24 +300,35 @@ fn any_span() -> impl Strategy<Value = u64> {
     (seconds, 0..HZ).prop_map(|(seconds, ticks)| seconds * HZ + ticks)
 }
 
-pub(crate) fn any_action() -> impl Strategy<Value = Action> {
+fn any_action(keys: &[ServiceKey]) -> impl Strategy<Value = Action> + use<> {
+    let key = || prop::sample::select(keys.to_vec());
     let flags = || prop::sample::select(&FLAGS[..]);
     let server = || 0..SERVERS;
+    let timeout = || prop::sample::select(&TIMEOUTS[..]);
     prop_oneof![
-        3 => any_service().prop_map(|(key, spec)| Action::AddService { key, spec }),
-        1 => any_service().prop_map(|(key, spec)| Action::EditService { key, spec }),
-        1 => any_key().prop_map(|key| Action::DeleteService { key }),
-        12 => (any_key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::AddDest { key, server, spec }),
-        4 => (any_key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::EditDest { key, server, spec }),
-        3 => (any_key(), server()).prop_map(|(key, server)| Action::DeleteDest { key, server }),
-        60 => (any_target(), any_client(), flags())
+        3 => any_service(keys).prop_map(|(key, spec)| Action::AddService { key, spec }),
+        1 => any_service(keys).prop_map(|(key, spec)| Action::EditService { key, spec }),
+        1 => key().prop_map(|key| Action::DeleteService { key }),
+        12 => (key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::AddDest { key, server, spec }),
+        4 => (key(), server(), any_dest()).prop_map(|(key, server, spec)| Action::EditDest { key, server, spec }),
+        3 => (key(), server()).prop_map(|(key, server)| Action::DeleteDest { key, server }),
+        60 => (any_target(keys), any_client(), flags())
             .prop_map(|(to, client, flags)| Action::Request { to, client, flags }),
-        20 => (any_sender(), any_target(), any_client(), flags())
+        20 => (any_sender(), any_target(keys), any_client(), flags())
             .prop_map(|(from, to, client, flags)| Action::Reply { from, to, client, flags }),
         2 => prop::collection::vec(any_rule(), 0..4).prop_map(|rules| Action::SetRules { rules }),
         5 => any_span().prop_map(|ticks| Action::Pass { ticks }),
-        1 => (0..100u32, 0..100u32, 0..100u32)
+        1 => (timeout(), timeout(), timeout())
             .prop_map(|(tcp, tcpfin, udp)| Action::SetTimeouts { tcp, tcpfin, udp }),
         2 => any_setting().prop_map(|(name, value)| Action::Set { name, value }),
     ]
+}
+
+/// Services of a sequence: few of all that there may be, so that much happens to each of them.
+const SERVICES: usize = 4;
+
+/// A sequence of at most so many actions.
+pub(crate) fn any_actions(most: usize) -> impl Strategy<Value = Vec<Action>> {
+    prop::collection::vec(any_key(), SERVICES)
+        .prop_flat_map(move |keys| prop::collection::vec(any_action(&keys), 1..=most))
 }

@@ -27,7 +27,7 @@ proptest! {
     })]
 
     #[test]
-    fn the_product_does_what_the_model_does(actions in prop::collection::vec(action::any_action(), 1..=STEPS)) {
+    fn the_product_does_what_the_model_does(actions in action::any_actions(STEPS)) {
         let mut pair = pair::Pair::new();
         for action in actions {
             pair.act(action)?;

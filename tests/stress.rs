@@ -4,7 +4,7 @@
 
 use std::{
     hint,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     num::NonZero,
     sync::{
         RwLock,
@@ -19,7 +19,10 @@ use lb_common::{
     reason::Reason,
 };
 use lb_userspace::{
-    control::{change::Change, model::Transport},
+    control::{
+        change::Change,
+        model::{Netmask, Persistence, ServiceSpec, Transport},
+    },
     datapath::{load, open, pace::Pace},
 };
 use nix::{
@@ -29,8 +32,9 @@ use nix::{
 use xdpvs_tests::{
     audit, cast,
     executor::{Executor, Kernel, Site, Verdict, Wire},
+    family::{self, Family},
     frames::{ETHERNET, Frame},
-    world::{at, dest, scheduled, service},
+    world::{dest, scheduled},
 };
 
 /// Environment variable that sets how long this goes on, in seconds.
@@ -38,8 +42,12 @@ const VARIABLE: &str = "XDPVS_STRESS_S";
 const SECONDS: u64 = 25;
 /// Buckets of the table: so many that none is ever full, for then packets may go on without a connection.
 const BUCKETS: u32 = 8_192;
-/// Services by TCP and UDP, one for each method, from this port on.
+/// Services by TCP and UDP, IPv4 and IPv6, one for each method, from this port on.
 const PORT: u16 = 80;
+/// The same that are persistent, from this port on.
+const PERSISTENT: u16 = 443;
+/// How long they remember clients, in seconds: often less than their connections live.
+const TIMEOUT_S: u32 = 20;
 const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
 /// Real servers of each service.
 const SERVERS: u8 = 4;
@@ -61,13 +69,52 @@ const REST_NS: u64 = 3_600_000_000_000;
 /// Packets that a thread sends before it opens the programs anew.
 const CHUNK: u32 = 2_000;
 
+/// A service: everything but its protocol follows from a number.
+#[derive(Clone, Copy)]
+struct Kind {
+    family: Family,
+    method: Method,
+    persistent: bool,
+    port: u16,
+}
+
+impl Kind {
+    /// Those with a number divisible by three are masqueraded.
+    const fn of(number: u32) -> Self {
+        let persistent = number / 3 % 2 == 1;
+        let family = if number / 6 % 2 == 1 { Family::Six } else { Family::Four };
+        let first = if persistent { PERSISTENT } else { PORT };
+        Self { family, method: METHODS[number as usize % 3], persistent, port: first + (number % 3) as u16 }
+    }
+
+    fn all() -> impl Iterator<Item = Self> {
+        (0..12).map(Self::of)
+    }
+
+    /// How it is set. Sixteen clients are one if it is persistent.
+    fn spec(self, scheduler: Scheduler) -> ServiceSpec {
+        let netmask = match self.family {
+            Family::Four => Netmask::V4(Ipv4Addr::new(255, 255, 255, 240)),
+            // The fifth byte of their addresses is the first that differs.
+            Family::Six => Netmask::V6(36),
+        };
+        let persistence = self.persistent.then_some(Persistence { timeout: TIMEOUT_S, netmask });
+        ServiceSpec { persistence, ..scheduled(scheduler) }
+    }
+
+    fn request(self, client: (Ipv4Addr, u16)) -> Frame {
+        let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
+        Frame { family: self.family, ..Frame::new(macs, client, (cast::VIP, self.port)) }
+    }
+}
+
 fn services(change: &mut Change<'_>) {
     for protocol in [Transport::Tcp, Transport::Udp] {
-        for (port, method) in (PORT..).zip(METHODS) {
-            let key = service(protocol, port);
-            change.add_service(key, scheduled(Scheduler::Wlc)).expect("new");
+        for kind in Kind::all() {
+            let key = kind.family.service(protocol, kind.port);
+            change.add_service(key, kind.spec(Scheduler::Wlc)).expect("new");
             for index in 0..SERVERS {
-                change.add_dest(key, at(index, port), dest(method, 1)).expect("new");
+                change.add_dest(key, kind.family.at(index, kind.port), dest(kind.method, 1)).expect("new");
             }
         }
     }
@@ -93,19 +140,21 @@ struct Tally {
     lost: AtomicU64,
     translated: AtomicU64,
     raced: AtomicU64,
+    templates: AtomicU64,
     changes: AtomicU64,
     flushes: AtomicU64,
     replacements: AtomicU64,
 }
 
 impl Tally {
-    fn all(&self) -> [(&'static str, u64); 8] {
+    fn all(&self) -> [(&'static str, u64); 9] {
         [
             ("opened", &self.opened),
             ("continued", &self.continued),
             ("found to have ended", &self.lost),
             ("replies translated", &self.translated),
             ("sent at a moment agreed upon", &self.raced),
+            ("a template when all was counted", &self.templates),
             ("changes", &self.changes),
             ("flushes", &self.flushes),
             ("new programs", &self.replacements),
@@ -118,10 +167,23 @@ fn add(count: &AtomicU64) {
     count.fetch_add(1, Ordering::Relaxed);
 }
 
+/// The addresses in a frame of either family, as members of the cast: from whom, and to whom.
+fn ends(frame: &[u8]) -> (Ipv4Addr, Ipv4Addr) {
+    let address = |first: usize, len: usize| {
+        let bytes = &frame[ETHERNET + first..][..len];
+        let four: Result<[u8; 4], _> = bytes.try_into();
+        let six = || <[u8; 16]>::try_from(bytes).expect("four or sixteen bytes");
+        family::member(four.map_or_else(|_| six().into(), IpAddr::from))
+    };
+    match Family::of(frame).expect("an IP frame") {
+        Family::Four => (address(12, 4), address(16, 4)),
+        Family::Six => (address(8, 16), address(24, 16)),
+    }
+}
+
 /// The real server that a forwarded packet of a client goes to.
 fn server_of(frame: &[u8]) -> Ipv4Addr {
-    let octets: [u8; 4] = frame[ETHERNET + 16..ETHERNET + 20].try_into().expect("four bytes");
-    let destination = Ipv4Addr::from(octets);
+    let (_, destination) = ends(frame);
     if destination != cast::VIP {
         // Masqueraded, or the tunnel's.
         return destination;
@@ -156,13 +218,9 @@ impl Sender<'_> {
         }
     }
 
-    fn request(client: (Ipv4Addr, u16), port: u16) -> Frame {
-        Frame::new((cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC), client, (cast::VIP, port))
-    }
-
     fn own_request(&self, number: usize) -> Frame {
         let client = Ipv4Addr::new(10, 1, self.cpu as u8, (number & 0x7f) as u8 + 1);
-        Self::request((client, 20_000 + (number >> 7) as u16), PORT + number as u16 % 3)
+        Kind::of(number as u32).request((client, 20_000 + (number >> 7) as u16))
     }
 
     /// A packet of a connection that nobody else sends packets of: it goes where the one went that opened it.
@@ -200,12 +258,10 @@ impl Sender<'_> {
         let number = self.random.below(OWN / 3) as usize * 3;
         let (request, Some(server)) = (self.own_request(number), self.own[number]) else { return };
         let macs = (cast::server_mac(0), cast::DIRECTOR_INSIDE_MAC);
-        let reply = Frame::new(macs, (server, PORT), request.from);
+        let reply = Frame { family: request.family, ..Frame::new(macs, (server, request.to.1), request.from) };
         let outcome = kernel.arrive(Wire::Inside, &reply.tcp("A", b"data"));
         if let Verdict::Redirect(_) = outcome.verdict {
-            let source: [u8; 4] = outcome.frame[ETHERNET + 12..ETHERNET + 16].try_into().expect("four bytes");
-            let destination: [u8; 4] = outcome.frame[ETHERNET + 16..ETHERNET + 20].try_into().expect("four bytes");
-            assert_eq!((source.into(), destination.into()), (cast::VIP, request.from.0));
+            assert_eq!(ends(&outcome.frame), (cast::VIP, request.from.0));
             add(&self.tally.translated);
         }
     }
@@ -214,7 +270,7 @@ impl Sender<'_> {
     fn common(&mut self, kernel: &mut Kernel<'_>) {
         let number = self.random.below(COMMON);
         let client = Ipv4Addr::new(10, 1, 0x7f, number as u8 + 1);
-        let frame = Self::request((client, 40_000), PORT + number as u16 % 3);
+        let frame = Kind::of(number).request((client, 40_000));
         let flags = ["S", "S", "A", "A", "FA", "R"][self.random.below(6) as usize];
         let udp = self.random.below(4) == 0;
         let outcome = kernel.arrive(Wire::Outside, &if udp { frame.udp(b"x") } else { frame.tcp(flags, b"") });
@@ -230,7 +286,7 @@ impl Sender<'_> {
         let slot = (self.begun.elapsed().as_micros() / SLOT.as_micros()) as u32 + 1;
         let number = slot % RACERS;
         let client = Ipv4Addr::new(10, 1, 0x80 | (number >> 8) as u8, number as u8);
-        let frame = Self::request((client, 50_001), PORT + number as u16 % 3).udp(b"x");
+        let frame = Kind::of(number).request((client, 50_001)).udp(b"x");
         while self.begun.elapsed() < SLOT * slot {
             hint::spin_loop();
         }
@@ -242,8 +298,8 @@ impl Sender<'_> {
     fn stranger(&mut self, kernel: &mut Kernel<'_>) {
         let number = self.random.below(STRANGERS);
         let client = Ipv4Addr::new(10, 1, 0x80 | (number >> 8) as u8, number as u8);
-        let frame = Self::request((client, 50_000), PORT + number as u16 % 3);
-        kernel.arrive(Wire::Outside, &if number.is_multiple_of(4) { frame.udp(b"x") } else { frame.tcp("S", b"") });
+        let frame = Kind::of(number).request((client, 50_000));
+        kernel.arrive(Wire::Outside, &if number.is_multiple_of(5) { frame.udp(b"x") } else { frame.tcp("S", b"") });
     }
 }
 
@@ -259,13 +315,13 @@ impl Drop for Stop<'_> {
 /// Lets time pass and changes the configuration.
 fn disturb(kernel: &mut Kernel<'_>, random: &mut Random, tally: &Tally) {
     kernel.pass(random.below(12));
-    let port = PORT + random.below(3) as u16;
-    let key = service([Transport::Tcp, Transport::Udp][random.below(2) as usize], port);
-    let method = METHODS[usize::from(port - PORT)];
-    let server = at(random.below(SERVERS.into()) as u8, port);
+    let kind = Kind::of(random.below(12));
+    let Kind { family, method, port, .. } = kind;
+    let key = family.service([Transport::Tcp, Transport::Udp][random.below(2) as usize], port);
+    let server = family.at(random.below(SERVERS.into()) as u8, port);
     let weight = random.below(4);
     let scheduler = [Scheduler::Rr, Scheduler::Wrr, Scheduler::Wlc, Scheduler::Sh][random.below(4) as usize];
-    kernel.change(&|change| change.edit_service(key, scheduled(scheduler)).expect("there"));
+    kernel.change(&|change| change.edit_service(key, kind.spec(scheduler)).expect("there"));
     kernel.change(&|change| change.edit_dest(key, server, dest(method, weight)).expect("there"));
     kernel.change(&|change| change.delete_dest(key, server).expect("there"));
     thread::sleep(Duration::from_millis(2));
@@ -287,6 +343,11 @@ fn replace(site: &Site, quiet: &RwLock<()>, tally: &Tally) {
     let lock = place.lock().expect("the lock can be taken");
     load::retire(place, &lock).expect("the pins can be removed");
     add(&tally.replacements);
+}
+
+/// How many templates there are.
+fn templates(kernel: &Kernel<'_>) -> u64 {
+    kernel.maps().dest_loads.iter().map(|load| u64::from(load.templates.load())).sum()
 }
 
 /// Waits until the timer has looked at the whole table once more, from begin to end.
@@ -323,6 +384,7 @@ fn the_table_stays_exact_whatever_happens_at_once() {
             // There is always a connection that the timer could end while the table is counted.
             set_pace(Pace { interval_ns: REST_NS, ..pace });
             audit::check_instance(kernel.maps()).expect("exact counters");
+            tally.templates.fetch_add(templates(kernel), Ordering::Relaxed);
             set_pace(pace);
         })
         .expect("the pins open");
@@ -367,9 +429,15 @@ fn the_table_stays_exact_whatever_happens_at_once() {
     })
     .expect("the pins open");
     sweep(&site);
-    let left =
-        site.enter(|kernel| audit::check_instance(kernel.maps())).expect("the pins open").expect("exact counters");
-    assert!(left.is_empty(), "{left:?}");
+    // A template stays for another minute if its time is over before that of the last connection that it controls.
+    site.enter(|kernel| kernel.pass(62)).expect("the pins open");
+    sweep(&site);
+    site.enter(|kernel| {
+        let left = audit::check_instance(kernel.maps()).expect("exact counters");
+        assert!(left.is_empty(), "{left:?}");
+        assert_eq!(templates(kernel), 0, "templates are left");
+    })
+    .expect("the pins open");
     let ended = open::ageing(site.place()).expect("the map is pinned").record.ended;
     assert!(ended > 0, "the timer has ended nothing");
 }

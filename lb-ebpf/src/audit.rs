@@ -45,13 +45,17 @@ where
 ///
 /// # Errors
 ///
-/// When two have one key, or one is held by others than the connections that it controls.
+/// When two have one key, or one is held by others than the connections that it controls, or one of these goes elsewhere.
 fn templates<E: Entry>(flows: &[Bucket<E>]) -> Result<Templates, String> {
     let (mut found, mut names, mut holders) = (Templates::new(), BTreeSet::new(), BTreeMap::new());
     let entries = || (1..).zip(flows.iter().flat_map(Bucket::entries)).map(|(n, e)| (n, e, Word(e.word().load())));
     for (_, entry, word) in entries() {
         if word.is_live() && !word.is_template() && word.has(flag::CONTROLLED) {
-            *holders.entry(entry.control().load()).or_insert(0u32) += 1;
+            *holders
+                .entry(entry.control().load())
+                .or_insert_with(BTreeMap::new)
+                .entry(entry.dest().load())
+                .or_insert(0u32) += 1;
         }
     }
     for (number, entry, word) in entries().filter(|(_, _, word)| word.is_live() && word.is_template()) {
@@ -59,11 +63,15 @@ fn templates<E: Entry>(flows: &[Bucket<E>]) -> Result<Templates, String> {
         if !Purpose::of(&key).is_retired() && !names.insert(format!("{key:?}")) {
             return Err(format!("a template with several entries: {key:?}"));
         }
-        let (held, controls) = (control::holders(entry.control().load()), holders.remove(&number).unwrap_or(0));
-        if held != Some(controls) {
-            return Err(format!("{key:?} controls {controls} connections, and is held by {held:?}"));
+        let (held, dest) = (control::holders(entry.control().load()), entry.dest().load());
+        let mut controls = holders.remove(&number).unwrap_or_default();
+        let own = controls.remove(&dest).unwrap_or(0);
+        if held != Some(own) || !controls.is_empty() {
+            return Err(format!(
+                "{key:?} controls {own} connections to destination {dest}, and to others {controls:?}; it is held by {held:?}"
+            ));
         }
-        *found.entry(entry.dest().load()).or_default() += 1;
+        *found.entry(dest).or_default() += 1;
     }
     if holders.is_empty() {
         Ok(found)

@@ -1069,8 +1069,7 @@ impl Hint {
         (Self::value(raw, word) & NEXT_HOP) as u16
     }
 
-    /// How many packets of the client have been counted since the one that opened the connection, or that one too if a template
-    /// controls it.
+    /// How many packets of the client have been counted since the one that opened the connection.
     #[inline(always)]
     pub const fn counted(raw: u32, word: Word) -> u32 {
         Self::value(raw, word) >> COUNTED_SHIFT
@@ -1082,7 +1081,7 @@ impl Hint {
         if !word.has(flag::FEW) {
             return None;
         }
-        Some(Self::counted(raw, word) + if word.has(flag::CONTROLLED) { 0 } else { 1 })
+        Some(Self::counted(raw, word) + 1)
     }
 }
 
@@ -1318,6 +1317,5 @@ mod tests {
         assert_eq!((Hint::next_hop(0, word), Hint::packets(hint, word), Hint::packets(hint, next)), (0, None, Some(1)));
         let hint = Hint::with_counted(hint, next, 3).raw();
         assert_eq!((Hint::next_hop(hint, next), Hint::packets(hint, next)), (0, Some(4)));
-        assert_eq!(Hint::packets(hint, next.with(flag::CONTROLLED)), Some(3));
     }
 }

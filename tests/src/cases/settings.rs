@@ -661,7 +661,7 @@ fn thinned_out_templates(family: Family) -> Case {
     case = case.thins(1).shows([&line("ASSURED", 2)]);
     // With the connection idle for a minute, there is nothing that it controls.
     case = case.pass(62).thins(1).shows([&line("ASSURED", 2)]).thins(0);
-    // Of nine packets the first two were two.
+    // Eight packets are few, nine are not.
     case = opens(case, 2, 0);
     for _ in 0..7 {
         case = passes(case, method, client(2), tcp("A"), segment(family, "A"));

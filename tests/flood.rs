@@ -14,14 +14,17 @@ use lb_common::{
     abi::bench::{HEAD, pick},
     addr::Ip4,
     event::Event,
-    flow::{Entry as _, Key as _, Word},
+    flow::{Entry as _, Key as _, Word, control},
     jiffies::Jiffies,
     proto::{Method, Scheduler},
     reason::Reason,
     tcp::State,
 };
 use lb_userspace::{
-    control::{change::Change, model::Transport},
+    control::{
+        change::Change,
+        model::{Netmask, Persistence, ServiceSpec, Transport},
+    },
     datapath::sizes::Capacity,
 };
 use xdpvs_tests::{
@@ -36,19 +39,21 @@ use xdpvs_tests::{
 /// Real servers of each service.
 const SERVERS: u8 = 6;
 
-/// Connections of one service that are established: the port of the service, its forwarding method, the first client's
-/// address, and how many there are.
+/// Connections of one service that are established: the port of the service, its forwarding method, whether it is persistent,
+/// the first client's address, and how many there are.
 struct Established {
     port: u16,
     method: Method,
+    persistent: bool,
     first: Ipv4Addr,
     number: u32,
 }
 
-const ESTABLISHED: [Established; 3] = [
-    Established { port: 80, method: Method::Route, first: Ipv4Addr::new(10, 1, 0, 0), number: 40_000 },
-    Established { port: 81, method: Method::Masq, first: Ipv4Addr::new(10, 1, 16, 0), number: 30_000 },
-    Established { port: 82, method: Method::Tunnel, first: Ipv4Addr::new(10, 1, 32, 0), number: 30_000 },
+const ESTABLISHED: [Established; 4] = [
+    Established::new(80, Method::Route, false, Ipv4Addr::new(10, 1, 0, 0), 20_000),
+    Established::new(81, Method::Masq, false, Ipv4Addr::new(10, 1, 16, 0), 30_000),
+    Established::new(82, Method::Tunnel, false, Ipv4Addr::new(10, 1, 32, 0), 30_000),
+    Established::new(83, Method::Route, true, Ipv4Addr::new(10, 1, 48, 0), 20_000),
 ];
 const ALL: u32 = 100_000;
 
@@ -65,9 +70,12 @@ const FLOOD: Clients =
     Clients { first: Ipv4Addr::new(11, 0, 0, 0), number: 1 << 23, order: pick::RANDOM, reply: false };
 
 fn services(change: &mut Change<'_>) {
-    for Established { port, method, .. } in ESTABLISHED {
+    for Established { port, method, persistent, .. } in ESTABLISHED {
         let key = service(Transport::Tcp, port);
-        change.add_service(key, scheduled(Scheduler::Rr)).expect("new");
+        // So short that the templates of established connections are over before the flood is.
+        let persistence = Persistence { timeout: 10, netmask: Netmask::V4(Ipv4Addr::BROADCAST) };
+        let persistence = persistent.then_some(persistence);
+        change.add_service(key, ServiceSpec { persistence, ..scheduled(Scheduler::Rr) }).expect("new");
         for index in 0..SERVERS {
             change.add_dest(key, at(index, port), dest(method, 1)).expect("new");
         }
@@ -75,6 +83,10 @@ fn services(change: &mut Change<'_>) {
 }
 
 impl Established {
+    const fn new(port: u16, method: Method, persistent: bool, first: Ipv4Addr, number: u32) -> Self {
+        Self { port, method, persistent, first, number }
+    }
+
     fn clients(&self) -> Clients {
         Clients { first: self.first, number: self.number.next_power_of_two(), order: pick::SEQUENTIAL, reply: false }
     }
@@ -122,7 +134,21 @@ fn established(kernel: &Kernel<'_>) -> BTreeMap<(Ipv4Addr, u16), Stored> {
 }
 
 fn is_established(word: Word, now: Jiffies, hz: u32) -> bool {
-    word.is_live() && word.state() == State::Established as u8 && !word.expired(now, hz)
+    word.is_live() && !word.is_template() && word.state() == State::Established as u8 && !word.expired(now, hz)
+}
+
+/// The templates of the clients that are not of the flood, by client: their words, their destinations, and how many connections
+/// they control.
+fn templates(kernel: &Kernel<'_>) -> BTreeMap<Ipv4Addr, (Word, u32, Option<u32>)> {
+    let entries = kernel.flows().iter().flat_map(|bucket| bucket.entries());
+    let templates = entries.filter_map(|entry| {
+        let word = Word(entry.word().load());
+        let client = Ipv4Addr::from(entry.key(word).caddr().octets());
+        let controls = control::holders(entry.control().load());
+        let is_one = word.is_live() && word.is_template() && client < FLOOD.first;
+        is_one.then(|| (client, (word, entry.dest().load(), controls)))
+    });
+    templates.collect()
 }
 
 /// The real server with this number.
@@ -194,16 +220,19 @@ fn withstand(
 ) -> Result<()> {
     let capacity = Capacity { flows: max_flows, ..Capacity::default() };
     let site = Site::new(role, capacity.flow_buckets())?;
-    let (before, counted, sent) = site.enter(|kernel| -> Result<_> {
+    let (before, remembered, counted, sent) = site.enter(|kernel| -> Result<_> {
         kernel.start_ageing()?;
         kernel.change(&services);
         let mut bulk = kernel.bulk(Wire::Outside)?;
         for flags in ["S", "A"] {
             ESTABLISHED.iter().try_for_each(|established| established.send(&mut bulk, flags, LITTLE))?;
         }
-        Ok((established(kernel), Counted::of(kernel), received(kernel)))
+        Ok((established(kernel), templates(kernel), Counted::of(kernel), received(kernel)))
     })??;
     ensure!(before.len() == ALL as usize, "{} connections are established", before.len());
+    let controlled: u32 = remembered.values().map(|(.., controls)| controls.unwrap_or(0)).sum();
+    let persistent: u32 = ESTABLISHED.iter().filter(|service| service.persistent).map(|service| service.number).sum();
+    ensure!(controlled == persistent, "templates control {controlled} connections of {persistent}");
 
     let (over, begun) = (AtomicBool::new(false), Instant::now());
     let rounds = thread::scope(|scope| -> Result<u64> {
@@ -236,6 +265,14 @@ fn withstand(
             let now = after.get(client).with_context(|| format!("{client:?} has no connection any more"))?;
             let same = now.word.same_life(stored.word) && (now.dest, now.port) == (stored.dest, stored.port);
             ensure!(same, "{client:?} has another connection");
+        }
+
+        // So are their templates, which control them still.
+        let after = templates(kernel);
+        ensure!(after.len() == remembered.len(), "{} of {} templates are left", after.len(), remembered.len());
+        for (client, (word, dest, controls)) in &remembered {
+            let now = after.get(client).with_context(|| format!("{client} has no template any more"))?;
+            ensure!(now.0.same_life(*word) && (now.1, now.2) == (*dest, *controls), "{client} has another template");
         }
 
         // Each real server has got every segment of its own connections, and of no others.

@@ -59,7 +59,10 @@ enum Task {
         tests: Vec<String>,
     },
     /// Breaks the flow table's protocol in many ways, one at a time, and fails if the tests do not notice
-    Mutate,
+    Mutate {
+        /// Only ways with one of these words in what they are called, such as `template`
+        words: Vec<String>,
+    },
     /// Runs the flow table's tests under Miri, which is installed if it is missing
     Miri,
     /// Measures: the arguments go to the bench, try `cargo xtask bench --help`
@@ -106,7 +109,7 @@ fn run(arguments: &Arguments) -> Result<()> {
             let tools = setup::ensure(Scope::Machines, wanted)?;
             vm::run(&tools, &kernels, &vm::Selection::of(tests))
         }
-        Task::Mutate => mutate::run(),
+        Task::Mutate { words } => mutate::run(words),
         Task::Miri => miri::run(),
         Task::Bench { arguments } => {
             machine::check_privileges()?;

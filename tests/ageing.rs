@@ -19,7 +19,7 @@ use lb_common::{
 };
 use lb_userspace::{
     control::{
-        bulk::{self, NewConnection},
+        bulk::{self, NewConnection, ProtocolState},
         change::Change,
         model::Transport,
         session::Session,
@@ -211,7 +211,7 @@ fn connections_of_a_large_table_end_within_a_sweep() {
         service: service(Transport::Udp, PORT),
         client: (Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() + number), 1024).into(),
         destination: at((number % 3) as u8, PORT),
-        state: State::None,
+        state: ProtocolState::Udp,
         remaining: Duration::from_secs([1000, 2000][number as usize % 2]),
     });
     let mut session = Session::open(place).expect("the pins open");

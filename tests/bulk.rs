@@ -12,11 +12,12 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
     proto::{Method, Scheduler},
-    tcp::State,
+    sctp::{self, chunk},
+    tcp,
 };
 use lb_userspace::{
     control::{
-        bulk::{self, NewConnection, Selection},
+        bulk::{self, NewConnection, ProtocolState, Selection},
         change::Change,
         connections::{Connection, Reader},
         model::{Refusal, ServiceKey, Transport},
@@ -39,10 +40,10 @@ use xdpvs_tests::{
 };
 
 const PORT: u16 = 80;
-const PROTOCOLS: [Transport; 2] = [Transport::Tcp, Transport::Udp];
+const PROTOCOLS: [Transport; 3] = [Transport::Tcp, Transport::Udp, Transport::Sctp];
 const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
 
-/// A TCP and a UDP service of either family, each with one destination of each method.
+/// A service of each protocol and either family, each with one destination of each method.
 fn services(change: &mut Change<'_>) {
     for protocol in PROTOCOLS {
         let [key, key6] = [service(protocol, PORT), Family::Six.service(protocol, PORT)];
@@ -65,10 +66,14 @@ fn site(role: &str, buckets: u32) -> Site {
 fn numbered(number: u32) -> NewConnection {
     let address = Ipv4Addr::from_bits(Ipv4Addr::new(10, 64, 0, 0).to_bits() + number);
     NewConnection {
-        service: service(PROTOCOLS[number as usize % 2], PORT),
+        service: service(PROTOCOLS[number as usize % 3], PORT),
         client: (address, 1024 + (number % 60_000) as u16).into(),
-        destination: at((number / 2 % 3) as u8, PORT),
-        state: State::ALL[number as usize / 6 % State::ALL.len()],
+        destination: at((number / 3 % 3) as u8, PORT),
+        state: match PROTOCOLS[number as usize % 3] {
+            Transport::Tcp => ProtocolState::Tcp(tcp::State::ALL[number as usize / 9 % tcp::STATES]),
+            Transport::Udp => ProtocolState::Udp,
+            Transport::Sctp => ProtocolState::Sctp(sctp::State::ALL[number as usize / 9 % sctp::STATES]),
+        },
         remaining: Duration::from_secs(600),
     }
 }
@@ -85,7 +90,7 @@ fn numbered6(number: u32) -> NewConnection {
     NewConnection {
         service: Family::Six.service(service.protocol, PORT),
         client: six(client),
-        destination: Family::Six.at((number / 2 % 3) as u8, PORT),
+        destination: Family::Six.at((number / 3 % 3) as u8, PORT),
         state,
         remaining,
     }
@@ -144,12 +149,14 @@ fn connections_are_created_as_they_are_said_to_be() {
         NewConnection { destination: at(5, PORT), ..odd },
         NewConnection { client: six(odd.client), ..odd },
         NewConnection { destination: Family::Six.at(0, PORT), ..odd },
+        NewConnection { state: ProtocolState::Sctp(sctp::State::Established), ..odd },
+        NewConnection { state: ProtocolState::Udp, ..odd },
         NewConnection { service: Family::Six.service(Transport::Tcp, 81), ..numbered6(0) },
         NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered6(NUMBER) },
         NewConnection { remaining: Duration::from_secs(1 << 30), ..numbered(NUMBER) },
     ];
     let again = insert(site.place(), impossible.into_iter().chain(both(0..NUMBER)));
-    assert_eq!(again, Insertions { known: 2 * u64::from(NUMBER), refused: 7, ..Insertions::default() });
+    assert_eq!(again, Insertions { known: 2 * u64::from(NUMBER), refused: 9, ..Insertions::default() });
 
     let found: HashMap<SocketAddr, Connection> =
         connections(site.place()).into_iter().map(|connection| (connection.client, connection)).collect();
@@ -157,14 +164,18 @@ fn connections_are_created_as_they_are_said_to_be() {
     for (index, expected) in both(0..NUMBER).enumerate() {
         let NewConnection { service, client, destination, state, .. } = expected;
         let connection = found[&client];
-        let state = if service.protocol == Transport::Udp { "UDP" } else { state.as_str() };
+        let state = match state {
+            ProtocolState::Tcp(state) => state.as_str(),
+            ProtocolState::Udp => "UDP",
+            ProtocolState::Sctp(state) => state.as_str(),
+        };
         assert_eq!(
             (connection.protocol, connection.service),
             (Some(service.protocol), service.address),
             "{connection:?}"
         );
         assert_eq!((connection.destination, connection.state), (destination, state), "{connection:?}");
-        assert_eq!(connection.method, METHODS[index / 4 % 3], "{connection:?}");
+        assert_eq!(connection.method, METHODS[index / 6 % 3], "{connection:?}");
         assert!((590_000..=600_000).contains(&connection.expires), "{connection:?}");
     }
     assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 2 * NUMBER);
@@ -173,24 +184,35 @@ fn connections_are_created_as_they_are_said_to_be() {
 #[test]
 fn packets_belong_to_connections_that_were_created_for_them() {
     let site = site("bulkpackets", 20);
-    let number = 2 * 3 * State::Established as u32;
-    let connections: Vec<NewConnection> = both(number..number + 6).collect();
-    assert_eq!(insert(site.place(), connections.iter().copied()).created, 12);
+    let established = |connection: NewConnection| NewConnection {
+        state: match connection.state {
+            ProtocolState::Tcp(_) => ProtocolState::Tcp(tcp::State::Established),
+            ProtocolState::Udp => ProtocolState::Udp,
+            ProtocolState::Sctp(_) => ProtocolState::Sctp(sctp::State::Established),
+        },
+        ..connection
+    };
+    let connections: Vec<NewConnection> = both(0..9).map(established).collect();
+    assert_eq!(insert(site.place(), connections.iter().copied()).created, 18);
     site.enter(|kernel| {
         for connection in &connections {
             let client = (family::member(connection.client.ip()), connection.client.port());
             let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
             let family = if connection.client.is_ipv4() { Family::Four } else { Family::Six };
             let frame = Frame { family, ..Frame::new(macs, client, (cast::VIP, PORT)) };
-            let tcp = connection.service.protocol == Transport::Tcp;
-            let outcome = kernel.arrive(Wire::Outside, &if tcp { frame.tcp("A", b"x") } else { frame.udp(b"x") });
+            let frame = match connection.service.protocol {
+                Transport::Tcp => frame.tcp("A", b"x"),
+                Transport::Udp => frame.udp(b"x"),
+                Transport::Sctp => frame.sctp(&[(chunk::DATA, b"x")]),
+            };
+            let outcome = kernel.arrive(Wire::Outside, &frame);
             assert!(Verdict::redirect(Wire::Inside).is_met_by(outcome.verdict), "{outcome:?}");
             let index = (0..3).find(|index| connection.destination == family.at(*index, PORT)).expect("a destination");
             assert_eq!(outcome.frame[..6], cast::server_mac(index), "{connection:?}");
         }
     })
     .expect("the pins open");
-    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 12);
+    assert_eq!(audited(&site).values().map(|(_, total)| total).sum::<u32>(), 18);
 }
 
 #[test]
@@ -204,19 +226,21 @@ fn what_there_is_no_room_for_is_told() {
 #[test]
 fn the_connections_of_a_service_or_destination_are_ended() {
     let site = site("bulkflush", 200);
-    let fill = || insert(site.place(), both(0..600));
-    let [tcp6, udp6] = PROTOCOLS.map(|protocol| Some(Family::Six.service(protocol, PORT).into()));
+    let fill = || insert(site.place(), both(0..900));
+    let [tcp6, udp6, sctp6] = PROTOCOLS.map(|protocol| Some(Family::Six.service(protocol, PORT).into()));
     let server6 = |index| Family::Six.at(index, PORT).ip();
-    let [tcp, udp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT).into()));
+    let [tcp, udp, sctp] = PROTOCOLS.map(|protocol| Some(service(protocol, PORT).into()));
     let server = |index| IpAddr::V4(cast::server(index));
     for (selection, ended) in [
         (Selection { service: tcp, dest: None }, 300),
-        (Selection { service: None, dest: Some((server(1), None)) }, 200),
+        (Selection { service: sctp, dest: None }, 300),
+        (Selection { service: None, dest: Some((server(1), None)) }, 300),
         (Selection { service: udp, dest: Some((server(1), Some(PORT))) }, 100),
         (Selection { service: tcp6, dest: None }, 300),
-        (Selection { service: None, dest: Some((server6(1), None)) }, 200),
+        (Selection { service: sctp6, dest: None }, 300),
+        (Selection { service: None, dest: Some((server6(1), None)) }, 300),
         (Selection { service: udp6, dest: Some((server6(1), Some(PORT))) }, 100),
-        (Selection::default(), 1200),
+        (Selection::default(), 1800),
     ] {
         fill();
         let is_meant = |connection: &Connection| {
@@ -227,8 +251,8 @@ fn the_connections_of_a_service_or_destination_are_ended() {
         assert_eq!(connections(site.place()).iter().filter(|connection| is_meant(connection)).count(), ended);
         assert_eq!(flush(site.place(), selection), Ok(ended as u64), "{selection:?}");
         let left = connections(site.place());
-        assert!(left.len() == 1200 - ended && !left.iter().any(is_meant), "{selection:?} left {left:?}");
-        assert_eq!(audited(&site).values().map(|(_, total)| *total as usize).sum::<usize>(), 1200 - ended);
+        assert!(left.len() == 1800 - ended && !left.iter().any(is_meant), "{selection:?} left {left:?}");
+        assert_eq!(audited(&site).values().map(|(_, total)| *total as usize).sum::<usize>(), 1800 - ended);
     }
     let elsewhere = service(Transport::Tcp, 81).into();
     assert_eq!(
@@ -287,13 +311,24 @@ fn sender(number: u32) -> (Frame, Transport) {
     let address = Ipv4Addr::new(10, 1, (number >> 8) as u8, number as u8);
     let macs = (cast::CLIENT_MAC, cast::DIRECTOR_OUTSIDE_MAC);
     let port = 2000 + 7 * number as u16;
-    (Frame::new(macs, (address, port), (cast::VIP, PORT)), PROTOCOLS[number as usize % 2])
+    (Frame::new(macs, (address, port), (cast::VIP, PORT)), PROTOCOLS[number as usize % 3])
 }
 
 /// Lets packets of clients arrive, which open, move and close connections.
 fn send(kernel: &mut Kernel<'_>, number: u32, flags: &'static str) {
     let (frame, protocol) = sender(number);
-    let frame = if protocol == Transport::Tcp { frame.tcp(flags, b"") } else { frame.udp(b"x") };
+    let frame = match protocol {
+        Transport::Tcp => frame.tcp(flags, b""),
+        Transport::Udp => frame.udp(b"x"),
+        Transport::Sctp => {
+            let kind = match flags {
+                "S" => chunk::INIT,
+                "R" => chunk::ABORT,
+                _ => chunk::DATA,
+            };
+            frame.sctp(&[(kind, b"")])
+        }
+    };
     kernel.arrive(Wire::Outside, &frame);
 }
 
@@ -325,7 +360,7 @@ fn identities(site: &Site) -> BTreeMap<IpAddr, Identity> {
     assert_eq!(found.len(), SENDERS as usize);
     let created = (0..SENDERS).map(|number| {
         let NewConnection { service, client, destination, .. } = numbered(number);
-        let method = METHODS[number as usize / 2 % 3].as_str();
+        let method = METHODS[number as usize / 3 % 3].as_str();
         (client.ip(), (service.protocol, client, service.address, destination, method))
     });
     found.into_iter().chain(created).collect()

@@ -33,7 +33,6 @@ const ELSEWHERE: &[Reason] = &[
     Reason::IpVersion,
     Reason::IpHeaderLength,
     Reason::IpTotalLength,
-    Reason::TransportTruncated,
     // The drivers of both executors can do everything: see below.
     Reason::MetadataUnsupported,
     Reason::HeadroomExhausted,

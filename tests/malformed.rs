@@ -1,7 +1,7 @@
 //! Frames that are cut short, lie about their lengths, or are random: nothing crashes, nothing unsound is forwarded, and
 //! everything that is not forwarded counts under exactly one reason.
 
-use lb_common::{proto::Method, reason::Reason};
+use lb_common::{proto::Method, reason::Reason, sctp::chunk};
 use lb_userspace::control::model::Transport;
 use proptest::{prelude::*, strategy::ValueTree as _};
 use xdpvs_tests::{
@@ -15,6 +15,7 @@ use xdpvs_tests::{
 
 const TCP: u8 = 6;
 const UDP: u8 = 17;
+const SCTP: u8 = 132;
 
 fn be16(bytes: &[u8], offset: usize) -> usize {
     bytes.get(offset..offset + 2).map_or(0, |word| usize::from(u16::from_be_bytes([word[0], word[1]])))
@@ -59,12 +60,22 @@ fn is_sound(frame: &[u8]) -> bool {
         return false;
     }
     let least = match protocol {
-        TCP => 20,
-        UDP => 8,
+        TCP | UDP | SCTP => usize::from(transport(protocol).0),
         other if other == family.icmp() => 8 + family.header() + 8,
         _ => return false,
     };
     total - header >= least
+}
+
+/// How many bytes a transport header has at the least, and where in it a length stands.
+fn transport(protocol: u8) -> (u16, usize) {
+    match protocol {
+        TCP => (20, 12),
+        UDP => (8, 4),
+        // The common header and that of a chunk.
+        SCTP => (16, 14),
+        _ => panic!("no transport protocol of services"),
+    }
 }
 
 /// Whether what became of a frame may become of it.
@@ -167,7 +178,7 @@ fn busy(executor: &mut impl Executor) {
     for (family, (port, method)) in
         Family::ALL.into_iter().flat_map(|family| (80..).zip(Method::ALL).map(move |service| (family, service)))
     {
-        for protocol in [Transport::Tcp, Transport::Udp] {
+        for protocol in [Transport::Tcp, Transport::Udp, Transport::Sctp] {
             let key = family.service(protocol, port);
             executor.change(&|change| {
                 change.add_service(key, scheduled(lb_common::proto::Scheduler::Rr)).expect("new");
@@ -175,7 +186,12 @@ fn busy(executor: &mut impl Executor) {
             });
         }
         let request = Frame { family, to: (cast::VIP, port), ..REQUEST };
-        for frame in [request.tcp("S", b""), request.udp(b"x")] {
+        for frame in [
+            request.tcp("S", b""),
+            request.udp(b"x"),
+            request.sctp(&[(chunk::INIT, b"")]),
+            request.sctp(&[(chunk::INIT, b"")]),
+        ] {
             let (outcome, _) = arrive(executor, Wire::Outside, &frame);
             assert!(matches!(outcome.verdict, Verdict::Redirect(_)));
         }
@@ -206,13 +222,15 @@ fn lies4() -> Vec<Lie> {
     for (service, frame) in [
         (true, REQUEST.tcp("A", b"sixteen bytes ..")),
         (true, REQUEST.udp(b"sixteen bytes ..")),
+        (true, REQUEST.sctp(&[(chunk::DATA, b"sixteen bytes ..")])),
         (false, ELSEWHERE.tcp("A", b"sixteen bytes ..")),
         (false, ELSEWHERE.udp(b"sixteen bytes ..")),
+        (false, ELSEWHERE.sctp(&[(chunk::DATA, b"sixteen bytes ..")])),
     ] {
         let (first, total) = (ETHERNET, ETHERNET + 2);
         let len = (frame.len() - ETHERNET) as u16;
         let truncated = if service { Reason::TransportTruncated } else { Reason::NotService };
-        let least = if frame[ETHERNET + 9] == TCP { 20 } else { 8 };
+        let (least, length) = transport(frame[ETHERNET + 9]);
         for version in (0..16).filter(|version| *version != 4) {
             lies.push(lie(&frame, |frame| frame[first] = version << 4 | 5, Reason::IpVersion));
         }
@@ -249,7 +267,7 @@ fn lies4() -> Vec<Lie> {
             }
             // Lengths of the transport header are the server's business, as for ip_vs.
             for value in [0, 4, 8, 15] {
-                let offset = ETHERNET + 20 + if least == 20 { 12 } else { 4 };
+                let offset = ETHERNET + 20 + length;
                 lies.push(lie(&frame, |frame| frame[offset] = value << 4, None));
             }
         }
@@ -266,11 +284,15 @@ fn lies6() -> Vec<Lie> {
     let mut lies = Vec::new();
     for (service, request) in [(true, REQUEST), (false, ELSEWHERE)] {
         let request = Frame { family, ..request };
-        for frame in [request.tcp("A", b"sixteen bytes .."), request.udp(b"sixteen bytes ..")] {
+        for frame in [
+            request.tcp("A", b"sixteen bytes .."),
+            request.udp(b"sixteen bytes .."),
+            request.sctp(&[(chunk::DATA, b"sixteen bytes ..")]),
+        ] {
             let (first, payload) = (ETHERNET, ETHERNET + 4);
             let len = (frame.len() - ETHERNET - family.header()) as u16;
             let truncated = if service { Reason::TransportTruncated } else { Reason::NotService };
-            let least = if frame[ETHERNET + 6] == TCP { 20 } else { 8 };
+            let (least, length) = transport(frame[ETHERNET + 6]);
             for version in (0..16).filter(|version| *version != 6) {
                 lies.push(lie(&frame, |frame| frame[first] = version << 4, Reason::IpVersion));
             }
@@ -288,7 +310,7 @@ fn lies6() -> Vec<Lie> {
                 }
                 // Lengths of the transport header are the server's business, as for ip_vs.
                 for value in [0, 4, 8, 15] {
-                    let offset = ETHERNET + family.header() + if least == 20 { 12 } else { 4 };
+                    let offset = ETHERNET + family.header() + length;
                     lies.push(lie(&frame, |frame| frame[offset] = value << 4, None));
                 }
             }

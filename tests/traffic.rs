@@ -40,6 +40,7 @@ fn service(family: Family, transport: Transport) -> String {
     let option = match transport {
         Transport::Tcp => "-t",
         Transport::Udp => "-u",
+        Transport::Sctp => "--sctp-service",
     };
     format!("{option} {}", vip(family))
 }
@@ -91,6 +92,7 @@ fn ask(family: Family, transport: Transport, sent: &[u8], wanted: usize) -> Resu
     match transport {
         Transport::Tcp => peers::ask_tcp(vip(family), sent, wanted),
         Transport::Udp => peers::ask_udp(vip(family), sent, wanted),
+        Transport::Sctp => peers::ask_sctp(vip(family), sent, wanted),
     }
 }
 
@@ -109,6 +111,9 @@ fn sizes(family: Family, transport: Transport, method: Method) -> Vec<usize> {
         // before what is sent, an answer 9.
         (Transport::Udp, Method::Tunnel) => vec![0, 1, 1000, 1500 - 2 * header - 8 - 9],
         (Transport::Udp, _) => vec![0, 1, 1000, 1500 - header - 8 - 9],
+        // The same, with the headers of the packet and of its chunk.
+        (Transport::Sctp, Method::Tunnel) => vec![0, 1, 1000, 1500 - 2 * header - 16 - 9],
+        (Transport::Sctp, _) => vec![0, 1, 1000, 1500 - header - 16 - 9],
     }
 }
 
@@ -116,12 +121,12 @@ fn every_byte_arrives(shape: Shape, method: Method) -> Result<()> {
     bytes_arrive(shape, method, sizes)
 }
 
-/// Clients send as much as `sizes` says, over TCP and UDP, IPv4 and IPv6.
+/// Clients send as much as `sizes` says, over TCP, UDP and SCTP, IPv4 and IPv6.
 fn bytes_arrive(shape: Shape, method: Method, sizes: impl Fn(Family, Transport, Method) -> Vec<usize>) -> Result<()> {
     let network = Network::new(shape, method)?;
     let _servers = start_servers(&network, method)?;
     let director = network.start()?;
-    let transports = [Transport::Tcp, Transport::Udp];
+    let transports = [Transport::Tcp, Transport::Udp, Transport::Sctp];
     for (family, transport) in
         Family::ALL.into_iter().flat_map(|family| transports.map(|transport| (family, transport)))
     {

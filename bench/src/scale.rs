@@ -20,7 +20,7 @@ use lb_common::{
 };
 use lb_userspace::{
     control::{
-        bulk::{self, NewConnection},
+        bulk::{self, NewConnection, ProtocolState},
         connections::Reader,
         model::{ServiceKey, Transport},
         session::Session,
@@ -215,7 +215,7 @@ impl<'a> Scale<'a> {
                 service: key,
                 client: clients.client(flow).into(),
                 destination: at((flow % u32::from(SERVERS)) as u8, port),
-                state: tcp::State::Established,
+                state: ProtocolState::Tcp(tcp::State::Established),
                 remaining: LIVES,
             });
             let inserted = bulk::insert(&mut self.session, &lock, connections)?;

@@ -253,6 +253,8 @@ pub mod switch {
     pub const NAT_ICMP_SEND: u32 = 1 << 6;
     /// An ICMP error about what a service has sent opens a connection if it is about none.
     pub const SCHEDULE_ICMP: u32 = 1 << 7;
+    /// An SCTP packet opens a connection even if its first chunk is not INIT.
+    pub const SLOPPY_SCTP: u32 = 1 << 8;
 }
 
 /// What the CPUs share that limits what they do: a cache line of its own, for they write it.
@@ -862,8 +864,15 @@ pub trait EndpointKey: Copy + Eq + core::hash::Hash + core::fmt::Debug + 'static
     /// The key in shared memory.
     type Shared: Zeroable;
 
+    /// The endpoint of `addr` with this port and protocol: see [`port_protocol`].
+    fn from_raw(addr: Self::Addr, port_protocol: u32) -> Self;
     /// The endpoint at `port` of `addr`.
-    fn new(addr: Self::Addr, port: Port, protocol: Protocol) -> Self;
+    #[inline(always)]
+    fn new(addr: Self::Addr, port: Port, protocol: Protocol) -> Self {
+        Self::from_raw(addr, port_protocol(port, protocol))
+    }
+    /// The endpoint of the same protocol at `port` of `addr`.
+    fn elsewhere(&self, addr: Self::Addr, port: Port) -> Self;
     /// The entry that marks `addr` as the address of a service.
     fn address(addr: Self::Addr) -> Self;
     /// The entry of the service of packets with this mark.
@@ -880,12 +889,15 @@ pub trait EndpointKey: Copy + Eq + core::hash::Hash + core::fmt::Debug + 'static
     fn is(&self, other: &Self) -> bool;
 }
 
-/// What a port and protocol are in an [`EndpointKey4`], from bit 32 on, and in the last word of an [`EndpointKey6`].
+/// What a port and protocol are in an [`EndpointKey4`], from bit 32 on, and in the last word of an [`EndpointKey6`]: the port as
+/// loaded from a packet in bits 0-15, the number of the protocol in bits 16-23.
 #[inline(always)]
-const fn port_protocol(port: Port, protocol: Protocol) -> u64 {
-    port.raw() as u64 | (protocol as u64) << 16
+pub const fn port_protocol(port: Port, protocol: Protocol) -> u32 {
+    port.raw() as u32 | (protocol as u32) << 16
 }
 
+/// Where [`port_protocol`] has the port.
+const PORT: u32 = 0xffff;
 /// What stands for port and protocol in the key that marks an address.
 const ADDRESS: u64 = 1 << 24;
 /// What stands for port and protocol in the key of a mark, which stands for the address.
@@ -900,8 +912,13 @@ impl EndpointKey for EndpointKey4 {
     type Shared = Shared64;
 
     #[inline(always)]
-    fn new(addr: Ip4, port: Port, protocol: Protocol) -> Self {
-        Self(addr.raw() as u64 | port_protocol(port, protocol) << 32)
+    fn from_raw(addr: Ip4, port_protocol: u32) -> Self {
+        Self(addr.raw() as u64 | (port_protocol as u64) << 32)
+    }
+
+    #[inline(always)]
+    fn elsewhere(&self, addr: Ip4, port: Port) -> Self {
+        Self::from_raw(addr, port.raw() as u32 | (self.0 >> 32) as u32 & !PORT)
     }
 
     #[inline(always)]
@@ -950,9 +967,14 @@ impl EndpointKey for EndpointKey6 {
     type Shared = [Shared64; 3];
 
     #[inline(always)]
-    fn new(addr: Ip6, port: Port, protocol: Protocol) -> Self {
+    fn from_raw(addr: Ip6, port_protocol: u32) -> Self {
         let [high, low] = addr.raw();
-        Self([high, low, port_protocol(port, protocol)])
+        Self([high, low, port_protocol as u64])
+    }
+
+    #[inline(always)]
+    fn elsewhere(&self, addr: Ip6, port: Port) -> Self {
+        Self::from_raw(addr, port.raw() as u32 | self.0[2] as u32 & !PORT)
     }
 
     #[inline(always)]
@@ -1073,11 +1095,13 @@ pub enum Stage {
     RelatedOpen,
     /// A client's packet that has just opened a connection to a persistent service.
     Opened,
+    /// An SCTP packet, from where on its path is that of TCP and UDP at the beginning.
+    Sctp,
 }
 
 impl Stage {
     /// Every stage that both families have, in the order of their numbers.
-    pub const COMMON: [Self; 15] = [
+    pub const COMMON: [Self; 16] = [
         Self::Request,
         Self::Reply,
         Self::Observe,
@@ -1093,6 +1117,7 @@ impl Stage {
         Self::Related,
         Self::RelatedOpen,
         Self::Opened,
+        Self::Sctp,
     ];
     /// Stages of IPv4, and entries of the map of stages, with room for more.
     const OF_ONE_FAMILY: u32 = 24;
@@ -1132,6 +1157,7 @@ impl Stage {
             Self::Related => ["related", "related6"],
             Self::RelatedOpen => ["related_open", "related_open6"],
             Self::Opened => ["opened", "opened6"],
+            Self::Sctp => ["sctp", "sctp6"],
         }
     }
 }

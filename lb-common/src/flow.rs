@@ -43,8 +43,10 @@ use crate::{
     hash::{Seed, mix, scale},
     jiffies::Jiffies,
     proto::{Method, Protocol},
+    sctp,
     sync::{Shared32, Shared64, opaque},
     tcp::{self, State, Transition},
+    timeout,
 };
 
 /// The status of an entry: bits 0-1 of its word.
@@ -65,8 +67,8 @@ pub enum Status {
 /// | bits | live | busy, killed | free |
 /// |---|---|---|---|
 /// | 0-1 | status | status | status |
-/// | 2-3 | protocol (TCP 0, UDP 1), or 3 for a template | 0 | 0 |
-/// | 4-7 | TCP state, or [`template`] flags | 0 | 0 |
+/// | 2-3 | protocol (TCP 0, UDP 1, SCTP 2), or 3 for a template | 0 | 0 |
+/// | 4-7 | TCP or SCTP state, or [`template`] flags | 0 | 0 |
 /// | 8-10 | forwarding method | 0 | 0 |
 /// | 11-15 | flags | 0 | 0 |
 /// | 16-31 | version | version | version |
@@ -169,12 +171,18 @@ impl Word {
     #[inline(always)]
     pub const fn born(protocol: Protocol, state: u8, method: u8, flags: u64, expires: Jiffies) -> Self {
         Self(
-            3 | protocol_bits(protocol)
+            Live::of(protocol).0
                 | (state as u64 & 0xf) << 4
                 | (method as u64 & 0x7) << 8
                 | flags
                 | (expires.0 as u64) << EXPIRES_SHIFT,
         )
+    }
+
+    /// [`Word::born`] in state number 0.
+    #[inline(always)]
+    pub const fn new_born(live: Live, method: u8, flags: u64, expires: Jiffies) -> Self {
+        Self(live.0 | (method as u64 & 0x7) << 8 | flags | (expires.0 as u64) << EXPIRES_SHIFT)
     }
 
     /// The word of a new template, but for its version. `method` is its destination's; of `flags`, only
@@ -223,7 +231,11 @@ impl Word {
     /// The transport protocol of a live connection.
     #[inline(always)]
     pub const fn protocol(self) -> Protocol {
-        if self.0 >> 2 & 0b11 == 0 { Protocol::Tcp } else { Protocol::Udp }
+        match self.0 >> 2 & 0b11 {
+            0 => Protocol::Tcp,
+            2 => Protocol::Sctp,
+            _ => Protocol::Udp,
+        }
     }
 
     /// Where [`crate::abi::Config::timeouts`] has the time to live of a live entry: protocol and state, below 64.
@@ -232,7 +244,7 @@ impl Word {
         (self.0 >> 4 & 0xf | (self.0 & 0b1100) << 2) as usize
     }
 
-    /// The number of a live entry's TCP state.
+    /// The number of a live entry's TCP or SCTP state.
     #[inline(always)]
     pub const fn state(self) -> u8 {
         (self.0 >> 4 & 0xf) as u8
@@ -329,38 +341,56 @@ const TEMPLATE_LIVE: u64 = 0b1111;
 pub enum Yield {
     /// Never.
     Never = 0,
-    /// First: TCP connections that have not been established yet.
+    /// First: TCP and SCTP connections that have not been established yet.
     HalfOpen = 1,
-    /// Then: TCP connections that were reset, or closed by both sides.
+    /// Then: TCP and SCTP connections that were reset, or closed by both sides.
     Closed = 2,
-    /// Then: TCP connections that one side has closed, as far as the director sees.
+    /// Then: TCP and SCTP connections that one side has closed, as far as the director sees.
     Closing = 3,
     /// Last: UDP connections of which no packet has been seen for long.
     Idle = 4,
 }
 
+/// When connections make room, by [`Word::timeout_index`]: their [`Yield`]s.
+///
+/// Verifier: a look-up, where it would follow the search for the first of them once for each protocol and each state.
+static YIELDS: [u8; 64] = {
+    let mut yields = [Yield::Never as u8; 64];
+    let mut index = 0;
+    while index < tcp::STATES {
+        let state = State::ALL[index];
+        yields[timeout::index(Protocol::Tcp, state as u8)] = Yield::of_tcp(state) as u8;
+        index += 1;
+    }
+    index = 0;
+    while index < sctp::STATES {
+        let state = sctp::State::ALL[index];
+        yields[timeout::index(Protocol::Sctp, state as u8)] = Yield::of_sctp(state) as u8;
+        index += 1;
+    }
+    yields[timeout::index(Protocol::Udp, 0)] = Yield::Idle as u8;
+    yields
+};
+
 impl Yield {
-    /// When a TCP connection in the state numbered `state` makes room.
-    #[inline(always)]
-    pub const fn of_tcp(state: u8) -> u8 {
-        /// Four bits for each state, from the lowest.
-        const OF_STATES: u64 = {
-            let mut states = 0;
-            let mut index = 0;
-            while index < tcp::State::ALL.len() {
-                let state = tcp::State::ALL[index];
-                let yields = match state {
-                    State::Established => Yield::Never,
-                    State::None | State::SynSent | State::SynRecv | State::Listen | State::SynAck => Yield::HalfOpen,
-                    State::TimeWait | State::Close | State::LastAck => Yield::Closed,
-                    State::FinWait | State::CloseWait => Yield::Closing,
-                };
-                states |= (yields as u64) << (4 * state as u32);
-                index += 1;
-            }
-            states
-        };
-        (OF_STATES >> (4 * (state & 0xf)) & 0xf) as u8
+    const fn of_tcp(state: State) -> Self {
+        match state {
+            State::Established => Self::Never,
+            State::None | State::SynSent | State::SynRecv | State::Listen | State::SynAck => Self::HalfOpen,
+            State::TimeWait | State::Close | State::LastAck => Self::Closed,
+            State::FinWait | State::CloseWait => Self::Closing,
+        }
+    }
+
+    const fn of_sctp(state: sctp::State) -> Self {
+        use sctp::State;
+        match state {
+            State::Established => Self::Never,
+            State::None | State::Init1 | State::Init | State::CookieSent | State::CookieReplied => Self::HalfOpen,
+            State::CookieWait | State::Cookie | State::CookieEchoed => Self::HalfOpen,
+            State::Rejected | State::Closed => Self::Closed,
+            State::ShutdownSent | State::ShutdownReceived | State::ShutdownAckSent => Self::Closing,
+        }
     }
 }
 
@@ -384,16 +414,12 @@ impl Candidate {
 
     /// The entry with this index, which is used.
     #[inline(always)]
-    pub const fn used(index: u64, word: Word, now: Jiffies, hz: u32, idle: u32) -> Self {
+    pub fn used(index: u64, word: Word, now: Jiffies, hz: u32, idle: u32) -> Self {
         // Not over: so this is not negative, with the second that connections live longer.
         let left = word.expires().after(hz).since(now).cast_unsigned();
-        let yields = match (word.status(), word.protocol()) {
-            (Status::Live, _) if word.is_template() => Yield::Never as u8,
-            (Status::Live, Protocol::Tcp) => Yield::of_tcp(word.state()),
-            (Status::Live, Protocol::Udp) if left <= idle => Yield::Idle as u8,
-            _ => Yield::Never as u8,
-        };
-        if yields == Yield::Never as u8 {
+        let yields = YIELDS[opaque(word.timeout_index() as u64) as usize & 0x3f];
+        let in_use = yields == Yield::Idle as u8 && left > idle;
+        if yields == Yield::Never as u8 || in_use || !word.is_live() {
             return Self::NONE;
         }
         Self((yields as u64) << 40 | (left as u64) << 8 | index)
@@ -444,11 +470,11 @@ pub trait Key: Copy + PartialEq + core::fmt::Debug {
     type Addr: Address;
 
     /// The connections of `protocol` from `caddr` to `vaddr`, with both ports as loaded from the client's packet at once.
-    fn from_raw(protocol: Protocol, caddr: Self::Addr, ports: u32, vaddr: Self::Addr) -> Self;
+    fn from_raw(protocol: impl Into<Live>, caddr: Self::Addr, ports: u32, vaddr: Self::Addr) -> Self;
 
     /// The connections of `protocol` between a client and a service.
     #[inline(always)]
-    fn new(protocol: Protocol, client: (Self::Addr, Port), service: (Self::Addr, Port)) -> Self {
+    fn new(protocol: impl Into<Live>, client: (Self::Addr, Port), service: (Self::Addr, Port)) -> Self {
         Self::from_raw(protocol, client.0, client.1.raw() as u32 | (service.1.raw() as u32) << 16, service.0)
     }
 
@@ -508,8 +534,9 @@ impl Key for Key4 {
     }
 
     #[inline(always)]
-    fn from_raw(protocol: Protocol, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
-        Self { peer: caddr.raw() as u64 | (ports as u64) << 32, rest: vaddr.raw() as u64 | live_bits(protocol) << 32 }
+    fn from_raw(protocol: impl Into<Live>, caddr: Ip4, ports: u32, vaddr: Ip4) -> Self {
+        let Live(live) = protocol.into();
+        Self { peer: caddr.raw() as u64 | (ports as u64) << 32, rest: vaddr.raw() as u64 | live << 32 }
     }
 
     #[inline(always)]
@@ -561,8 +588,9 @@ impl Key for Key6 {
     }
 
     #[inline(always)]
-    fn from_raw(protocol: Protocol, caddr: Ip6, ports: u32, vaddr: Ip6) -> Self {
-        Self { caddr, vaddr, rest: ports as u64 | live_bits(protocol) << 32 }
+    fn from_raw(protocol: impl Into<Live>, caddr: Ip6, ports: u32, vaddr: Ip6) -> Self {
+        let Live(live) = protocol.into();
+        Self { caddr, vaddr, rest: ports as u64 | live << 32 }
     }
 
     #[inline(always)]
@@ -603,18 +631,34 @@ impl core::fmt::Debug for Key6 {
     }
 }
 
-/// What bits 0-3 of the word of a live connection of `protocol` are.
-#[inline(always)]
-const fn live_bits(protocol: Protocol) -> u64 {
-    3 | protocol_bits(protocol)
+/// What bits 0-3 of the word of a live connection of a protocol are.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Live(u64);
+
+impl Live {
+    /// Those of this protocol.
+    #[inline(always)]
+    pub const fn of(protocol: Protocol) -> Self {
+        match protocol {
+            Protocol::Tcp => Self(3),
+            Protocol::Udp => Self(3 | 1 << 2),
+            Protocol::Sctp => Self(3 | 2 << 2),
+        }
+    }
+
+    /// [`Live::of`], found out without a branch: the verifier would follow all that comes after once for each protocol.
+    #[inline(always)]
+    pub const fn of_any(protocol: Protocol) -> Self {
+        // Bits 4 and 7 of the number tell it.
+        let number = protocol as u64;
+        Self(3 | number >> 2 & 1 << 2 | number >> 4 & 1 << 3)
+    }
 }
 
-/// A protocol as bits 2-3 of a word.
-#[inline(always)]
-const fn protocol_bits(protocol: Protocol) -> u64 {
-    match protocol {
-        Protocol::Tcp => 0,
-        Protocol::Udp => 1 << 2,
+impl From<Protocol> for Live {
+    #[inline(always)]
+    fn from(protocol: Protocol) -> Self {
+        Self::of(protocol)
     }
 }
 
@@ -785,11 +829,12 @@ pub trait Entry: Zeroable + 'static {
     fn is_of_other_client(&self, key: &Self::Key) -> usize;
     /// Whether this is a connection with the protocol, client address and client port of `key`.
     fn is_of_client(&self, key: &Self::Key, word: Word) -> bool;
-    /// Whether the masqueraded connection `key`, with `word` as its word, to `dest` is to the server at this endpoint.
+    /// Whether a masqueraded connection of the protocol of `server`, with `word` as its word and to the service port `vport`,
+    /// to `dest` is to the server at this endpoint.
     #[inline(always)]
-    fn is_served_by(key: &Self::Key, word: Word, dest: &Dest, server: Endpoint<Self>) -> bool {
-        let endpoint = |addr, port| Endpoint::<Self>::new(addr, port, key.protocol());
-        word.method() == Method::Masq as u8 && endpoint(dest.addr(), word.port(dest.port(), key.vport())).is(&server)
+    fn is_served_by(vport: Port, word: Word, dest: &Dest, server: Endpoint<Self>) -> bool {
+        let endpoint = server.elsewhere(dest.addr(), word.port(dest.port(), vport));
+        word.method() == Method::Masq as u8 && endpoint.is(&server)
     }
     /// Writes addresses and ports, the number of the destination, and [`Entry::control`]. Only the CPU that has claimed the
     /// entry may call this.
@@ -1097,6 +1142,11 @@ mod tests {
         let word = Word(0).claimed(0xffff_ffff).live(BIRTH);
         assert!(word.is_live());
         assert_eq!(word.protocol(), Protocol::Udp);
+        for (protocol, bits) in [(Protocol::Tcp, 0), (Protocol::Udp, 1), (Protocol::Sctp, 2)] {
+            let word = Word::born(protocol, 1, 0, 0, Jiffies(0));
+            assert_eq!((word.protocol(), word.timeout_index()), (protocol, bits << 4 | 1));
+            assert_eq!(Live::of_any(protocol), Live::of(protocol));
+        }
         assert_eq!((word.state(), word.method()), (3, 3));
         assert!(word.has(flag::INACTIVE) && !word.has(flag::NO_OUTPUT));
         assert_eq!(word.expires(), Jiffies(0xdead_beef));

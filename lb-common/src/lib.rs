@@ -16,6 +16,7 @@ pub mod addr;
 pub mod checksum;
 #[cfg(all(feature = "crash", not(target_arch = "bpf")))]
 pub mod crash;
+pub mod crc32c;
 pub mod decapsulation;
 pub mod defence;
 pub mod event;
@@ -30,6 +31,7 @@ pub mod proto;
 pub mod rate;
 pub mod reason;
 pub mod sched;
+pub mod sctp;
 #[expect(unsafe_code, reason = "the one place where shared memory is touched")]
 pub mod sync;
 pub mod tcp;

@@ -47,6 +47,8 @@ numbered! {
         Tcp = 6, "tcp";
         /// RFC 768.
         Udp = 17, "udp";
+        /// RFC 9260.
+        Sctp = 132, "sctp";
     }
 }
 

@@ -56,7 +56,7 @@ reasons! {
     Passed NotIp = 0, "not-ip", "is neither IPv4 nor IPv6: ARP, a VLAN tag, another protocol";
     Passed NotUnicast = 1, "not-unicast", "was sent to a link-layer group address";
     Passed NotService = 2, "not-service", "belongs to no service and is no reply of a real server";
-    Passed NoConnection = 3, "no-connection", "is a TCP segment to a service, opens no connection and belongs to none";
+    Passed NoConnection = 3, "no-connection", "is a TCP segment or an SCTP packet to a service, opens no connection and belongs to none";
     Passed FtpDataSource = 4, "ftp-data-source", "comes from source port 20, which ip_vs never schedules";
     Passed Icmp = 5, "icmp", "is an ICMP query, or an ICMP error about no connection of ours";
     Passed OtherProtocol = 6, "other-protocol", "is of a transport protocol that is not balanced";

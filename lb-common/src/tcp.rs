@@ -150,7 +150,7 @@ static TRANSITIONS: [u8; 4096] = {
         if direction < 3 && state < STATES && column < 4 {
             let states = if index >> 11 == 0 { &NORMAL } else { &SECURE };
             let next = states[state][4 * direction + column] as u8;
-            table[index] = if is_active(next) { next } else { next | INACTIVE };
+            table[index] = Transition::to(next, is_active(next)).bits();
         }
         index += 1;
     }
@@ -204,6 +204,11 @@ impl TryFrom<u8> for State {
 pub struct Transition(u8);
 
 impl Transition {
+    /// To the state with this number, which counts as active or not.
+    pub(crate) const fn to(state: u8, is_active: bool) -> Self {
+        Self(if is_active { state } else { state | INACTIVE })
+    }
+
     /// What a segment with these flags (byte 13 of its header) makes of a connection in the state numbered `state`, by the
     /// table with this number, 0 or 1 ([`crate::abi::Config::tcp_table`]).
     ///

@@ -1,6 +1,6 @@
 //! How long a connection lives without a packet, by its protocol and state (`docs/ipvs.md`, section 4.7).
 
-use crate::{flow::Word, jiffies::Jiffies, proto::Protocol, tcp};
+use crate::{flow::Word, jiffies::Jiffies, proto::Protocol, sctp, tcp};
 
 /// ip_vs's default for UDP, in seconds.
 pub const UDP_S: u32 = 300;
@@ -17,6 +17,9 @@ pub fn defaults(hz: u32) -> [u32; 64] {
         timeouts[index(Protocol::Tcp, state as u8)] = state.default_timeout_s() * hz;
     }
     timeouts[index(Protocol::Udp, 0)] = UDP_S * hz;
+    for state in sctp::State::ALL {
+        timeouts[index(Protocol::Sctp, state as u8)] = state.timeout_s() * hz;
+    }
     timeouts
 }
 
@@ -30,5 +33,7 @@ mod tests {
         assert_eq!(timeouts[index(Protocol::Tcp, tcp::State::Established as u8)], 900 * 250);
         assert_eq!(timeouts[index(Protocol::Tcp, tcp::State::None as u8)], 2 * 250);
         assert_eq!(timeouts[index(Protocol::Udp, 0)], 300 * 250);
+        assert_eq!(timeouts[index(Protocol::Sctp, sctp::State::Established as u8)], 900 * 250);
+        assert_eq!(timeouts[index(Protocol::Sctp, sctp::State::Closed as u8)], 61 * 250);
     }
 }

@@ -9,6 +9,7 @@ use lb_common::{
     hash::mix,
     jiffies::Jiffies,
     proto::Protocol,
+    sctp,
     sync::opaque,
     tcp::State,
 };
@@ -217,10 +218,17 @@ fn is_thinned<E: Entry>(tables: &impl Tables, entry: &E, word: Word, clock: Cloc
     const SYN_RECV: u8 = State::SynRecv as u8;
     const SYN_ACK: u8 = State::SynAck as u8;
     const ESTABLISHED: u8 = State::Established as u8;
+    const INIT1: u8 = sctp::State::Init1 as u8;
+    const INIT: u8 = sctp::State::Init as u8;
+    const SCTP_ESTABLISHED: u8 = sctp::State::Established as u8;
     let may_be_in_use = match word.protocol() {
         Protocol::Tcp => match word.state() {
             SYN_RECV | SYN_ACK => return true,
             state => state == ESTABLISHED,
+        },
+        Protocol::Sctp => match word.state() {
+            INIT1 | INIT => return true,
+            state => state == SCTP_ESTABLISHED,
         },
         Protocol::Udp => true,
     };

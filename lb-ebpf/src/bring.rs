@@ -7,7 +7,7 @@ use lb_common::{
     addr::Address,
     flow::{Entry, Key as _, Place, Word, flag},
     proto::{Method, Protocol},
-    tcp,
+    sctp, tcp,
 };
 
 use crate::{
@@ -36,6 +36,7 @@ pub fn bring<A: Address>(
     let (protocol, known, active) = match Protocol::try_from(details.protocol_state as u8) {
         Ok(Protocol::Tcp) => (Protocol::Tcp, usize::from(state) < tcp::STATES, tcp::is_active(state)),
         Ok(Protocol::Udp) => (Protocol::Udp, state == 0, false),
+        Ok(Protocol::Sctp) => (Protocol::Sctp, usize::from(state) < sctp::STATES, sctp::is_active(state)),
         Err(_) => return Brought::Refused,
     };
     let Some(dest) = tables.dest(details.dest) else { return Brought::Refused };

@@ -172,7 +172,7 @@ impl Unwrap for Ip6Packet {
     /// send none.
     #[inline(always)]
     fn inner(packet: &impl Packet) -> Option<usize> {
-        const HEADER_END: usize = EthHdr::LEN + Ip6Packet::HEADER;
+        const HEADER_END: usize = EthHdr::LEN + <Ip6Packet>::HEADER;
         const FRAGMENT_LEN: usize = 8;
         let ip = Self::of(packet.read(EthHdr::LEN)?).ok()?;
         if ip.protocol() == Self::IN_IP {

@@ -1,7 +1,7 @@
 //! Finding out what an address and port is to the director.
 
 use lb_common::{
-    abi::{ENDPOINT_PROBES, EndpointKey, Target},
+    abi::{ENDPOINT_PROBES, EndpointKey, Target, port_protocol},
     addr::{Address, Port},
     proto::Protocol,
     sync::opaque,
@@ -18,8 +18,7 @@ pub fn find<K: EndpointKey>(tables: &impl Endpoints<K>, key: K) -> Target {
 /// [`find`] as a function of its own, for paths that have little stack and much time.
 #[inline(never)]
 fn find_apart<A: Address>(tables: &impl TablesOf<A>, addr: A, port_protocol: u32) -> Target {
-    let protocol = if port_protocol >> 16 == Protocol::Tcp as u32 { Protocol::Tcp } else { Protocol::Udp };
-    let key = A::Endpoint::new(addr, Port::from_raw(port_protocol as u16), protocol);
+    let key = A::Endpoint::from_raw(addr, port_protocol);
     // Verifier: opaque, for it cannot follow what the compiler else makes of the loop.
     Target(tables.hide(look_up(tables, key, opaque(ENDPOINT_PROBES.into())).0))
 }
@@ -57,7 +56,7 @@ pub enum By {
 /// for all ports that it belongs to (`docs/ipvs.md`, section 2.1).
 #[inline(always)]
 pub fn serving<A: Address>(tables: &impl TablesOf<A>, addr: A, port: Port, protocol: Protocol) -> (Target, By) {
-    let bits = serving_apart(tables, addr, u32::from(port.raw()) | (protocol as u32) << 16);
+    let bits = serving_apart(tables, addr, port_protocol(port, protocol));
     let by = match bits >> BY {
         0 => By::Itself,
         1 => By::Ftp,
@@ -78,17 +77,19 @@ fn serving_apart<A: Address>(tables: &impl TablesOf<A>, addr: A, port_protocol: 
     if itself.view().is_some() {
         return itself.0;
     }
-    let protocol = if port_protocol >> 16 == Protocol::Tcp as u32 { Protocol::Tcp } else { Protocol::Udp };
-    let (target, by) = any_port(tables, addr, Port::from_raw(port_protocol as u16), protocol);
+    let (target, by) = any_port(tables, addr, port_protocol);
     target.0 | (by as u64) << BY
 }
 
-/// The FTP service or the service for all ports that `port` of `addr` belongs to, which no other service has.
+/// The FTP service or the service for all ports that a port of `addr`, which no other service has, belongs to: see
+/// [`port_protocol`].
 #[inline(always)]
-pub fn any_port<A: Address>(tables: &impl TablesOf<A>, addr: A, port: Port, protocol: Protocol) -> (Target, By) {
-    let at = |port: Port| find_apart(tables, addr, u32::from(port.raw()) | (protocol as u32) << 16);
+pub fn any_port<A: Address>(tables: &impl TablesOf<A>, addr: A, port_protocol: u32) -> (Target, By) {
+    const PORT: u32 = 0xffff;
+    let at = |port: Port| find_apart(tables, addr, u32::from(port.raw()) | port_protocol & !PORT);
+    let port = Port::from_raw((port_protocol & PORT) as u16);
     let mut former = Target::default();
-    if protocol == Protocol::Tcp && (port == FTP_DATA || port.number() >= UNPRIVILEGED) {
+    if port_protocol >> 16 == Protocol::Tcp as u32 && is_ftp_data(port) {
         let ftp = at(FTP);
         if ftp.view().is_some() {
             return (ftp, By::Ftp);

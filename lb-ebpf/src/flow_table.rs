@@ -17,7 +17,8 @@ use lb_common::{
     abi::{ONE_ACTIVE, ONE_CONNECTION},
     event::Event,
     flow::{
-        Bucket, Candidate, ENTRIES_PER_BUCKET, Endpoint, Entry, PAIRS, Place, Status, Word, control, flag, nonzero,
+        Bucket, Candidate, ENTRIES_PER_BUCKET, Endpoint, Entry, Key as _, PAIRS, Place, Status, Word, control, flag,
+        nonzero,
     },
     jiffies::Jiffies,
     sync::opaque,
@@ -234,7 +235,7 @@ pub fn find_reply<'t, E: Entry>(
     server: Endpoint<E>,
 ) -> Option<(Found<'t, E>, E::Key)> {
     match reply_in_pair(tables, first_pair(tables, place)?, key, server) {
-        None => reply_in_pair(tables, pair_at(tables, search_replies(tables, *key, place, server))?, key, server),
+        None => reply_in_pair(tables, pair_at(tables, search_replies(tables, key, place, server))?, key, server),
         found => found,
     }
 }
@@ -271,15 +272,15 @@ fn believe_reply<'t, E: Entry>(
 
 /// The pair that has the connection of [`find_reply`]. A function of its own, like [`search_requests`].
 #[inline(never)]
-fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: E::Key, place: Place, server: Endpoint<E>) -> u64 {
-    search(tables, place, |pair| reply_in_pair(tables, pair, &key, server).is_some())
+fn search_replies<E: Entry>(tables: &impl Buckets<E>, key: &E::Key, place: Place, server: Endpoint<E>) -> u64 {
+    search(tables, place, |pair| reply_in_pair(tables, pair, key, server).is_some())
 }
 
-/// Whether the connection in `entry` is masqueraded and to `server`.
+/// Whether the connection in `entry`, of the protocol of `server` and with this word, is masqueraded and to that.
 #[inline(always)]
 fn is_served_by<E: Entry>(tables: &impl Tables, entry: &E, word: Word, server: Endpoint<E>) -> bool {
     let dest = tables.dest(entry.dest().load());
-    dest.is_some_and(|dest| E::is_served_by(&entry.key(word), word, dest, server))
+    dest.is_some_and(|dest| E::is_served_by(entry.key(word).vport(), word, dest, server))
 }
 
 /// Ends a connection, unless another CPU changed it since `word` was read. Returns whether it did.

@@ -67,6 +67,7 @@ impl Halt {
             14 => Some(Stage::Related),
             15 => Some(Stage::RelatedOpen),
             16 => Some(Stage::Opened),
+            17 => Some(Stage::Sctp),
             _ => None,
         }
     }

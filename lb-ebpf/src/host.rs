@@ -30,8 +30,9 @@ use crate::{
     forward::Exit,
     packet::Packet,
     parse::{Ip4Packet, Ip6Packet},
-    pipeline::{self, Stages},
-    tables::{Endpoints, Tables},
+    pipeline::{self, Family, Stages},
+    protocols::{All, Protocols, Sctp},
+    tables::{Endpoints, Tables, TablesOf},
     upkeep::Objects,
     wire::Wire,
 };
@@ -491,17 +492,33 @@ impl Env for HostEnv {
     }
 }
 
-impl Stages<Ip4Packet, HostPacket, HostTables> for HostEnv {
+/// [`pipeline::process_stage`], as a function of its own: a path goes through several, one in the other.
+#[inline(never)]
+fn process_stage<I: Family>(packet: &mut HostPacket, tables: &HostTables, env: &HostEnv, stage: Stage) -> Exit
+where
+    HostTables: TablesOf<I::Addr>,
+    HostEnv: Stages<I, HostPacket, HostTables>,
+{
+    pipeline::process_stage::<I, _, _, _>(packet, tables, env, stage)
+}
+
+impl<S: Protocols> Stages<Ip4Packet<S>, HostPacket, HostTables> for HostEnv {
     fn enter(&self, packet: &mut HostPacket, tables: &HostTables, stage: Stage) -> Exit {
-        if stage == Stage::Six {
-            return pipeline::process::<Ip6Packet, _, _, _>(packet, tables, self);
+        match stage {
+            Stage::Six => pipeline::process::<Ip6Packet, _, _, _>(packet, tables, self),
+            Stage::Unusual => process_stage::<Ip4Packet>(packet, tables, self, stage),
+            Stage::Sctp => process_stage::<Ip4Packet<Sctp>>(packet, tables, self, stage),
+            _ => process_stage::<Ip4Packet<All>>(packet, tables, self, stage),
         }
-        pipeline::process_stage::<Ip4Packet, _, _, _>(packet, tables, self, stage)
     }
 }
 
-impl Stages<Ip6Packet, HostPacket, HostTables> for HostEnv {
+impl<S: Protocols> Stages<Ip6Packet<S>, HostPacket, HostTables> for HostEnv {
     fn enter(&self, packet: &mut HostPacket, tables: &HostTables, stage: Stage) -> Exit {
-        pipeline::process_stage::<Ip6Packet, _, _, _>(packet, tables, self, stage)
+        match stage {
+            Stage::Unusual => process_stage::<Ip6Packet>(packet, tables, self, stage),
+            Stage::Sctp => process_stage::<Ip6Packet<Sctp>>(packet, tables, self, stage),
+            _ => process_stage::<Ip6Packet<All>>(packet, tables, self, stage),
+        }
     }
 }

@@ -22,8 +22,9 @@ use crate::{
     forward::{self, Exit, Halt},
     nat::{self, Rewrite},
     packet::Packet,
-    parse::{Ip, Ip4Packet, Ip6Packet, Segment},
-    pipeline::{self, Connection, EndpointOf, EntryOf, Family, KeyOf, Now},
+    parse::{Ip, Ip4Packet, Ip6Packet},
+    pipeline::{self, Connection, EndpointOf, EntryOf, Family, KeyOf, Now, ProtocolsOf},
+    protocols::Protocols,
     tables::{Tables, TablesOf},
     tunnel::Wrap,
     wire,
@@ -164,7 +165,7 @@ pub struct Quoted<I: Ip> {
     may_be_fragmented: bool,
 }
 
-impl Messages for Ip4Packet {
+impl<S: Protocols> Messages for Ip4Packet<S> {
     /// RFC 1812 section 4.3.2.3.
     const ERROR_MAX: usize = 576;
 
@@ -262,7 +263,7 @@ impl Messages for Ip4Packet {
     }
 }
 
-impl Messages for Ip6Packet {
+impl<S: Protocols> Messages for Ip6Packet<S> {
     /// RFC 4443 section 2.4 (c).
     const ERROR_MAX: usize = 1280;
 
@@ -475,7 +476,7 @@ where
     E: Env,
 {
     let quoted = &of_tunnelled(packet, ip).ok_or(Reason::Icmp)?;
-    let key = KeyOf::<I>::new(quoted.protocol, quoted.source, quoted.destination);
+    let key = KeyOf::<I>::new(ProtocolsOf::<I>::live(quoted.protocol), quoted.source, quoted.destination);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     let found = flow_table::find::<EntryOf<I>>(tables, &key, place).ok_or(Halt::go_on(Stage::Related))?;
     tell_client(packet, tables, env, ip, quoted, (server, Connection::of(found.word, found.dest)))
@@ -589,7 +590,7 @@ where
     if !may_be_ours(tables, known.is_service()) {
         return None;
     }
-    let key = KeyOf::<I>::new(quoted.protocol, quoted.destination, quoted.source);
+    let key = KeyOf::<I>::new(ProtocolsOf::<I>::live(quoted.protocol), quoted.destination, quoted.source);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     let found = flow_table::find::<EntryOf<I>>(tables, &key, place)?;
     if let Err(halt) = verify_header(packet, ip) {
@@ -628,9 +629,7 @@ where
     if !may_be_ours(tables, known.has(Target::SERVER)) {
         return None;
     }
-    // What the server would have answered.
-    let answer = Segment::new(quoted.protocol, port, quoted.source.1);
-    let (found, key) = pipeline::find_masqueraded::<I, T>(tables, server, quoted.source.0, answer)?;
+    let (found, key) = pipeline::find_masqueraded::<I, T>(tables, quoted.protocol, quoted.destination, quoted.source)?;
     let service = (key.vaddr(), key.vport());
     if let Err(halt) = verify_header(packet, ip) {
         return Some(Err(halt));

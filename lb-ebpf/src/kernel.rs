@@ -101,6 +101,11 @@ impl Packet for XdpPacket {
     }
 
     #[inline(always)]
+    fn hide(&self, value: u64) -> u64 {
+        hide(value)
+    }
+
+    #[inline(always)]
     fn read<T: Wire>(&self, offset: usize) -> Option<T> {
         let address = self.at(offset, size_of::<T>())?;
         // SAFETY: `at` has checked the bounds, and any bytes are a `T`.

@@ -42,6 +42,7 @@ pub mod overload;
 pub mod packet;
 pub mod parse;
 pub mod pipeline;
+pub mod protocols;
 pub mod related;
 pub mod schedule;
 pub mod tables;

@@ -11,7 +11,7 @@ use crate::{
     endpoint,
     env::{Env, Scan},
     packet::Packet,
-    parse::Ip,
+    parse::{self, Ip},
     pipeline::EndpointOf,
     tables::{Tables, TablesOf},
 };
@@ -79,8 +79,7 @@ where
     T: TablesOf<I::Addr>,
     E: Env,
 {
-    let Ok(ip) = I::parse(packet) else { return Marked::NONE };
-    let Ok(segment) = ip.segment(packet) else { return Marked::NONE };
+    let Ok((ip, segment)) = parse::whole::<I>(packet) else { return Marked::NONE };
     let subject = Subject::new(ip.source(), segment.destination(), segment.protocol(), env.ingress());
     let Some(mark) = classify::<I::Addr>(tables, env, ip.destination(), subject) else { return Marked::CHANGED };
     if mark == 0 {

@@ -8,13 +8,12 @@ use lb_common::{
 use network_types::{
     eth::EthHdr,
     ip::{Ipv4Hdr, Ipv6Hdr},
-    tcp::TcpHdr,
-    udp::UdpHdr,
 };
 
 use crate::{
     packet::Packet,
     parse::{Ip, Ip4Packet, Ip6Packet, Segment},
+    protocols::Protocols,
 };
 
 /// Which end of a packet is rewritten.
@@ -45,7 +44,7 @@ pub trait Rewrite: Ip {
 /// Where TTL, protocol and checksum stand, one after the other.
 const TTL_PROTOCOL_CHECKSUM: usize = EthHdr::LEN + core::mem::offset_of!(Ipv4Hdr, ttl);
 
-impl Rewrite for Ip4Packet {
+impl<S: Protocols> Rewrite for Ip4Packet<S> {
     const ICMP_COVERS_ADDRESSES: bool = false;
 
     #[inline(always)]
@@ -77,7 +76,7 @@ impl Rewrite for Ip4Packet {
 /// Where the hop limit stands.
 const HOP_LIMIT: usize = EthHdr::LEN + core::mem::offset_of!(Ipv6Hdr, hop_limit);
 
-impl Rewrite for Ip6Packet {
+impl<S: Protocols> Rewrite for Ip6Packet<S> {
     const ICMP_COVERS_ADDRESSES: bool = true;
 
     #[inline(always)]
@@ -111,7 +110,7 @@ impl Rewrite for Ip6Packet {
 pub fn translate<I: Rewrite>(
     packet: &mut impl Packet,
     ip: &I,
-    segment: Option<Segment>,
+    segment: Option<Segment<I::Protocols>>,
     end: End,
     to: (I::Addr, Port),
     hops: u8,
@@ -128,27 +127,19 @@ pub fn translate<I: Rewrite>(
     };
     packet.write(transport + port_offset, port.raw())?;
     let moved = moved.word(old_port.raw(), port.raw());
-    match segment.protocol() {
-        Protocol::Tcp => update(packet, transport + core::mem::offset_of!(TcpHdr, check), moved),
-        Protocol::Udp => {
-            let offset = transport + core::mem::offset_of!(UdpHdr, check);
-            let old: u16 = packet.read(offset)?;
-            let new = if old == 0 { udp_from_scratch(packet, ip, end, addr)? } else { moved.apply(old) };
-            packet.write(offset, checksum::udp_on_wire(new))
-        }
-    }
+    I::Protocols::update_checksum(packet, ip, &segment, (end, addr, port), moved)
 }
 
 /// Updates the checksum at `offset`.
 #[inline(always)]
-fn update(packet: &mut impl Packet, offset: usize, moved: Delta) -> Option<()> {
+pub fn update(packet: &mut impl Packet, offset: usize, moved: Delta) -> Option<()> {
     let old = packet.read(offset)?;
     packet.write(offset, moved.apply(old))
 }
 
 /// The checksum of a datagram that came without one, after its rewrite.
 #[inline(always)]
-fn udp_from_scratch<I: Rewrite>(packet: &impl Packet, ip: &I, end: End, addr: I::Addr) -> Option<u16> {
+pub fn udp_from_scratch<I: Rewrite>(packet: &impl Packet, ip: &I, end: End, addr: I::Addr) -> Option<u16> {
     let (source, destination) = match end {
         End::Source => (addr, ip.destination()),
         End::Destination => (ip.source(), addr),

@@ -1,22 +1,25 @@
 //! From bytes to meaning: the only place where headers of arriving packets are interpreted.
 
+use core::marker::PhantomData;
+
 use lb_common::{
-    abi::switch,
     addr::{Address, Ip4, Ip6, Port},
     checksum,
-    flow::nonzero,
+    flow::{Live, nonzero},
     proto::Protocol,
     reason::Reason,
-    tcp::flag,
+    tcp,
 };
 use network_types::{
     eth::{EthHdr, EtherType},
     ip::{Ipv4Hdr, Ipv6Hdr},
-    tcp::TcpHdr,
-    udp::UdpHdr,
 };
 
-use crate::{packet::Packet, wire};
+use crate::{
+    packet::Packet,
+    protocols::{Protocols, TcpUdp},
+    wire,
+};
 
 /// A packet of an address family, with a sound header: what the pipeline is generic over.
 ///
@@ -25,6 +28,8 @@ use crate::{packet::Packet, wire};
 pub trait Ip: Copy {
     /// Its addresses.
     type Addr: Address;
+    /// What it may carry.
+    type Protocols: Protocols;
 
     /// Length of the header without options and extensions, in bytes.
     const HEADER: usize;
@@ -81,31 +86,29 @@ pub trait Ip: Copy {
     ///
     /// # Errors
     ///
-    /// [`Reason::OtherProtocol`], [`Reason::ExtensionHeader`], or [`Reason::TransportTruncated`] when the packet ends inside
-    /// the header.
+    /// See [`Protocols::segment`].
     #[inline(always)]
-    fn segment(&self, packet: &impl Packet) -> Result<Segment, Reason> {
-        const TCP: u8 = Protocol::Tcp as u8;
-        const UDP: u8 = Protocol::Udp as u8;
-        // The packet is no longer than its frame, so what the packet has room for can be read.
-        match self.protocol() {
-            TCP if self.payload_len() >= TcpHdr::LEN => {
-                // Ports, sequence number, acknowledgement number, then data offset and flags.
-                let words: [u32; 4] = packet.read(self.transport()).ok_or(Reason::TransportTruncated)?;
-                Ok(Segment { ports: words[0].into(), flags: u64::from(words[3] >> 8 & 0xff), protocol: TCP.into() })
-            }
-            UDP if self.payload_len() >= UdpHdr::LEN => {
-                let ports: u32 = packet.read(self.transport()).ok_or(Reason::TransportTruncated)?;
-                Ok(Segment { ports: ports.into(), flags: 0, protocol: UDP.into() })
-            }
-            TCP | UDP => Err(Reason::TransportTruncated),
-            other if Self::is_extension(other) => Err(Reason::ExtensionHeader),
-            _ => Err(Reason::OtherProtocol),
-        }
+    fn segment(&self, packet: &impl Packet) -> Result<Segment<Self::Protocols>, Reason> {
+        Self::Protocols::segment(self, packet)
     }
 
     /// Whether this is the number of an extension header.
     fn is_extension(protocol: u8) -> bool;
+
+    /// The packet, with its length and protocol hidden from the verifier.
+    fn hidden(self, packet: &impl Packet) -> Self;
+}
+
+/// Reads the headers of IP and transport, of a frame that has been read before.
+///
+/// # Errors
+///
+/// Those of [`Ip::parse`] and [`Ip::segment`].
+#[inline(always)]
+pub fn whole<I: Ip>(packet: &impl Packet) -> Result<(I, Segment<I::Protocols>), Reason> {
+    let ip = I::parse(packet)?;
+    let segment = ip.segment(packet)?;
+    Ok(if I::Protocols::HIDES { (ip.hidden(packet), segment.hidden(packet)) } else { (ip, segment) })
 }
 
 /// Looks at the Ethernet header of a frame that is to carry a packet of this family.
@@ -141,14 +144,15 @@ fn fits(ip: &impl Ip, packet: &impl Packet) -> bool {
 
 /// An IPv4 packet with a sound header (RFC 791).
 #[derive(Clone, Copy)]
-pub struct Ip4Packet {
+pub struct Ip4Packet<S = TcpUdp> {
     /// The five words of the header without options, as loaded. Each in 64 bits, so that no two are ever copied at once.
     words: [u64; 5],
     /// Where the transport header begins, from the start of the frame.
     transport: usize,
+    carries: PhantomData<S>,
 }
 
-impl Ip4Packet {
+impl<S> Ip4Packet<S> {
     /// Identification, as loaded.
     #[inline(always)]
     pub const fn id(&self) -> u16 {
@@ -168,8 +172,9 @@ impl Ip4Packet {
     }
 }
 
-impl Ip for Ip4Packet {
+impl<S: Protocols> Ip for Ip4Packet<S> {
     type Addr = Ip4;
+    type Protocols = S;
 
     const HEADER: usize = Ipv4Hdr::LEN;
     const ETHER_TYPE: EtherType = EtherType::Ipv4;
@@ -183,7 +188,7 @@ impl Ip for Ip4Packet {
         packet.read::<[u32; 5]>(EthHdr::LEN + Self::HEADER)?;
         frame::<Self>(packet).ok()?;
         let words: [u32; 5] = packet.read(EthHdr::LEN)?;
-        let ip = Self { words: words.map(u64::from), transport: EthHdr::LEN + Self::HEADER };
+        let ip = Self { words: words.map(u64::from), transport: EthHdr::LEN + Self::HEADER, carries: PhantomData };
         (ip.words[0] & 0xff == PLAIN && fits(&ip, packet)).then_some(ip)
     }
 
@@ -194,7 +199,7 @@ impl Ip for Ip4Packet {
             return Err(Reason::IpVersion);
         }
         let words = wire::words(&header).map(u64::from);
-        let ip = Self { words, transport: EthHdr::LEN + usize::from(header.ihl()) };
+        let ip = Self { words, transport: EthHdr::LEN + usize::from(header.ihl()), carries: PhantomData };
         if ip.transport < EthHdr::LEN + Self::HEADER {
             return Err(Reason::IpHeaderLength);
         }
@@ -264,16 +269,23 @@ impl Ip for Ip4Packet {
     fn is_extension(_: u8) -> bool {
         false
     }
+
+    #[inline(always)]
+    fn hidden(self, packet: &impl Packet) -> Self {
+        let [first, second, third, ..] = self.words;
+        Self { words: [packet.hide(first), second, packet.hide(third), self.words[3], self.words[4]], ..self }
+    }
 }
 
 /// An IPv6 packet with a sound header (RFC 8200).
 #[derive(Clone, Copy)]
-pub struct Ip6Packet {
+pub struct Ip6Packet<S = TcpUdp> {
     /// The header, as loaded.
     words: [u64; 5],
+    carries: PhantomData<S>,
 }
 
-impl Ip6Packet {
+impl<S> Ip6Packet<S> {
     /// The number of the fragment header.
     const FRAGMENT: u8 = 44;
 
@@ -292,12 +304,13 @@ impl Ip6Packet {
     /// [`Reason::IpVersion`] when it is none of version 6.
     #[inline(always)]
     pub fn of(words: [u64; 5]) -> Result<Self, Reason> {
-        if words[0] & 0xf0 == 0x60 { Ok(Self { words }) } else { Err(Reason::IpVersion) }
+        if words[0] & 0xf0 == 0x60 { Ok(Self { words, carries: PhantomData }) } else { Err(Reason::IpVersion) }
     }
 }
 
-impl Ip for Ip6Packet {
+impl<S: Protocols> Ip for Ip6Packet<S> {
     type Addr = Ip6;
+    type Protocols = S;
 
     const HEADER: usize = Ipv6Hdr::LEN;
     const ETHER_TYPE: EtherType = EtherType::Ipv6;
@@ -374,37 +387,50 @@ impl Ip for Ip6Packet {
     fn is_extension(protocol: u8) -> bool {
         matches!(protocol, 0 | 43 | 51 | 60 | 135)
     }
+
+    #[inline(always)]
+    fn hidden(self, packet: &impl Packet) -> Self {
+        let [first, rest @ ..] = self.words;
+        let [a, b, c, d] = rest;
+        Self { words: [packet.hide(first), a, b, c, d], ..self }
+    }
 }
 
 /// What the transport header says.
 #[derive(Clone, Copy)]
-pub struct Segment {
+pub struct Segment<S = TcpUdp> {
     /// Both ports as loaded at once: the source in the low half of 32 bits.
     ports: u64,
-    /// Flags of a TCP segment.
+    /// Flags of a TCP segment, or what an SCTP packet has in their place.
     flags: u64,
     /// Protocol number.
     protocol: u64,
+    of: PhantomData<S>,
 }
 
-impl Segment {
-    /// A segment of `protocol` between these ports, without flags.
+impl<S: Protocols> Segment<S> {
+    /// A segment of the protocol with this number, with both ports as loaded at once, and with these flags.
     #[inline(always)]
-    pub const fn new(protocol: Protocol, source: Port, destination: Port) -> Self {
-        let ports = source.raw() as u64 | (destination.raw() as u64) << 16;
-        Self { ports, flags: 0, protocol: protocol as u64 }
+    pub const fn read(protocol: u8, ports: u32, flags: u8) -> Self {
+        Self { ports: ports as u64, flags: flags as u64, protocol: protocol as u64, of: PhantomData }
     }
 
     /// Transport protocol.
     #[inline(always)]
-    pub const fn protocol(&self) -> Protocol {
-        if self.protocol == Protocol::Tcp as u64 { Protocol::Tcp } else { Protocol::Udp }
+    pub fn protocol(&self) -> Protocol {
+        S::protocol(self.protocol)
     }
 
-    /// 1 if the segment is UDP, 0 if it is not, found out without a branch.
+    /// What live connections of the segment's protocol have in their words.
     #[inline(always)]
-    pub fn is_udp(&self) -> u64 {
-        nonzero(self.protocol ^ Protocol::Udp as u64) ^ 1
+    pub fn live(&self) -> Live {
+        S::live(self.protocol())
+    }
+
+    /// 1 if the segment is of this protocol, 0 if it is not, found out without a branch.
+    #[inline(always)]
+    pub fn is(&self, protocol: Protocol) -> u64 {
+        nonzero(self.protocol ^ protocol as u64) ^ 1
     }
 
     /// Source port.
@@ -425,26 +451,38 @@ impl Segment {
         self.ports as u32
     }
 
-    /// Flags of a TCP segment, byte 13 of its header; 0 for other protocols.
+    /// What the segment says of its connection: flags of TCP, byte 13 of its header, or [`lb_common::sctp::Chunks`]; 0 of UDP.
     #[inline(always)]
     pub const fn flags(&self) -> u8 {
         self.flags as u8
     }
 
-    /// Whether the segment is one of TCP that resets its connection.
+    /// Whether the segment resets its connection: one of TCP with RST, or of SCTP with ABORT.
     #[inline(always)]
     pub const fn resets(&self) -> bool {
         // Those of UDP have no flags.
-        self.flags() & flag::RST != 0
+        self.flags() & tcp::flag::RST != 0
     }
 
-    /// Whether the segment may open a connection under these [`switch`]es: it is UDP, or has SYN and not RST set; with
-    /// `sloppy_tcp`, SYN may be missing.
+    /// Whether the segment may open a connection under these [`lb_common::abi::switch`]es: it is UDP, or has SYN and not RST
+    /// set; with `sloppy_tcp`, SYN may be missing. An SCTP packet has SYN set if its first chunk is INIT, and RST if that is
+    /// ABORT; there `sloppy_sctp` counts.
     #[inline(always)]
-    pub const fn opens(&self, switches: u32) -> bool {
+    pub fn opens(&self, switches: u32) -> bool {
         // Without a branch, which the verifier would follow both ways.
-        const _: () = assert!(switch::SLOPPY_TCP << 1 == flag::SYN as u32);
-        let wanted = flag::SYN ^ ((switches & switch::SLOPPY_TCP) << 1) as u8;
-        matches!(self.protocol(), Protocol::Udp) || self.flags() & (wanted | flag::RST) == wanted
+        let (wanted, rst) = (S::wanted(self, switches), u64::from(tcp::flag::RST));
+        self.is(Protocol::Udp) | nonzero(self.flags & (wanted | rst) ^ wanted) ^ 1 != 0
+    }
+
+    /// The segment, with all that it may not be hidden from the verifier.
+    #[inline(always)]
+    pub fn hidden(self, packet: &impl Packet) -> Self {
+        Self { flags: packet.hide(self.flags), protocol: packet.hide(self.protocol), ..self }
+    }
+
+    /// The segment, on a path of other protocols.
+    #[inline(always)]
+    pub const fn cast<Z>(self) -> Segment<Z> {
+        Segment { ports: self.ports, flags: self.flags, protocol: self.protocol, of: PhantomData }
     }
 }

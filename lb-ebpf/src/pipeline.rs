@@ -1,12 +1,15 @@
 //! The whole path of a packet. All control flow is here; the steps are in the other modules.
 
 use lb_common::{
-    abi::{Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target, View, reckon, switch},
+    abi::{
+        Config, Dest, DestCpu, EndpointKey as _, Limiter, NextHop, Stage, Target, View, port_protocol, reckon, switch,
+    },
     addr::{Address, Ip4, Port},
     event::Event,
     flow::{self, Entry, Key as _, Place, Word, flag},
     proto::{Method, Protocol, service_flag},
     reason::Reason,
+    sync::opaque,
     timeout,
 };
 
@@ -20,6 +23,7 @@ use crate::{
     nat::{self, End},
     packet::Packet,
     parse::{self, Ip, Ip4Packet, Ip6Packet, Segment},
+    protocols::Protocols,
     related,
     schedule::{self, Parties},
     tables::{Tables, TablesOf},
@@ -31,13 +35,17 @@ use crate::{
 /// Packets of an address family: what the pipeline is generic over.
 pub trait Family: Messages {}
 
-impl Family for Ip4Packet {}
-impl Family for Ip6Packet {}
+impl<S: Protocols> Family for Ip4Packet<S> {}
+impl<S: Protocols> Family for Ip6Packet<S> {}
 
 /// Connections of packets of type `I`.
 pub type EntryOf<I> = <<I as Ip>::Addr as Address>::Entry;
 /// What tells connections of packets of type `I` apart.
 pub type KeyOf<I> = <EntryOf<I> as Entry>::Key;
+/// The transport protocols of packets of type `I`.
+pub type ProtocolsOf<I> = <I as Ip>::Protocols;
+/// What the transport header of packets of type `I` says.
+pub type SegmentOf<I> = Segment<ProtocolsOf<I>>;
 /// An end of packets of type `I`.
 pub type EndpointOf<I> = <<I as Ip>::Addr as Address>::Endpoint;
 
@@ -47,7 +55,7 @@ where
     P: Packet + HandOver,
     T: TablesOf<I::Addr>,
 {
-    /// Goes on with [`process_stage`], or at [`Stage::Six`] with [`process`] for IPv6.
+    /// Goes on with [`process_stage`], or at [`Stage::Six`] with [`process`] for IPv6, and at [`Stage::Sctp`] for SCTP.
     fn enter(&self, packet: &mut P, tables: &T, stage: Stage) -> Exit;
 
     /// [`icmp::answer`].
@@ -109,7 +117,7 @@ where
         Stage::Reply => reply::<I, P, T, E>(packet, tables, env),
         Stage::Observe => observe::<I, P, T, E>(packet, tables, env),
         Stage::Icmp => icmp::relay::<I, P, T, E>(packet, tables, env),
-        Stage::Unusual => unusual::<I, P, T, E>(packet, tables, env),
+        Stage::Unusual | Stage::Sctp => unusual::<I, P, T, E>(packet, tables, env),
         Stage::Open => open::<I, P, T, E>(packet, tables, env),
         Stage::Overflow => overflow::<I, P, T, E>(packet, tables, env),
         Stage::Mark => marked::<I, P, T, E>(packet, tables, env),
@@ -201,6 +209,7 @@ where
     let segment = match ip.segment(packet) {
         Ok(segment) => segment,
         Err(Reason::OtherProtocol) if ip.protocol() == I::ICMP => return Err(Halt::go_on(Stage::Icmp)),
+        Err(Reason::OtherProtocol) if is_sctp(ip) => return Err(Halt::go_on(Stage::Sctp)),
         Err(reason @ (Reason::TransportTruncated | Reason::ExtensionHeader)) => {
             return Err(for_service_address(tables, ip, reason).into());
         }
@@ -212,7 +221,7 @@ where
     }
     let from = endpoint::find(tables, EndpointOf::<I>::new(ip.source(), segment.source(), segment.protocol()));
     if from.has(Target::SERVER)
-        && let Some((found, key)) = find_masqueraded::<I, T>(tables, ip.source(), ip.destination(), segment)
+        && let Some((found, key)) = find_replied::<I, T>(tables, ip, segment)
     {
         return established_reply(packet, tables, env, (ip, segment), (&found, &key));
     }
@@ -220,6 +229,12 @@ where
         return Err(Halt::go_on(Stage::Observe));
     }
     Err(unless_marked(tables, from))
+}
+
+/// Whether a packet is SCTP. Opaque, or the compiler would ask so of every UDP packet.
+#[inline(always)]
+fn is_sctp(ip: &impl Ip) -> bool {
+    opaque(ip.protocol().into()) == Protocol::Sctp as u64
 }
 
 /// What becomes of a packet of no service's address and port and of no masqueraded connection, which comes from this endpoint.
@@ -320,7 +335,13 @@ impl Connection {
 
 /// A packet of a client for a service, as far as its connection is known and the way to its destination too.
 #[inline(always)]
-fn established_request<I, P, T, E>(packet: &mut P, tables: &T, env: &E, ip: &I, segment: Segment) -> Result<Exit, Halt>
+fn established_request<I, P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    ip: &I,
+    segment: SegmentOf<I>,
+) -> Result<Exit, Halt>
 where
     I: Family,
     P: Packet + HandOver,
@@ -346,7 +367,7 @@ fn to_known_server<I, P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
-    parsed: (&I, Segment),
+    parsed: (&I, SegmentOf<I>),
     found: &Found<'_, EntryOf<I>>,
     now: &Now<'_>,
 ) -> Result<Exit, Halt>
@@ -359,7 +380,7 @@ where
     let (ip, segment) = parsed;
     let cpu = tables.dest_cpu(found.dest).ok_or(Reason::Impossible)?;
     if forward::is_known(now.config, cpu, now.clock)
-        && let Ok(word) = track::step(tables, found, (segment.flags(), From::Client), now)
+        && let Ok(word) = track::step::<ProtocolsOf<I>, _>(tables, found, (segment.flags(), From::Client), now)
     {
         let connection = Connection::of(word, found.dest);
         rewrite_to_server(packet, ip, Some(segment), connection, cpu)?;
@@ -382,19 +403,18 @@ where
     E: Env,
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let key = request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     let Some(found) = flow_table::find::<EntryOf<I>>(tables, &key, place) else {
         return Err(Halt::go_on(Stage::Open));
     };
-    if tables.dest(found.dest).is_some_and(|dest| track::is_left(now.config, dest, segment.protocol(), segment.flags()))
-    {
+    if tables.dest(found.dest).is_some_and(|dest| track::is_left(now.config, dest, segment.flags())) {
         flow_table::release(tables, found.entry, found.word, found.dest);
         return Err(Halt::go_on(Stage::Open));
     }
-    let Ok(word) = track::step(tables, &found, (segment.flags(), From::Client), now) else {
+    let Ok(word) = track::step::<ProtocolsOf<I>, _>(tables, &found, (segment.flags(), From::Client), now) else {
         return Err(Halt::go_on(Stage::Open));
     };
     let connection = Connection::of(word, found.dest);
@@ -418,28 +438,28 @@ where
     let connection = open_connection::<I, P, T, E>(packet, tables, env, now)?;
     let connection = Connection(tables.hide(connection.0));
     // Verifier: parsed again, so that nothing of it takes up stack while the connection is opened.
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     to_server(packet, tables, env, ip, Some(segment), connection, now)
 }
 
 /// The connection that a client's packet belongs to.
 #[inline(always)]
-fn request_key<I: Ip>(ip: &I, segment: Segment) -> KeyOf<I> {
-    KeyOf::<I>::from_raw(segment.protocol(), ip.source(), segment.ports(), ip.destination())
+fn request_key<I: Ip>(ip: &I, segment: SegmentOf<I>) -> KeyOf<I> {
+    KeyOf::<I>::from_raw(segment.live(), ip.source(), segment.ports(), ip.destination())
 }
 
 /// The connection that a client's packet belongs to and that another CPU has just opened, moved by it.
 #[inline(always)]
 fn join<I: Ip, T: TablesOf<I::Addr>>(
     tables: &T,
-    segment: Segment,
+    segment: SegmentOf<I>,
     key: &KeyOf<I>,
     place: Place,
     now: &Now<'_>,
 ) -> Option<Connection> {
     let found = flow_table::find(tables, key, place)?;
-    let word = track::step(tables, &found, (segment.flags(), From::Client), now).ok()?;
+    let word = track::step::<ProtocolsOf<I>, _>(tables, &found, (segment.flags(), From::Client), now).ok()?;
     Some(Connection::of(word, found.dest))
 }
 
@@ -453,8 +473,8 @@ where
     E: Stages<I, P, T>,
 {
     let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let key = &request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     if !segment.opens(now.config.switches.load()) {
@@ -477,7 +497,7 @@ where
         stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
     }
     let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
-    let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
+    let birth = track::birth::<ProtocolsOf<I>>(now, segment.live(), segment.flags(), dest.method(), service_port);
     // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
     let birth = Word(tables.hide(birth.0));
     let inserted = if is_one_packet(tables, view, segment) {
@@ -502,9 +522,10 @@ where
 ///
 /// Verifier: hidden, or it would follow the rest of the path once for each protocol.
 #[inline(always)]
-pub(crate) fn is_one_packet(tables: &impl Tables, view: u32, segment: Segment) -> bool {
+pub(crate) fn is_one_packet(tables: &impl Tables, view: u32, segment: Segment<impl Protocols>) -> bool {
     let flags = tables.view(view).map_or(0, |view| view.flags.load());
-    let one_packet = u64::from(flags & service_flag::ONE_PACKET) & segment.is_udp() << service_flag::ONE_PACKET.ilog2();
+    let one_packet =
+        u64::from(flags & service_flag::ONE_PACKET) & segment.is(Protocol::Udp) << service_flag::ONE_PACKET.ilog2();
     tables.hide(one_packet) != 0
 }
 
@@ -528,7 +549,7 @@ fn service_for<I: Ip>(
     tables: &impl TablesOf<I::Addr>,
     marked: Marked,
     ip: &I,
-    segment: Segment,
+    segment: SegmentOf<I>,
 ) -> Result<Target, Reason> {
     if marked != Marked::NONE {
         return marked.target();
@@ -561,7 +582,7 @@ pub(crate) fn is_dropped(tables: &impl Tables, config: &Config) -> bool {
 ///
 /// Why it may not.
 #[inline(always)]
-fn may_open<I: Ip>(tables: &impl Tables, now: &Now<'_>, ip: &I, segment: Segment) -> Result<(), Halt> {
+fn may_open<I: Ip>(tables: &impl Tables, now: &Now<'_>, ip: &I, segment: SegmentOf<I>) -> Result<(), Halt> {
     if is_dropped(tables, now.config) {
         return Err(Reason::DropPacket.into());
     }
@@ -635,7 +656,7 @@ impl<'t> Persistent<'t> {
         tables: &'t T,
         marked: Marked,
         ip: &I,
-        segment: Segment,
+        segment: SegmentOf<I>,
         nobody: Reason,
     ) -> Result<Self, Reason> {
         let (to, by) = if marked == Marked::NONE {
@@ -653,19 +674,19 @@ impl<'t> Persistent<'t> {
 
     /// Whether templates are for one port, and not for all of the address (`docs/ipvs.md`, section 6.1).
     #[inline(always)]
-    fn is_of_one_port(&self, segment: Segment) -> bool {
+    fn is_of_one_port(&self, segment: Segment<impl Protocols>) -> bool {
         self.by == By::Itself && segment.destination() != endpoint::FTP
     }
 
     /// The template that a packet belongs to.
     #[inline(always)]
-    fn template<I: Ip>(&self, ip: &I, segment: Segment) -> KeyOf<I> {
+    fn template<I: Ip>(&self, ip: &I, segment: SegmentOf<I>) -> KeyOf<I> {
         self.template_between::<I>((ip.source(), ip.destination()), segment)
     }
 
     /// The template that packets of a client to a service belong to.
     #[inline(always)]
-    pub(crate) fn template_between<I: Ip>(&self, ends: (I::Addr, I::Addr), segment: Segment) -> KeyOf<I> {
+    pub(crate) fn template_between<I: Ip>(&self, ends: (I::Addr, I::Addr), segment: SegmentOf<I>) -> KeyOf<I> {
         let (client, service) = ends;
         let port = if self.is_of_one_port(segment) { segment.destination() } else { Port::default() };
         let clients = client.network(self.view.netmask.load());
@@ -684,7 +705,7 @@ impl<'t> Persistent<'t> {
         tables: &impl Buckets<E>,
         key: &E::Key,
         (number, dest): (u32, &Dest),
-        segment: Segment,
+        segment: Segment<impl Protocols>,
         now: &Now<'_>,
     ) -> Inserted {
         let port = if self.is_of_one_port(segment) { 0 } else { flag::SERVICE_PORT };
@@ -713,8 +734,8 @@ where
     E: Stages<I, P, T>,
 {
     let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let service = Persistent::find(tables, marked, ip, segment, Reason::NotService)?;
     let held = template_for::<I, P, T, E>(tables, env, ip, segment, service, now)?;
     let number = held.dest();
@@ -730,16 +751,16 @@ where
         return Err(halt);
     }
     // Of UDP connections it has to be noticed when a server answers, masqueraded or not: that assures the template.
-    let no_output = if segment.protocol() == Protocol::Udp { flag::NO_OUTPUT } else { 0 };
+    let no_output = segment.is(Protocol::Udp) * flag::NO_OUTPUT;
     let flags = service.service_port(dest) | no_output | flag::CONTROLLED;
-    let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), flags);
+    let birth = track::birth::<ProtocolsOf<I>>(now, segment.live(), segment.flags(), dest.method(), flags);
     let birth = Word(tables.hide(birth.0));
     let key = &request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     let control = held.number();
     let insert = Insert { key, place, dest: number, birth, clock: now.clock, control };
     // Asked for while the template is held.
-    let to_assure = if track::begins_established(birth) { tables.template_word(control) } else { 0 };
+    let to_assure = if track::is_established(birth) { tables.template_word(control) } else { 0 };
     let inserted = flow_table::insert(tables, &insert);
     if inserted == Inserted::New {
         if to_assure != 0 {
@@ -770,7 +791,7 @@ fn template_for<I, P, T, E>(
     tables: &T,
     env: &E,
     ip: &I,
-    segment: Segment,
+    segment: SegmentOf<I>,
     service: Persistent<'_>,
     now: &Now<'_>,
 ) -> Result<Held, Halt>
@@ -877,8 +898,8 @@ where
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let connection = make_room::<I, P, T, E>(packet, tables, env, now)?;
     let connection = Connection(tables.hide(connection.0));
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let exit = to_server(packet, tables, env, ip, Some(segment), connection, now)?;
     if connection.is_stateless() {
         tables.count_event(Event::Stateless);
@@ -896,8 +917,8 @@ where
     E: Stages<I, P, T>,
 {
     let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let key = &request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(key, &tables.seed()));
     let opens = segment.opens(now.config.switches.load());
@@ -920,7 +941,7 @@ where
         stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
     }
     let service_port = if dest.port() == Port::default() { flag::SERVICE_PORT } else { 0 };
-    let birth = track::birth(now, segment.protocol(), segment.flags(), dest.method(), service_port);
+    let birth = track::birth::<ProtocolsOf<I>>(now, segment.live(), segment.flags(), dest.method(), service_port);
     // Verifier: hidden, or it would follow what comes after once for every state that a connection may begin in.
     let birth = Word(tables.hide(birth.0));
     if opens {
@@ -965,8 +986,8 @@ where
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let connection = stateless_persistent::<I, P, T, E>(packet, tables, env, now)?;
     let connection = Connection(tables.hide(connection.0));
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let exit = to_server(packet, tables, env, ip, Some(segment), connection, now)?;
     if connection.is_stateless() {
         tables.count_event(Event::Stateless);
@@ -990,8 +1011,8 @@ where
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let service = Persistent::find(tables, marked, ip, segment, Reason::NotService)?;
     let key = &service.template(ip, segment);
     let common = EntryOf::<I>::common_hash(key);
@@ -1024,8 +1045,8 @@ where
     E: Stages<I, P, T>,
 {
     let marked = service_of_mark::<I, P, T, E>(packet, tables, env, now);
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let opens = segment.opens(now.config.switches.load());
     let nobody = if opens { Reason::NotService } else { Reason::NoConnection };
     let service = Persistent::find(tables, marked, ip, segment, nobody)?;
@@ -1065,7 +1086,7 @@ where
     if ip.source().is_loopback() {
         stays_here::<I::Addr, T, E>(tables, env, now, dest, number)?;
     }
-    let word = Word::born(segment.protocol(), 0, dest.method(), service.service_port(dest), now.clock.now);
+    let word = Word::new_born(segment.live(), dest.method(), service.service_port(dest), now.clock.now);
     if one_packet {
         tables.pass_connection(number);
         let cpu = tables.dest_cpu(number).ok_or(Reason::Impossible)?;
@@ -1111,7 +1132,7 @@ pub fn to_server<I, P, T, E>(
     tables: &T,
     env: &E,
     ip: &I,
-    segment: Option<Segment>,
+    segment: Option<SegmentOf<I>>,
     connection: Connection,
     now: &Now<'_>,
 ) -> Result<Exit, Halt>
@@ -1151,7 +1172,7 @@ where
 fn rewrite_to_server<I: Family>(
     packet: &mut impl Packet,
     ip: &I,
-    segment: Option<Segment>,
+    segment: Option<SegmentOf<I>>,
     connection: Connection,
     cpu: &DestCpu,
 ) -> Result<(), Halt> {
@@ -1178,7 +1199,7 @@ fn rewrite_to_server<I: Family>(
 
 /// The port of the server that a packet goes to.
 #[inline(always)]
-fn server_port(connection: Connection, cpu: &DestCpu, segment: Option<Segment>) -> Port {
+fn server_port(connection: Connection, cpu: &DestCpu, segment: Option<Segment<impl Protocols>>) -> Port {
     segment.map_or(Port::default(), |segment| connection.port(cpu.port(), segment.destination()))
 }
 
@@ -1191,7 +1212,7 @@ fn server_port(connection: Connection, cpu: &DestCpu, segment: Option<Segment>) 
 fn deliver<I: Family>(
     packet: &mut impl Packet,
     ip: &I,
-    segment: Option<Segment>,
+    segment: Option<SegmentOf<I>>,
     connection: Connection,
     cpu: &DestCpu,
 ) -> Result<Exit, Halt> {
@@ -1231,13 +1252,29 @@ fn may_be_forwarded<I: Family>(ip: &I, tell: bool, mtu: u32) -> Result<(), Halt>
     Err(halt(Reason::TooBig, Complaint::too_big(mtu)))
 }
 
+/// The word of a connection after this packet of its masqueraded server.
+#[inline(always)]
+fn replied<I: Ip, T: TablesOf<I::Addr>>(
+    packet: &impl Packet,
+    tables: &T,
+    (ip, segment): (&I, SegmentOf<I>),
+    found: &Found<'_, EntryOf<I>>,
+    now: &Now<'_>,
+) -> Result<Word, Reason> {
+    if !ip.checksum_holds(packet) {
+        return Err(Reason::IpChecksum);
+    }
+    let step = (segment.flags(), From::Server);
+    track::step::<ProtocolsOf<I>, _>(tables, found, step, now).map_err(|track::Gone| Reason::NotService)
+}
+
 /// A packet of the masqueraded server of a connection, as far as the way to its client is known.
 #[inline(always)]
 fn established_reply<I, P, T, E>(
     packet: &mut P,
     tables: &T,
     env: &E,
-    parsed: (&I, Segment),
+    parsed: (&I, SegmentOf<I>),
     connection: (&Found<'_, EntryOf<I>>, &KeyOf<I>),
 ) -> Result<Exit, Halt>
 where
@@ -1246,14 +1283,9 @@ where
     T: TablesOf<I::Addr>,
     E: Env,
 {
-    let (ip, segment) = parsed;
     let (found, key) = connection;
-    if !ip.checksum_holds(packet) {
-        return Err(Reason::IpChecksum.into());
-    }
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let step = (segment.flags(), From::Server);
-    let word = track::step(tables, found, step, now).map_err(|track::Gone| Reason::NotService)?;
+    let word = replied(packet, tables, parsed, found, now)?;
     // A connection's word is written once a second: often enough to ask for the way to its client again.
     if word == found.word
         && let Some(hop) = forward::known_way(tables, found, now.clock)
@@ -1278,9 +1310,9 @@ where
     T: TablesOf<I::Addr>,
     E: Env,
 {
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
-    let Some((found, key)) = find_masqueraded::<I, T>(tables, ip.source(), ip.destination(), segment) else {
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
+    let Some((found, key)) = find_replied::<I, T>(tables, ip, segment) else {
         return Err(Reason::NotService.into());
     };
     let service = (key.vaddr(), key.vport());
@@ -1301,7 +1333,7 @@ where
 fn rewrite_to_client<I: Family>(
     packet: &mut impl Packet,
     tables: &impl Tables,
-    parsed: (&I, Segment),
+    parsed: (&I, SegmentOf<I>),
     dest: u32,
     service: (I::Addr, Port),
     hop: &NextHop,
@@ -1331,8 +1363,8 @@ where
     T: TablesOf<I::Addr>,
     E: Stages<I, P, T>,
 {
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let key = request_key(ip, segment);
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     if let Some(found) = flow_table::find(tables, &key, place) {
@@ -1342,21 +1374,24 @@ where
         let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
         return to_known_server(packet, tables, env, (ip, segment), &found, now);
     }
-    if let Some((found, key)) = find_masqueraded::<I, T>(tables, ip.source(), ip.destination(), segment) {
-        return established_reply(packet, tables, env, (ip, segment), (&found, &key));
+    if let Some((found, _)) = find_replied::<I, T>(tables, ip, segment) {
+        let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
+        replied(packet, tables, (ip, segment), &found, now)?;
+        // Verifier: the rest is done there, for here is no stack left for it.
+        return Err(Halt::go_on(Stage::Reply));
     }
     let client = (ip.destination(), segment.destination());
-    let key = KeyOf::<I>::new(segment.protocol(), client, (ip.source(), segment.source()));
+    let key = KeyOf::<I>::new(segment.live(), client, (ip.source(), segment.source()));
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     if flow_table::find::<EntryOf<I>>(tables, &key, place).is_some() {
         return Err(Halt::go_on(Stage::Observe));
     }
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
-    let (to, port, protocol) = (ip.destination(), segment.destination(), segment.protocol());
+    let port_protocol = port_protocol(segment.destination(), segment.protocol());
     let is_of_mark = service_of_mark::<I, P, T, E>(packet, tables, env, now).view()?.is_some();
-    if !is_of_mark && endpoint::any_port(tables, to, port, protocol).0.view().is_none() {
+    if !is_of_mark && endpoint::any_port(tables, ip.destination(), port_protocol).0.view().is_none() {
         let told = now.config.switches.load() & switch::NAT_ICMP_SEND != 0;
-        let from = EndpointOf::<I>::new(ip.source(), segment.source(), protocol);
+        let from = EndpointOf::<I>::new(ip.source(), segment.source(), segment.protocol());
         return Err(if told && endpoint::find(tables, from).has(Target::SERVER) {
             Halt::go_on(Stage::Astray)
         } else {
@@ -1376,18 +1411,28 @@ where
     Err(Halt::go_on(Stage::Persist))
 }
 
-/// The masqueraded connection between the server that sent `segment` from `server` and `client`.
+/// The masqueraded connection between `server` and `client`.
 #[inline(always)]
 pub fn find_masqueraded<'t, I: Ip, T: TablesOf<I::Addr>>(
     tables: &'t T,
-    server: I::Addr,
-    client: I::Addr,
-    segment: Segment,
+    protocol: Protocol,
+    server: (I::Addr, Port),
+    client: (I::Addr, Port),
 ) -> Option<(Found<'t, EntryOf<I>>, KeyOf<I>)> {
-    let key =
-        KeyOf::<I>::new(segment.protocol(), (client, segment.destination()), (I::Addr::default(), Port::default()));
+    let key = KeyOf::<I>::new(ProtocolsOf::<I>::live(protocol), client, (I::Addr::default(), Port::default()));
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
-    flow_table::find_reply(tables, &key, place, EndpointOf::<I>::new(server, segment.source(), segment.protocol()))
+    flow_table::find_reply(tables, &key, place, EndpointOf::<I>::new(server.0, server.1, protocol))
+}
+
+/// The masqueraded connection that a server's packet belongs to.
+#[inline(always)]
+fn find_replied<'t, I: Ip, T: TablesOf<I::Addr>>(
+    tables: &'t T,
+    ip: &I,
+    segment: SegmentOf<I>,
+) -> Option<(Found<'t, EntryOf<I>>, KeyOf<I>)> {
+    let server = (ip.source(), segment.source());
+    find_masqueraded::<I, T>(tables, segment.protocol(), server, (ip.destination(), segment.destination()))
 }
 
 /// A reply of a DR or tunnel server that happens to pass the director: it moves its connection and is left alone.
@@ -1403,18 +1448,18 @@ where
     T: TablesOf<I::Addr>,
     E: Env,
 {
-    let ip = &I::parse(packet)?;
-    let segment = ip.segment(packet)?;
+    let (ip, segment) = &parse::whole::<I>(packet)?;
+    let segment = *segment;
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let client = (ip.destination(), segment.destination());
-    let key = KeyOf::<I>::new(segment.protocol(), client, (ip.source(), segment.source()));
+    let key = KeyOf::<I>::new(segment.live(), client, (ip.source(), segment.source()));
     let place = Place::of(EntryOf::<I>::hash(&key, &tables.seed()));
     let found: Found<'_, EntryOf<I>> = flow_table::find(tables, &key, place).ok_or(Reason::NotService)?;
     if found.word.method() == MASQ {
         return Err(Reason::NotService.into());
     }
     let step = (segment.flags(), From::Server);
-    track::step(tables, &found, step, now).map_err(|track::Gone| Reason::NotService)?;
+    track::step::<ProtocolsOf<I>, _>(tables, &found, step, now).map_err(|track::Gone| Reason::NotService)?;
     count_out(tables, found.dest, ip.len());
     Ok(Exit::host(Reason::ReplyObserved))
 }

@@ -2,7 +2,7 @@
 
 use lb_common::{
     abi::{Stage, Target, switch},
-    addr::Address as _,
+    addr::{Address as _, Port},
     event::Event,
     flow::{Entry as _, Key as _, Place, Word, flag},
     proto::{Method, Protocol},
@@ -17,7 +17,8 @@ use crate::{
     icmp::{self, Quoted},
     packet::Packet,
     parse::{Ip, Segment},
-    pipeline::{self, Connection, EntryOf, Family, KeyOf, Now, Persistent, Stages},
+    pipeline::{self, Connection, EntryOf, Family, KeyOf, Now, Persistent, SegmentOf, Stages},
+    protocols::Protocols,
     schedule::Parties,
     tables::TablesOf,
     template::{self, Held},
@@ -31,28 +32,35 @@ struct Ends<I: Ip> {
     client: I::Addr,
     service: I::Addr,
     /// A segment of the client's.
-    segment: Segment,
+    segment: SegmentOf<I>,
+}
+
+/// A segment of this protocol and with these ports, without flags.
+#[inline(always)]
+fn segment_between<S: Protocols>(protocol: Protocol, source: Port, destination: Port) -> Segment<S> {
+    let ports = u32::from(source.raw()) | u32::from(destination.raw()) << 16;
+    Segment::read(protocol as u8, ports, 0)
 }
 
 impl<I: Ip> Ends<I> {
     /// Of a packet of the service.
     #[inline(always)]
-    const fn of_reply(quoted: &Quoted<I>) -> Self {
+    fn of_reply(quoted: &Quoted<I>) -> Self {
         let ((service, vport), (client, cport)) = (quoted.source, quoted.destination);
-        Self { client, service, segment: Segment::new(quoted.protocol, cport, vport) }
+        Self { client, service, segment: segment_between(quoted.protocol, cport, vport) }
     }
 
     /// Of a packet of the client.
     #[inline(always)]
-    const fn of_request(quoted: &Quoted<I>) -> Self {
+    fn of_request(quoted: &Quoted<I>) -> Self {
         let ((client, cport), (service, vport)) = (quoted.source, quoted.destination);
-        Self { client, service, segment: Segment::new(quoted.protocol, cport, vport) }
+        Self { client, service, segment: segment_between(quoted.protocol, cport, vport) }
     }
 
     #[inline(always)]
     fn key(&self) -> KeyOf<I> {
         let Self { client, service, segment } = *self;
-        KeyOf::<I>::new(segment.protocol(), (client, segment.source()), (service, segment.destination()))
+        KeyOf::<I>::new(segment.live(), (client, segment.source()), (service, segment.destination()))
     }
 
     /// The service, as a view and as what it is persistent as, if it is.

@@ -1,17 +1,18 @@
-//! Moving a connection through its states: what a packet changes about it (`docs/ipvs.md`, sections 4.4 and 4.5).
+//! Moving a connection through its states: what a packet changes about it (`docs/ipvs.md`, sections 4.4 to 4.6).
 
 use lb_common::{
     abi::{Config, Dest, ONE_ACTIVE, switch},
     defence::{self, which},
-    flow::{self, Entry, Hint, Word, flag},
+    flow::{self, Entry, Hint, Live, Word, flag},
     jiffies::Jiffies,
     proto::{Method, Protocol},
-    tcp::{self, Direction, Transition},
+    sctp, tcp,
 };
 
 use crate::{
     flow_table::{self, Buckets, Found},
     pipeline::Now,
+    protocols::Protocols,
     tables::Tables,
 };
 
@@ -39,38 +40,21 @@ fn expiry(now: &Now<'_>, word: Word) -> Jiffies {
 
 /// The word of a connection after its first packet, which came from the client, but for the version.
 #[inline(always)]
-pub fn birth(now: &Now<'_>, protocol: Protocol, tcp_flags: u8, method: u8, flags: u64) -> Word {
+pub fn birth<S: Protocols>(now: &Now<'_>, live: Live, segment_flags: u8, method: u8, flags: u64) -> Word {
     let masquerade = method == Method::Masq as u8;
     let no_output = if masquerade { 0 } else { flag::NO_OUTPUT };
     // Packets are counted as long as it may matter.
     let few = u64::from(defence::is_wanted(now.config.defences[which::DROP_ENTRY].load())) * flag::FEW;
-    let word = Word::born(protocol, 0, method, flags | no_output | flag::INACTIVE, now.clock.now);
-    let word = next(now.config, word, tcp_flags, From::Client);
+    let word = Word::new_born(live, method, flags | no_output | flag::INACTIVE, now.clock.now);
+    let word = next::<S>(now.config, word, segment_flags, From::Client);
     word.with(few).expiring(expiry(now, word))
 }
 
 /// The word after a packet, but for the time it expires, and for [`flag::FEW`]: without, so that every packet changes the word as
 /// long as packets are counted.
 #[inline(always)]
-fn next(config: &Config, word: Word, tcp_flags: u8, from: From) -> Word {
-    let moved = match word.protocol() {
-        Protocol::Udp => word,
-        Protocol::Tcp => {
-            let direction = match from {
-                From::Server => Direction::Output,
-                From::Client if word.has(flag::NO_OUTPUT) => Direction::InputOnly,
-                From::Client => Direction::Input,
-            };
-            const ESTABLISHED: u8 = tcp::State::Established as u8;
-            const MOVING: u8 = tcp::flag::SYN | tcp::flag::FIN | tcp::flag::RST | tcp::flag::ACK;
-            // What most segments are, and what the table says of them from every side: they change nothing.
-            if word.state() == ESTABLISHED && tcp_flags & MOVING == tcp::flag::ACK {
-                word
-            } else {
-                word.moved(Transition::of(config.tcp_table.load(), word.state(), tcp_flags, direction))
-            }
-        }
-    };
+fn next<S: Protocols>(config: &Config, word: Word, flags: u8, from: From) -> Word {
+    let moved = S::moved(config, word, flags, from);
     match from {
         From::Server => moved.without(flag::NO_OUTPUT),
         From::Client => moved.without(flag::FEW),
@@ -101,25 +85,26 @@ fn count_packet<E: Entry>(entry: &E, before: Word) -> u64 {
 ///
 /// [`Gone`] when the packet does not belong to the connection, which has ended then.
 #[inline(always)]
-pub fn step<E: Entry>(
+pub fn step<S: Protocols, E: Entry>(
     tables: &impl Buckets<E>,
     found: &Found<'_, E>,
     packet: (u8, From),
     now: &Now<'_>,
 ) -> Result<Word, Gone> {
-    let (tcp_flags, from) = packet;
+    let (flags, from) = packet;
     let Now { config, clock } = now;
     let mut word = found.word;
     for _ in 0..STEP_ATTEMPTS {
-        let moved = next(config, word, tcp_flags, from);
+        let moved = next::<S>(config, word, flags, from);
+        let moved = if S::HIDES { Word(tables.hide(moved.0)) } else { moved };
         let expires = expiry(now, moved);
         // An entry that is written on every packet would bounce between caches: see `Word::expired`. As an unsigned
         // number: a connection that is over, or whose timeout has been lowered, is far from this.
         let drift = expires.0.wrapping_sub(word.expires().0);
-        if moved == word && drift <= clock.hz && tcp_flags & tcp::flag::SYN == 0 {
+        if moved == word && drift <= clock.hz && !begins(flags) {
             return Ok(word);
         }
-        if word.expired(clock.now, clock.hz) || from == From::Client && may_be_taken_over(config, word, tcp_flags) {
+        if word.expired(clock.now, clock.hz) || from == From::Client && may_be_taken_over::<S>(config, word, flags) {
             flow_table::release(tables, found.entry, word, found.dest);
             return Err(Gone);
         }
@@ -152,16 +137,16 @@ pub fn step<E: Entry>(
 /// Looked at only off the path of established packets, which those of such destinations do not take: see
 /// [`crate::forward::find_out`].
 #[inline(always)]
-pub fn is_left(config: &Config, dest: &Dest, protocol: Protocol, tcp_flags: u8) -> bool {
+pub fn is_left(config: &Config, dest: &Dest, flags: u8) -> bool {
     config.switches.load() & switch::EXPIRE_NODEST_CONN != 0
-        && (!dest.available() || dest.weight.load() == 0 && protocol == Protocol::Tcp && begins(tcp_flags))
+        && (!dest.available() || dest.weight.load() == 0 && begins(flags))
 }
 
-/// Whether a TCP segment begins a connection where there may have been another before. As in ip_vs, one with RST counts, too,
+/// Whether a segment begins a connection where there may have been another before. As in ip_vs, one of TCP with RST counts, too,
 /// although it opens none.
 #[inline(always)]
-const fn begins(tcp_flags: u8) -> bool {
-    tcp_flags & tcp::flag::SYN != 0
+const fn begins(flags: u8) -> bool {
+    flags & tcp::flag::SYN != 0
 }
 
 /// Counts a connection that has become active, or is so no longer.
@@ -178,19 +163,22 @@ fn count(tables: &impl Tables, dest: u32, before: Word, after: Word) {
 /// Whether what has become of a connection assures the template that controls it, if any does (`docs/ipvs.md`, section 6.4).
 #[inline(always)]
 fn assures(before: Word, after: Word) -> bool {
-    const ESTABLISHED: u8 = tcp::State::Established as u8;
     after.has(flag::CONTROLLED)
-        && match after.protocol() {
-            Protocol::Tcp => after.state() == ESTABLISHED && before.state() != ESTABLISHED,
-            Protocol::Udp => before.has(flag::NO_OUTPUT) && !after.has(flag::NO_OUTPUT),
+        && if after.protocol() == Protocol::Udp {
+            before.has(flag::NO_OUTPUT) && !after.has(flag::NO_OUTPUT)
+        } else {
+            is_established(after) && !is_established(before)
         }
 }
 
-/// Whether a connection with this word, which has just begun, is established already: under `sloppy_tcp`.
+/// Whether a connection with this word is established, and not by UDP. It may begin so, under `sloppy_tcp` and `sloppy_sctp`.
 #[inline(always)]
-pub fn begins_established(word: Word) -> bool {
-    const ESTABLISHED: u8 = tcp::State::Established as u8;
-    word.protocol() == Protocol::Tcp && word.state() == ESTABLISHED
+pub fn is_established(word: Word) -> bool {
+    match word.protocol() {
+        Protocol::Tcp => word.state() == tcp::State::Established as u8,
+        Protocol::Sctp => word.state() == sctp::State::Established as u8,
+        Protocol::Udp => false,
+    }
 }
 
 /// Assures the template of a connection that has become `after`, unless the connection has ended since. While it has not, what it
@@ -204,20 +192,10 @@ fn assure<E: Entry>(tables: &impl Buckets<E>, entry: &E, after: Word) {
     }
 }
 
-/// Whether a SYN may take over the addresses and ports of this connection (`docs/ipvs.md`, section 4.8): never those of one
-/// that a template controls.
+/// Whether a packet may take over the addresses and ports of this connection for a new one (`docs/ipvs.md`, section 4.8): never
+/// those of one that a template controls.
 #[inline(always)]
-fn may_be_taken_over(config: &Config, word: Word, tcp_flags: u8) -> bool {
-    const TIME_WAIT: u8 = tcp::State::TimeWait as u8;
-    const CLOSE: u8 = tcp::State::Close as u8;
-    const FIN_WAIT: u8 = tcp::State::FinWait as u8;
+fn may_be_taken_over<S: Protocols>(config: &Config, word: Word, flags: u8) -> bool {
     let mode = config.conn_reuse_mode.load();
-    if word.protocol() != Protocol::Tcp || !begins(tcp_flags) || mode == 0 || word.has(flag::CONTROLLED) {
-        return false;
-    }
-    match word.state() {
-        TIME_WAIT | CLOSE => true,
-        FIN_WAIT => mode & 2 != 0 && word.has(flag::NO_OUTPUT),
-        _ => false,
-    }
+    begins(flags) && mode != 0 && !word.has(flag::CONTROLLED) && S::is_free(mode, word)
 }

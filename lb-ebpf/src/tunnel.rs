@@ -11,6 +11,7 @@ use crate::{
     nat::Rewrite,
     packet::Packet,
     parse::{Ip as _, Ip4Packet, Ip6Packet},
+    protocols::Protocols,
     wire,
 };
 
@@ -68,7 +69,7 @@ const fn outer_tos(tos: u8) -> u8 {
     if tos & ECN_MASK == ECN_CE { tos & !ECN_MASK | ECN_ECT0 } else { tos }
 }
 
-impl Wrap for Ip4Packet {
+impl<S: Protocols> Wrap for Ip4Packet<S> {
     const IN_IP: u8 = IPPROTO_IPIP;
     /// RFC 791 section 3.2.
     const MTU_MIN: u32 = 68;
@@ -95,7 +96,7 @@ impl Wrap for Ip4Packet {
     }
 }
 
-impl Wrap for Ip6Packet {
+impl<S: Protocols> Wrap for Ip6Packet<S> {
     const IN_IP: u8 = IPPROTO_IPV6;
     /// RFC 8200 section 5.
     const MTU_MIN: u32 = 1280;

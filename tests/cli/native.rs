@@ -221,7 +221,7 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         ),
         refusal(
             "service add",
-            &format!("{missing}: <--tcp-service <VIP:PORT>|--udp-service <VIP:PORT>|--fwmark-service <N>>: see `xdpvs --help`"),
+            &format!("{missing}: <--tcp-service <VIP:PORT>|--udp-service <VIP:PORT>|--sctp-service <VIP:PORT>|--fwmark-service <N>>: see `xdpvs --help`"),
             2,
         ),
         refusal(
@@ -292,7 +292,7 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         ),
         refusal(
             "conn list --service 10.9.9.9:80",
-            "invalid value '10.9.9.9:80' for '--service <tcp|udp:VIP:PORT>': write tcp:ADDRESS:PORT or udp:ADDRESS:PORT",
+            "invalid value '10.9.9.9:80' for '--service <tcp|udp|sctp:VIP:PORT>': write tcp:ADDRESS:PORT, udp:ADDRESS:PORT or sctp:ADDRESS:PORT",
             2,
         ),
         refusal(
@@ -308,7 +308,8 @@ fn bad_input_is_refused_in_one_line_and_changes_nothing() -> Result<()> {
         refusal(
             "conn list --state OPEN",
             "invalid value 'OPEN' for '--state <NAME>': no such state, use one of NONE, ESTABLISHED, SYN_SENT, SYN_RECV, \
-             FIN_WAIT, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYNACK, UDP, ASSURED",
+             FIN_WAIT, TIME_WAIT, CLOSE, CLOSE_WAIT, LAST_ACK, LISTEN, SYNACK, UDP, ASSURED, INIT1, INIT, C-SENT, C-REPLIED, C-WAIT, COOKIE, C-ECHOED, S-SENT, \
+             S-RECEIVED, S-ACK-SENT, REJECTED, CLOSED",
             2,
         ),
         refusal("up nowhere", "no interface `nowhere` in this network namespace: see `ip link`", 1),
@@ -487,7 +488,6 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
     configure(&stage)?;
     let before = stage.ask("list")?;
     for (words, what) in [
-        ("-A --sctp-service 10.9.9.9:81", "SCTP is not supported by xdpvs yet"),
         ("-A -t 10.9.9.9:81 --pe sip", "persistence engines (--pe) are not supported by xdpvs yet"),
         (
             "-a -t 10.9.9.9:80 -r 10.2.0.13 -i --tun-type gre",
@@ -510,6 +510,24 @@ fn what_xdpvs_does_not_do_yet_is_refused_by_name() -> Result<()> {
         assert_eq!(stage.say(&format!("ipvsadm {words}"))?, expected, "{words}");
     }
     assert_eq!(stage.ask("list")?, before);
+    Ok(())
+}
+
+#[test]
+fn sctp_services_are_named_and_saved_like_others() -> Result<()> {
+    let stage = Stage::with_director()?;
+    stage.ok("service add --sctp-service 10.9.9.9:99 -s rr")?;
+    stage.ok("dest add --sctp-service 10.9.9.9:99 -r 10.2.0.11:9899 -m")?;
+    stage.ok("dest edit --sctp-service 10.9.9.9:99 -r 10.2.0.11:9899 -m -w 3")?;
+    let service = &stage.ask("list")?["services"][0];
+    assert_eq!((&service["protocol"], &service["address"]), (&json!("sctp"), &json!("10.9.9.9:99")));
+    assert_eq!(service["destinations"][0]["weight"], json!(3));
+    stage.ok("conn flush --sctp-service 10.9.9.9:99")?;
+    stage.ok("conn flush --service sctp:10.9.9.9:99")?;
+    let saved = "-A --sctp-service 10.9.9.9:99 -s rr\n-a --sctp-service 10.9.9.9:99 -r 10.2.0.11:9899 -m -w 3\n";
+    assert_eq!(stage.ok("ipvsadm -S -n")?, saved);
+    stage.ok("service del --sctp-service 10.9.9.9:99")?;
+    assert_eq!(stage.ask("list")?["services"], json!([]));
     Ok(())
 }
 

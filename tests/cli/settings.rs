@@ -42,6 +42,7 @@ fn settings_are_shown_set_and_kept_by_new_programs() -> Result<()> {
         ("run_estimation", 0),
         ("schedule_icmp", 1),
         ("secure_tcp", 3),
+        ("sloppy_sctp", 1),
         ("sloppy_tcp", 1),
         ("snat_reroute", 0),
     ] {

@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context as _, Result, ensure};
 use lb_common::tcp::State;
 use lb_userspace::control::{
-    bulk::{self, NewConnection},
+    bulk::{self, NewConnection, ProtocolState},
     model::{ServiceKey, Transport},
     session::Session,
 };
@@ -123,7 +123,7 @@ fn connect(stage: &Stage, count: u16) -> Result<()> {
                 SocketAddr::V6(_) => (Ipv6Addr::new(0xfd01, 0, 0, 0, 0, 0, 1, number), 40_000).into(),
             },
             destination: destinations[usize::from(number % 2)],
-            state: if number / 2 % 2 == 0 { State::Established } else { State::Close },
+            state: ProtocolState::Tcp(if number / 2 % 2 == 0 { State::Established } else { State::Close }),
             remaining: Duration::from_secs(600),
         })
     });

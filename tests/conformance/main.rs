@@ -5,5 +5,6 @@
 mod packets;
 mod persistence;
 mod sched;
+mod sctp;
 mod states;
 mod table;

@@ -8,6 +8,7 @@ use std::{
 use lb_common::{
     overload::Thresholds,
     proto::{Method, Scheduler, sched_flag},
+    sctp::chunk,
 };
 use lb_userspace::control::{
     change::Change,
@@ -161,6 +162,7 @@ impl<'e, E: Executor> Replay<'e, E> {
         let bytes = match self.protocol {
             Transport::Tcp => frame.tcp(flags, &[]),
             Transport::Udp => frame.udp(b"hello"),
+            Transport::Sctp => frame.sctp(&[(chunk::INIT, b"")]),
         };
         let outcome = self.executor.arrive(Wire::Outside, &bytes);
         if !Verdict::redirect(Wire::Inside).is_met_by(outcome.verdict) {

@@ -8,6 +8,7 @@ use lb_common::{
     addr::Ip4,
     flow::{Entry as _, Key as _, Word},
     proto::{Method, Protocol, Scheduler},
+    sctp,
     tcp::State,
     timeout,
 };
@@ -50,7 +51,7 @@ pub(crate) fn sections() -> Vec<Section<'static>> {
 fn is_supported(section: &Section<'_>) -> bool {
     let about = section.heading;
     let other_defence = about.contains("secure_tcp") && !about.contains("secure_tcp 0");
-    !(other_defence || about.contains("SCTP") || about.contains("persistence") || about.contains("fwmark"))
+    !(other_defence || about.contains("persistence") || about.contains("fwmark"))
 }
 
 /// A connection as a line shows it.
@@ -256,6 +257,7 @@ impl<'e, E: Executor> Replay<'e, E> {
                 state: match word.protocol() {
                     Protocol::Tcp => State::try_from(word.state()).expect("a state").as_str().into(),
                     Protocol::Udp => "UDP".into(),
+                    Protocol::Sctp => sctp::State::try_from(word.state()).expect("a state").as_str().into(),
                 },
                 client: SocketAddrV4::new(Ipv4Addr::from(key.caddr().octets()), key.cport().number()),
                 service,

@@ -7,6 +7,7 @@
 use std::{
     fmt::{Display, Write as _},
     net::{Ipv4Addr, SocketAddr},
+    ops::Range,
 };
 
 use lb_common::{
@@ -36,6 +37,7 @@ mod life;
 mod marks;
 mod persistence;
 mod related;
+mod sctp;
 mod settings;
 mod way;
 
@@ -56,6 +58,7 @@ fn of(family: Family) -> Vec<Case> {
         settings::cases,
         persistence::cases,
         related::cases,
+        sctp::cases,
     ]
     .into_iter()
     .flat_map(|cases| cases(family))
@@ -487,6 +490,7 @@ fn arrive(arrival: &Arrival, executor: &mut impl Executor) -> Result<(), String>
 
 const TCP: Transport = Transport::Tcp;
 const UDP: Transport = Transport::Udp;
+const SCTP: Transport = Transport::Sctp;
 const METHODS: [Method; 3] = [Method::Masq, Method::Route, Method::Tunnel];
 
 /// The service of most cases.
@@ -638,17 +642,19 @@ fn director_error(family: Family) -> Frame {
 }
 
 /// Where the checksum of a segment stands in a frame.
-const fn checksum_offset(family: Family, protocol: Transport) -> usize {
-    let offset = match protocol {
-        TCP => 16,
-        UDP => 6,
+const fn checksum_place(family: Family, protocol: Transport) -> Range<usize> {
+    let (offset, len) = match protocol {
+        TCP => (16, 2),
+        UDP => (6, 2),
+        SCTP => (8, 4),
     };
-    ETHERNET + family.header() + offset
+    let start = ETHERNET + family.header() + offset;
+    start..start + len
 }
 
 /// A frame with the checksum that another segment has. What is quoted of a segment that has been translated keeps its own.
 fn with_checksum_of(mut frame: Vec<u8>, family: Family, protocol: Transport, other: &[u8]) -> Vec<u8> {
-    let checksum = checksum_offset(family, protocol);
-    frame[checksum..checksum + 2].copy_from_slice(&other[checksum..checksum + 2]);
+    let checksum = checksum_place(family, protocol);
+    frame[checksum.clone()].copy_from_slice(&other[checksum]);
     frame
 }

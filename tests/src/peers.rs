@@ -3,27 +3,34 @@
 //! A request is the number of bytes that are wanted (eight bytes, big endian), then any bytes, up to the end of the stream
 //! or datagram. The answer is the number of the server (one byte), a digest of the bytes of the request (eight bytes, big
 //! endian), and as many bytes as were wanted, of which each side knows what they are.
+//!
+//! Not every kernel has SCTP, so its packets are made here: one with an INIT that carries the request, one with an INIT ACK
+//! that carries the answer.
 
 use std::{
     hash::{DefaultHasher, Hasher as _},
     io::{ErrorKind, Read as _, Write as _},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    os::fd::AsRawFd as _,
+    os::fd::{AsRawFd as _, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU16, Ordering},
     },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, ensure};
+use lb_common::sctp::chunk;
 use nix::sys::{
-    socket::{self, AddressFamily, SockFlag, SockType, SockaddrStorage, setsockopt, sockopt},
+    socket::{
+        self, AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, SockaddrStorage, bind, recvfrom, sendto,
+        setsockopt, socket, sockopt,
+    },
     time::{TimeVal, TimeValLike as _},
 };
 
-use crate::lab::NetNs;
+use crate::{frames::sctp, lab::NetNs};
 
 /// How long a client waits for anything.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
@@ -70,22 +77,26 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts a server for TCP and UDP that calls itself `number`, at this address of a namespace. It is the one that
+    /// Starts a server for TCP, UDP and SCTP that calls itself `number`, at this address of a namespace. It is the one that
     /// clients get answers to datagrams from.
     ///
     /// # Errors
     ///
     /// When the address cannot be had.
     pub fn start(namespace: &NetNs, address: SocketAddr, number: u8) -> Result<Self> {
-        let (listener, socket) =
-            namespace.enter(|| anyhow::Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?)))??;
+        let (listener, socket, raw) = namespace.enter(|| {
+            let raw = sctp_socket(address, TURN)?;
+            bind(raw.as_raw_fd(), &host(address))?;
+            anyhow::Ok((TcpListener::bind(address)?, UdpSocket::bind(address)?, raw))
+        })??;
         listener.set_nonblocking(true)?;
         socket.set_read_timeout(Some(TURN))?;
         let end = Arc::new(AtomicBool::new(false));
-        let (tcp_end, udp_end) = (Arc::clone(&end), Arc::clone(&end));
+        let (tcp_end, udp_end, sctp_end) = (Arc::clone(&end), Arc::clone(&end), Arc::clone(&end));
         let tcp = thread::spawn(move || serve_streams(&listener, number, &tcp_end));
         let udp = thread::spawn(move || serve_datagrams(&socket, number, &udp_end));
-        Ok(Self { end, threads: vec![tcp, udp] })
+        let sctp = thread::spawn(move || serve_associations(&raw, address, number, &sctp_end));
+        Ok(Self { end, threads: vec![tcp, udp, sctp] })
     }
 }
 
@@ -130,6 +141,77 @@ fn serve_datagrams(socket: &UdpSocket, number: u8, end: &AtomicBool) {
             let _ = socket.send_to(&answer, client);
         }
     }
+}
+
+/// A socket for SCTP packets of the family of `address`, which waits for none longer than `patience`.
+fn sctp_socket(address: SocketAddr, patience: Duration) -> Result<OwnedFd> {
+    let family = if address.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let socket = socket(family, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::Sctp)?;
+    let patience = TimeVal::milliseconds(i64::try_from(patience.as_millis())?);
+    setsockopt(&socket, sockopt::ReceiveTimeout, &patience)?;
+    Ok(socket)
+}
+
+/// The host in an address: raw sockets know no ports.
+fn host(address: SocketAddr) -> SockaddrStorage {
+    SockaddrStorage::from(SocketAddr::new(address.ip(), 0))
+}
+
+/// The ports of an intact SCTP packet that begins with a chunk of this type, and what the chunk carries.
+fn carried(packet: &[u8], kind: u8) -> Option<([u16; 2], &[u8])> {
+    let (header, _) = packet.split_first_chunk::<16>()?;
+    let word = |place: usize| u16::from_be_bytes([header[place], header[place + 1]]);
+    let value = packet.get(16..usize::from(word(14)) + 12)?;
+    let ports = [word(0), word(2)];
+    (packet == sctp(ports[0], ports[1], &[(kind, value)])).then_some((ports, value))
+}
+
+/// The next SCTP packet that comes, if one does, with the address of its sender.
+fn next_packet(socket: &OwnedFd, buffer: &mut [u8]) -> Option<(usize, usize, SockaddrStorage)> {
+    let (len, sender) = recvfrom::<SockaddrStorage>(socket.as_raw_fd(), buffer).ok()?;
+    let sender = sender?;
+    // IPv4 shows its header.
+    let start = if sender.as_sockaddr_in().is_some() { usize::from(buffer[0] & 0xf) * 4 } else { 0 };
+    Some((start, len, sender))
+}
+
+fn serve_associations(socket: &OwnedFd, address: SocketAddr, number: u8, end: &AtomicBool) {
+    let mut buffer = [0; DATAGRAM];
+    while !end.load(Ordering::Relaxed) {
+        if let Some((start, len, mut client)) = next_packet(socket, &mut buffer)
+            && let Some(([from, to], request)) = carried(&buffer[start..len], chunk::INIT)
+            && to == address.port()
+            && let Some(answer) = answer(number, request)
+        {
+            if let Some(client6) = client.as_sockaddr_in6() {
+                client = host(SocketAddr::new(client6.ip().into(), 0));
+            }
+            // A client that is gone needs no answer.
+            let packet = sctp(to, from, &[(chunk::INIT_ACK, &answer)]);
+            let _ = sendto(socket.as_raw_fd(), &packet, &client, MsgFlags::empty());
+        }
+    }
+}
+
+/// Asks a service with one SCTP packet from a port of its own. Returns the number of the server.
+///
+/// To be called in the client's namespace.
+///
+/// # Errors
+///
+/// When no answer comes, or a byte is not what it should be.
+pub fn ask_sctp(service: SocketAddr, sent: &[u8], wanted: usize) -> Result<u8> {
+    static NEXT: AtomicU16 = AtomicU16::new(20_000);
+    let port = NEXT.fetch_add(1, Ordering::Relaxed);
+    let socket = sctp_socket(service, PATIENCE)?;
+    socket::connect(socket.as_raw_fd(), &host(service))?;
+    let packet = sctp(port, service.port(), &[(chunk::INIT, &request(sent, wanted))]);
+    sendto(socket.as_raw_fd(), &packet, &host(service), MsgFlags::empty()).context("send the request")?;
+    let mut buffer = [0; DATAGRAM];
+    let (start, len, _) = next_packet(&socket, &mut buffer).context("wait for the answer")?;
+    let (ports, answer) = carried(&buffer[start..len], chunk::INIT_ACK).context("a broken answer")?;
+    ensure!(ports == [service.port(), port], "an answer between the ports {ports:?}");
+    check(answer, sent, wanted)
 }
 
 /// Asks a service over one TCP connection: sends `sent`, wants `wanted` bytes. Returns the number of the server.

@@ -76,6 +76,7 @@ fn ask_from(network: &Network, family: Family, client: usize, transport: Transpo
     let answered = network.client.enter(|| match transport {
         Transport::Tcp => peers::ask_tcp_from(client, service, &bytes, bytes.len()),
         Transport::Udp => peers::ask_udp_from(client, service, &bytes, bytes.len()),
+        Transport::Sctp => bail!("its clients have no addresses of their own"),
     })?;
     answered.with_context(|| format!("{client} asks {transport} {service}"))
 }

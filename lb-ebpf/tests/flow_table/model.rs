@@ -175,7 +175,7 @@ impl<E: Entry> Model<E> {
     ) -> Connection {
         let (state, active) = match key.protocol() {
             Protocol::Udp => (0, false),
-            Protocol::Tcp => {
+            _ => {
                 let moved = Transition::of(0, before.map_or(0, |before| before.state), tcp_flags, direction);
                 (moved.state(), moved.is_active())
             }
@@ -193,7 +193,7 @@ impl<E: Entry> Model<E> {
         const ESTABLISHED: u8 = tcp::State::Established as u8;
         let assures = match key.protocol() {
             Protocol::Tcp => after.state == ESTABLISHED && before.state != ESTABLISHED,
-            Protocol::Udp => direction == Direction::Output,
+            _ => direction == Direction::Output,
         };
         if assures && is_persistent::<E>(&key) {
             self.templates.get_mut(&host(key.caddr())).expect("it controls the connection").assured = true;
@@ -257,7 +257,7 @@ impl<E: Entry> Model<E> {
             }
             match key.protocol() {
                 Protocol::Tcp => prop_assert_ne!(connection.state, tcp::State::Established as u8, "{:?}", key),
-                Protocol::Udp => prop_assert!(connection.over <= self.now + IDLE + HZ, "{:?}: {:?}", key, connection),
+                _ => prop_assert!(connection.over <= self.now + IDLE + HZ, "{:?}: {:?}", key, connection),
             }
         }
         Ok(gone)

@@ -24,6 +24,7 @@ use lb_ebpf::{
     env::Clock,
     flow_table::{self, Buckets, Found, Insert, Inserted},
     pipeline::Now,
+    protocols::TcpUdp,
     tables::Tables,
     template::{self as templates, Held, Made},
     track::{self, From, Gone},
@@ -180,7 +181,8 @@ impl<E: Entry> Table<E> {
             dest = held.dest();
             flags = flag::CONTROLLED | if key.protocol() == Protocol::Udp { flag::NO_OUTPUT } else { 0 };
         }
-        let birth = track::birth(&self.now(clock), key.protocol(), tcp_flags, Method::Masq as u8, flags);
+        let birth =
+            track::birth::<TcpUdp>(&self.now(clock), key.protocol().into(), tcp_flags, Method::Masq as u8, flags);
         Insert { key, place, dest, birth, clock, control: held.number() }
     }
 
@@ -207,7 +209,7 @@ impl<E: Entry> Table<E> {
 
     /// Lets a packet change the connection that was found for it.
     pub(crate) fn step(&self, found: &Found<'_, E>, tcp_flags: u8, from: From, clock: Clock) -> Result<Word, Gone> {
-        track::step(self, found, (tcp_flags, from), &self.now(clock))
+        track::step::<TcpUdp, _>(self, found, (tcp_flags, from), &self.now(clock))
     }
 
     /// Lets a packet change the connection that it belongs to, and returns its destination.

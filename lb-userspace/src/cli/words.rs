@@ -9,7 +9,7 @@ use clap::Args;
 use lb_common::{
     overload::Thresholds,
     proto::{Method, Scheduler, sched_flag, service_flag},
-    tcp::State,
+    sctp, tcp,
 };
 use lb_userspace::control::{
     bulk::Selection,
@@ -22,7 +22,7 @@ use lb_userspace::control::{
 
 /// Which service.
 #[derive(Args, Clone, Copy, Debug)]
-#[command(group = clap::ArgGroup::new("one").args(["tcp", "udp", "mark"]).required(true))]
+#[command(group = clap::ArgGroup::new("one").args(["tcp", "udp", "sctp", "mark"]).required(true))]
 pub(crate) struct ServiceWords {
     #[command(flatten)]
     which: MaybeServiceWords,
@@ -30,7 +30,7 @@ pub(crate) struct ServiceWords {
 
 /// Which service, if one is named.
 #[derive(Args, Clone, Copy, Debug)]
-#[command(group = clap::ArgGroup::new("at_most_one").args(["tcp", "udp", "mark"]))]
+#[command(group = clap::ArgGroup::new("at_most_one").args(["tcp", "udp", "sctp", "mark"]))]
 pub(crate) struct MaybeServiceWords {
     /// A TCP service, by address and port (1 to 65535, or 0 with -p for all that no other service has)
     #[arg(short = 't', long = "tcp-service", value_name = "VIP:PORT", value_parser = socket)]
@@ -38,11 +38,14 @@ pub(crate) struct MaybeServiceWords {
     /// A UDP service, by address and port (1 to 65535, or 0 with -p for all that no other service has)
     #[arg(short = 'u', long = "udp-service", value_name = "VIP:PORT", value_parser = socket)]
     udp: Option<SocketAddr>,
+    /// An SCTP service, by address and port (1 to 65535, or 0 with -p for all that no other service has)
+    #[arg(long = "sctp-service", value_name = "VIP:PORT", value_parser = socket)]
+    sctp: Option<SocketAddr>,
     /// The service of packets with this mark, 1 to 4294967295: see `xdpvs mark`
     #[arg(short = 'f', long = "fwmark-service", visible_alias = "mark", value_name = "N", value_parser = mark)]
     mark: Option<NonZeroU32>,
     /// The service of IPv6 packets with that mark
-    #[arg(short = '6', long, requires = "mark", conflicts_with_all = ["tcp", "udp"])]
+    #[arg(short = '6', long, requires = "mark", conflicts_with_all = ["tcp", "udp", "sctp"])]
     ipv6: bool,
 }
 
@@ -56,9 +59,10 @@ impl ServiceWords {
 impl MaybeServiceWords {
     /// The service, if one is named.
     pub(crate) fn key(self) -> Option<Identity> {
-        let Self { tcp, udp, mark, ipv6 } = self;
+        let Self { tcp, udp, sctp, mark, ipv6 } = self;
         let of = |protocol| move |address| Identity::from(ServiceKey { protocol, address });
-        tcp.map(of(Transport::Tcp)).or(udp.map(of(Transport::Udp))).or(mark.map(of_mark(ipv6)))
+        let address = tcp.map(of(Transport::Tcp)).or(udp.map(of(Transport::Udp))).or(sctp.map(of(Transport::Sctp)));
+        address.or(mark.map(of_mark(ipv6)))
     }
 }
 
@@ -89,7 +93,7 @@ impl DestWords {
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct SelectionWords {
     /// Only those to this service
-    #[arg(long, group = "of_service", value_name = "tcp|udp:VIP:PORT", value_parser = service)]
+    #[arg(long, group = "of_service", value_name = "tcp|udp|sctp:VIP:PORT", value_parser = service)]
     service: Option<ServiceKey>,
     /// Only those to this TCP service
     #[arg(short = 't', long = "tcp-service", group = "of_service", value_name = "VIP:PORT", value_parser = socket)]
@@ -97,6 +101,9 @@ pub(crate) struct SelectionWords {
     /// Only those to this UDP service
     #[arg(short = 'u', long = "udp-service", group = "of_service", value_name = "VIP:PORT", value_parser = socket)]
     udp: Option<SocketAddr>,
+    /// Only those to this SCTP service
+    #[arg(long = "sctp-service", group = "of_service", value_name = "VIP:PORT", value_parser = socket)]
+    sctp: Option<SocketAddr>,
     /// Only those to the service of this mark
     #[arg(
         short = 'f', long = "fwmark-service", visible_alias = "mark", group = "of_service", value_name = "N",
@@ -104,7 +111,7 @@ pub(crate) struct SelectionWords {
     )]
     mark: Option<NonZeroU32>,
     /// Only those to the service of IPv6 packets with that mark
-    #[arg(short = '6', long, requires = "mark", conflicts_with_all = ["service", "tcp", "udp"])]
+    #[arg(short = '6', long, requires = "mark", conflicts_with_all = ["service", "tcp", "udp", "sctp"])]
     ipv6: bool,
     /// Only those to this destination; with no port, at any
     #[arg(long, value_name = "ADDR[:PORT]", value_parser = host)]
@@ -115,7 +122,9 @@ impl SelectionWords {
     /// What has been said.
     pub(crate) fn selection(self) -> Selection {
         let of = |protocol| move |address| ServiceKey { protocol, address };
-        let key = self.service.or(self.tcp.map(of(Transport::Tcp))).or(self.udp.map(of(Transport::Udp)));
+        let Self { service, tcp, udp, sctp, .. } = self;
+        let named = tcp.map(of(Transport::Tcp)).or(udp.map(of(Transport::Udp))).or(sctp.map(of(Transport::Sctp)));
+        let key = service.or(named);
         Selection {
             service: key.map(Identity::from).or(self.mark.map(of_mark(self.ipv6))),
             dest: self.dest.map(|Host { address, port }| (address, port)),
@@ -255,12 +264,11 @@ pub(crate) fn weight(word: &str) -> Result<u32, String> {
 }
 
 fn service(word: &str) -> Result<ServiceKey, String> {
-    let [tcp, udp] = ["tcp:", "udp:"].map(|protocol| word.strip_prefix(protocol));
-    let (protocol, address) = match (tcp, udp) {
-        (Some(address), _) => (Transport::Tcp, address),
-        (None, Some(address)) => (Transport::Udp, address),
-        (None, None) => return Err("write tcp:ADDRESS:PORT or udp:ADDRESS:PORT".into()),
-    };
+    let protocols = [Transport::Tcp, Transport::Udp, Transport::Sctp];
+    let (protocol, address) = word
+        .split_once(':')
+        .and_then(|(name, address)| Some((protocols.into_iter().find(|known| known.to_string() == name)?, address)))
+        .ok_or("write tcp:ADDRESS:PORT, udp:ADDRESS:PORT or sctp:ADDRESS:PORT")?;
     Ok(ServiceKey { protocol, address: socket(address)? })
 }
 
@@ -301,7 +309,11 @@ pub(crate) fn prefix(word: &str) -> Result<Prefix, String> {
 }
 
 fn state(word: &str) -> Result<&'static str, String> {
-    let names = State::ALL.iter().map(|state| state.as_str()).chain([UDP, ASSURED]);
+    let tcp = tcp::State::ALL.iter().map(|state| state.as_str());
+    // Those that are not called like one of TCP.
+    let sctp =
+        sctp::State::ALL.iter().map(|state| state.as_str()).filter(|name| tcp.clone().all(|other| other != *name));
+    let names = tcp.clone().chain([UDP, ASSURED]).chain(sctp);
     let all = || names.clone().collect::<Vec<_>>().join(", ");
     names
         .clone()
@@ -362,7 +374,9 @@ mod tests {
         let key = |word| service(word).map(|key| key.to_string());
         assert_eq!(key("tcp:10.9.9.9:80"), Ok("tcp 10.9.9.9:80".into()));
         assert_eq!(key("udp:[fd00::1]:53"), Ok("udp [fd00::1]:53".into()));
-        assert_eq!(key("10.9.9.9:80"), Err("write tcp:ADDRESS:PORT or udp:ADDRESS:PORT".into()));
+        assert_eq!(key("sctp:10.9.9.9:99"), Ok("sctp 10.9.9.9:99".into()));
+        let words = "write tcp:ADDRESS:PORT, udp:ADDRESS:PORT or sctp:ADDRESS:PORT";
+        assert_eq!(key("10.9.9.9:80"), Err(words.into()));
         assert_eq!(key("tcp:10.9.9.9"), Err("a service has a port, write ADDRESS:PORT".into()));
         let of = |address: [u8; 4], length| Prefix::new(address.into(), length).ok_or_else(String::new);
         assert_eq!(prefix("10.1.2.3"), of([10, 1, 2, 3], 32));
@@ -371,7 +385,8 @@ mod tests {
         assert_eq!(prefix("10.1.2/24"), Err("`10.1.2` is no IP address".into()));
         assert_eq!(state("time_wait"), Ok("TIME_WAIT"));
         assert_eq!(state("UDP"), Ok("UDP"));
-        assert!(state("OPEN").is_err_and(|line| line.ends_with("LISTEN, SYNACK, UDP, ASSURED")));
+        assert_eq!(state("c-echoed"), Ok("C-ECHOED"));
+        assert!(state("OPEN").is_err_and(|line| line.contains("LISTEN, SYNACK, UDP, ASSURED, INIT1, INIT, C-SENT")));
     }
 
     #[test]

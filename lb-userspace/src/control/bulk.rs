@@ -10,7 +10,7 @@ use lb_common::{
     abi::{ConnectionDetails, ConnectionRecord, ConnectionRecord6},
     addr::{Ip4, Ip6, Port},
     proto::Protocol,
-    tcp,
+    sctp, tcp,
 };
 
 use crate::{
@@ -66,6 +66,35 @@ impl Selection {
     }
 }
 
+/// The state of a connection.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum ProtocolState {
+    /// By TCP.
+    Tcp(tcp::State),
+    /// By UDP, which has one state.
+    Udp,
+    /// By SCTP.
+    Sctp(sctp::State),
+}
+
+impl ProtocolState {
+    const fn protocol(self) -> Protocol {
+        match self {
+            Self::Tcp(_) => Protocol::Tcp,
+            Self::Udp => Protocol::Udp,
+            Self::Sctp(_) => Protocol::Sctp,
+        }
+    }
+
+    const fn number(self) -> u32 {
+        match self {
+            Self::Tcp(state) => state as u32,
+            Self::Udp => 0,
+            Self::Sctp(state) => state as u32,
+        }
+    }
+}
+
 /// A connection that another director has had.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct NewConnection {
@@ -75,15 +104,15 @@ pub struct NewConnection {
     pub client: SocketAddr,
     /// The destination's address and port.
     pub destination: SocketAddr,
-    /// The state of a TCP connection; of no meaning for others.
-    pub state: tcp::State,
+    /// Its state, of the service's protocol.
+    pub state: ProtocolState,
     /// How long it lives if no packet comes, up to 2^30 ticks.
     pub remaining: Duration,
 }
 
 /// Creates connections in the running instance `session`, beside those that it has. Returns what came of them. One to a
-/// service or destination that is not configured, or of a client of another address family, is refused, and the others are
-/// created.
+/// service or destination that is not configured, of a client of another address family, or in a state of another protocol
+/// is refused, and the others are created.
 ///
 /// Those that have been created when this process is killed stay, and the counters count them.
 ///
@@ -116,19 +145,18 @@ pub fn insert(
 }
 
 /// A connection to destination number `dest` as the control program takes it; `None` when the client's address is of
-/// another family.
+/// another family, or the state of another protocol.
 fn record(connection: &NewConnection, dest: u32, hz: u32) -> Option<NewRecord> {
     let NewConnection { service: ServiceKey { protocol, address }, client, state, remaining, .. } = *connection;
     let port = |address: SocketAddr| u32::from(Port::new(address.port()).raw());
-    let state = match protocol.protocol() {
-        Protocol::Tcp => state as u32,
-        Protocol::Udp => 0,
-    };
+    if state.protocol() != protocol.protocol() {
+        return None;
+    }
     let ticks = remaining.as_millis() * u128::from(hz) / 1000;
     let details = ConnectionDetails {
         ports: port(client) | port(address) << 16,
         dest,
-        protocol_state: protocol.protocol() as u32 | state << 8,
+        protocol_state: protocol.protocol() as u32 | state.number() << 8,
         remaining: u32::try_from(ticks).unwrap_or(u32::MAX),
     };
     match (client.ip(), address.ip()) {

@@ -8,7 +8,7 @@ use lb_common::{
     flow::{Bucket, Bucket4, Bucket6, Entry, Key as FlowKey, Purpose, Word, control, template},
     jiffies::Jiffies,
     proto::{Method, Protocol},
-    tcp,
+    sctp, tcp,
 };
 
 use crate::control::{
@@ -181,6 +181,7 @@ fn state_name(word: Word) -> &'static str {
     match word.protocol() {
         Protocol::Udp => UDP,
         Protocol::Tcp => tcp::State::try_from(word.state()).map_or("NONE", tcp::State::as_str),
+        Protocol::Sctp => sctp::State::try_from(word.state()).map_or("NONE", sctp::State::as_str),
     }
 }
 

@@ -129,6 +129,8 @@ pub enum Transport {
     Tcp,
     /// UDP.
     Udp,
+    /// SCTP.
+    Sctp,
 }
 
 impl Transport {
@@ -137,6 +139,7 @@ impl Transport {
         match self {
             Self::Tcp => Protocol::Tcp,
             Self::Udp => Protocol::Udp,
+            Self::Sctp => Protocol::Sctp,
         }
     }
 }
@@ -146,6 +149,7 @@ impl From<Protocol> for Transport {
         match protocol {
             Protocol::Tcp => Self::Tcp,
             Protocol::Udp => Self::Udp,
+            Protocol::Sctp => Self::Sctp,
         }
     }
 }

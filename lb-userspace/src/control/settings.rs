@@ -177,7 +177,7 @@ static SETTINGS: [Setting; 31] = [
     setting("run_estimation", Kind::Switch(switch::RUN_ESTIMATION)),
     setting("schedule_icmp", Kind::Switch(switch::SCHEDULE_ICMP)),
     setting("secure_tcp", Kind::Mode(which::SECURE_TCP)),
-    fixed("sloppy_sctp", 0, "there are no SCTP services"),
+    setting("sloppy_sctp", Kind::Switch(switch::SLOPPY_SCTP)),
     setting("sloppy_tcp", Kind::Switch(switch::SLOPPY_TCP)),
     setting("snat_reroute", Kind::Switch(switch::SNAT_REROUTE)),
     fixed("sync_persist_mode", 0, NO_DAEMON),
@@ -295,6 +295,7 @@ mod tests {
             ("lblcr_expiration", 86_400),
             ("run_estimation", 1),
             ("secure_tcp", 0),
+            ("sloppy_sctp", 0),
             ("sloppy_tcp", 0),
             ("snat_reroute", 1),
         ] {

@@ -2,7 +2,7 @@
 
 use std::net::Ipv4Addr;
 
-use lb_common::{proto::Method, reason::Reason};
+use lb_common::{proto::Method, reason::Reason, sctp::chunk};
 
 use super::*;
 use crate::{cast::special, frames::padded};
@@ -10,7 +10,7 @@ use crate::{cast::special, frames::padded};
 pub(super) fn cases(family: Family) -> Vec<Case> {
     let mut cases = Vec::new();
     for method in METHODS {
-        for protocol in [TCP, UDP] {
+        for protocol in [TCP, UDP, SCTP] {
             cases.push(about_a_reply(family, method, protocol));
         }
         cases.push(about_a_reply_of_a_removed_destination(family, method));
@@ -21,6 +21,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         senders_who_are_not_told(family),
         about_a_request(family, TCP),
         about_a_request(family, UDP),
+        about_a_request(family, SCTP),
         about_mapped_ports(family),
         wrong_checksums(family),
         left_alone(family),
@@ -28,6 +29,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         relayed_by_unknown_neighbours(family),
         about_a_tunnel(family, TCP),
         about_a_tunnel(family, UDP),
+        about_a_tunnel(family, SCTP),
         limit_of_errors_about_tunnels(family),
         path_mtu_of_a_tunnel(family),
     ]);
@@ -93,6 +95,7 @@ fn segment(protocol: Transport, frame: Frame) -> Vec<u8> {
     match protocol {
         TCP => frame.tcp("S", b"some payload"),
         UDP => frame.udp(b"some payload"),
+        SCTP => frame.sctp(&[(chunk::INIT, b"some payload")]),
     }
 }
 
@@ -356,8 +359,8 @@ fn quotes_that_say_too_little(family: Family) -> Case {
     }
     // A later fragment has no ports, nor any that are known behind an extension header; another protocol has none either.
     let odd: &[(usize, u8)] = match family {
-        Family::Four => &[(7, 1), (6, 0x1f), (9, 132), (9, 1)],
-        Family::Six => &[(6, 44), (6, 0), (6, 60), (6, 132), (6, 58)],
+        Family::Four => &[(7, 1), (6, 0x1f), (9, 132), (9, 47), (9, 1)],
+        Family::Six => &[(6, 44), (6, 0), (6, 60), (6, 132), (6, 47), (6, 58)],
     };
     for &(offset, value) in odd {
         case = case.stops(Wire::Outside, about(&|quote| quote[offset] = value), Reason::Icmp);
@@ -369,7 +372,7 @@ fn quotes_that_say_too_little(family: Family) -> Case {
     let reply = Frame { options, ..family.translated_reply() };
     let quoted = reply.udp(b"about this");
     let mut original = Frame { from: (cast::server(0), PORT), ..reply }.udp(b"about this");
-    let checksum = checksum_offset(family, UDP) + options.len();
+    let checksum = checksum_place(family, UDP).start + options.len();
     original[checksum..checksum + 2].copy_from_slice(&quoted[checksum..checksum + 2]);
     let received = error_to_service(family, ROUTER).error(Says::TtlExpired, &quoted[ETHERNET..]);
     let out = forwarded(Method::Masq, 0, 0, error_to_service(family, ROUTER), |frame| {
@@ -468,7 +471,7 @@ fn about_a_tunnel(family: Family, protocol: Transport) -> Case {
             // Of the packet in it: another version, a later fragment, another protocol, client, service, ports.
             (within, 0x65),
             (within + 7, 1),
-            (within + 9, 132),
+            (within + 9, 47),
             (within + 15, 99),
             (within + 19, 99),
             (within + 21, 0),
@@ -486,7 +489,7 @@ fn about_a_tunnel(family: Family, protocol: Transport) -> Case {
             // Of the packet in it: another version, a fragment, another protocol, client, service, ports.
             (within, 0x45),
             (within + 6, 44),
-            (within + 6, 132),
+            (within + 6, 47),
             (within + 8, 99),
             (within + 23, 99),
             (within + 24, 99),

@@ -81,8 +81,8 @@ fn other_packets(family: Family) -> Case {
             .stops(Wire::Outside, Frame { ttl: 1, ..frame }.udp(b""), Reason::NotService)
             .stops(Wire::Outside, Frame { options, ..frame }.udp(b""), Reason::NotService);
     }
-    // SCTP, GRE, IP in IP, ESP, what the other family alone has, and a protocol that nobody has.
-    let others = if family == Family::Four { [132, 47, 4, 50, 0, 58, 255] } else { [132, 47, 41, 50, 59, 1, 255] };
+    // GRE, IP in IP, ESP, what the other family alone has, and a protocol that nobody has.
+    let others = if family == Family::Four { [47, 4, 50, 0, 58, 255] } else { [47, 41, 50, 59, 1, 255] };
     for protocol in others {
         case = case.stops(Wire::Outside, family.request().packet(protocol, &[0; 20]), Reason::OtherProtocol);
         case = case.stops(Wire::Outside, family.request().packet(protocol, &[]), Reason::OtherProtocol);

@@ -9,6 +9,7 @@ use lb_common::{
     abi::switch,
     proto::{Method, Scheduler, service_flag},
     reason::Reason,
+    sctp::{State, chunk},
 };
 use lb_userspace::control::model::{
     self, ANY_PORT, Identity, MarkKey, Match, Netmask, Persistence, Prefix, Rule, ServiceSpec, Transport,
@@ -22,6 +23,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         cases.extend([stays(family, method), other_port(family, method), all_ports(family, method)]);
         cases.extend([ftp(family, method), no_room(family, method), room_for_one(family, method)]);
         cases.push(of_a_mark(family, method));
+        cases.extend([associations(family, method), associations_at_all_ports(family, method)]);
     }
     cases.extend([
         one_client_of_a_network(family),
@@ -269,9 +271,77 @@ fn of_a_mark(family: Family, method: Method) -> Case {
     case = case.shows([shown.as_str()]);
     let opens = DestCounts { connections: 1, inactive: 1, ..NOTHING };
     case = case.reaches((0, 53, method), request(family, cast::CLIENT, 1, 53), |frame| frame.udp(b"x"), opens);
+    case = case.reaches((0, 99, method), request(family, cast::CLIENT, 3, 99), sctp(chunk::INIT), INIT_OPENS);
     let elsewhere = Frame { to: (Ipv4Addr::new(10, 9, 9, 10), 80), ..request(family, cast::CLIENT, 2, 80) };
     case = case.reaches((0, 80, method), elsewhere, tcp("S"), OPENS);
     case.reaches((1, 443, method), request(family, OTHER, 0, 443), tcp("S"), BINDS)
+}
+
+const fn sctp(kind: u8) -> impl Fn(Frame) -> Vec<u8> {
+    move |frame: Frame| frame.sctp(&[(kind, b"")])
+}
+
+/// A new SCTP connection.
+const INIT_OPENS: DestCounts = DestCounts { connections: 1, inactive: 1, ..NOTHING };
+/// A new SCTP connection, and a new template.
+const INIT_BINDS: DestCounts = DestCounts { templates: 1, ..INIT_OPENS };
+
+/// Templates of SCTP are its own, and assured once an association is established.
+fn associations(family: Family, method: Method) -> Case {
+    let at = |index| (index, PORT, method);
+    let mut case = Case::new(family, format!("persistent, {method}: associations"));
+    for protocol in [TCP, SCTP] {
+        case = case.persistent(protocol, PORT, 4, &[(1, PORT, method), (0, PORT, method)]);
+    }
+    let first = request(family, cast::CLIENT, 0, PORT);
+    case = case.reaches(at(0), request(family, OTHER, 0, PORT), tcp("S"), BINDS);
+    case = case.reaches(at(0), first, sctp(chunk::INIT), INIT_BINDS);
+    case = case.reaches(at(1), request(family, OTHER, 1, PORT), sctp(chunk::INIT), INIT_BINDS);
+    case = case.reaches(at(1), first, tcp("S"), BINDS);
+    for number in 1..3 {
+        case = case.reaches(at(0), request(family, cast::CLIENT, number, PORT), sctp(chunk::INIT), INIT_OPENS);
+    }
+    let (of_first, of_other) = ("10.1.0.1:0 10.9.9.9:80 10.2.0.11:80", "10.1.0.2:0 10.9.9.9:80 10.2.0.12:80");
+    case = case.shows_one(&format!("sctp NONE {of_first}"));
+    let becomes_active = DestCounts { active: 1, inactive: -1, ..NOTHING };
+    if method == Method::Masq {
+        let (reply, out) = (family.reply(), family.translated_reply());
+        case = replies(case, sctp(chunk::INIT_ACK)(reply), sctp(chunk::INIT_ACK)(out));
+        case = case.reaches(at(0), first, sctp(chunk::COOKIE_ECHO), NOTHING);
+        let answer = sctp(chunk::COOKIE_ACK)(reply);
+        let counts = DestCounts { active: 1, inactive: -1, ..DestCounts::output(&answer) };
+        let counts = Counts::none().at(0, counts);
+        case = case.arrives(Wire::Inside, answer, OUTSIDE, sctp(chunk::COOKIE_ACK)(out), counts);
+    } else {
+        case = case.reaches(at(0), first, sctp(chunk::COOKIE_ECHO), becomes_active);
+    }
+    case = case.shows_one(&format!("sctp ASSURED {of_first}")).shows_one(&format!("sctp NONE {of_other}"));
+    // When all of a client's associations are over, and then its template, the next one goes to the other server.
+    let closes = DestCounts { active: -1, inactive: 1, ..NOTHING };
+    case = case.reaches(at(0), first, sctp(chunk::ABORT), closes);
+    case = case.pass(State::Closed.timeout_s() + 2).age().pass(TIMEOUT_S).age();
+    case = case.reaches(at(0), request(family, OTHER, 3, PORT), sctp(chunk::INIT), INIT_BINDS);
+    case.reaches(at(1), request(family, cast::CLIENT, 3, PORT), sctp(chunk::INIT), INIT_BINDS)
+}
+
+/// All ports of the address; FTP's are none of SCTP's.
+fn associations_at_all_ports(family: Family, method: Method) -> Case {
+    let mut case = Case::new(family, format!("persistent, {method}: associations at all ports"));
+    case = case.persistent(SCTP, 0, 4, &[(1, 0, method), (0, 0, method)]);
+    for (number, port) in [21, 80, 9899, 65_535].into_iter().enumerate() {
+        let counts = if number == 0 { INIT_BINDS } else { INIT_OPENS };
+        let request = request(family, cast::CLIENT, 0, port);
+        case = case.reaches((0, port, method), request, sctp(chunk::INIT), counts);
+        case = case.reaches((0, port, method), request, sctp(chunk::INIT), NOTHING);
+        if method == Method::Masq {
+            let reply = sctp(chunk::INIT_ACK)(family.frame(from_server(0), (cast::server(0), port), request.from));
+            let out = Frame { ttl: 63, ..family.frame(TO_CLIENT, (cast::VIP, port), request.from) };
+            case = replies(case, reply, sctp(chunk::INIT_ACK)(out));
+        }
+    }
+    case = case.shows(["sctp NONE 10.1.0.1:0 10.9.9.9:0 10.2.0.11:0"]);
+    case = case.stops(Wire::Outside, request(family, OTHER, 0, 443).tcp("S", b""), Reason::NotService);
+    case.stops(Wire::Outside, request(family, OTHER, 9, 443).sctp(&[(chunk::DATA, b"")]), Reason::NoConnection)
 }
 
 /// Packets that are scheduled one by one go the way of the template, too, and leave no connection.

@@ -15,6 +15,7 @@ use lb_ebpf::{
     mark::{self, Marked},
     parse::{Ip4Packet, Ip6Packet},
     pipeline::{self, Family, Stages},
+    protocols::{All, Protocols, Sctp},
     schedule::{self, Parties},
     tables::Tables as _,
 };
@@ -39,70 +40,74 @@ programs! {
     /// [`Stage::Six`].
     six: Ip6Packet, process();
     /// [`Stage::Request`].
-    request: Ip4Packet, process_stage(Request);
+    request: Ip4Packet<All>, process_stage(Request);
     /// [`Stage::Reply`].
-    reply: Ip4Packet, process_stage(Reply);
+    reply: Ip4Packet<All>, process_stage(Reply);
     /// [`Stage::Observe`].
-    observe: Ip4Packet, process_stage(Observe);
+    observe: Ip4Packet<All>, process_stage(Observe);
     /// [`Stage::Icmp`].
-    icmp: Ip4Packet, process_stage(Icmp);
+    icmp: Ip4Packet<All>, process_stage(Icmp);
     /// [`Stage::Unusual`].
     unusual: Ip4Packet, process_stage(Unusual);
     /// [`Stage::Open`].
-    open: Ip4Packet, process_stage(Open);
+    open: Ip4Packet<All>, process_stage(Open);
     /// [`Stage::Overflow`].
-    overflow: Ip4Packet, process_stage(Overflow);
+    overflow: Ip4Packet<All>, process_stage(Overflow);
     /// [`Stage::Mark`].
-    mark: Ip4Packet, process_stage(Mark);
+    mark: Ip4Packet<All>, process_stage(Mark);
     /// [`Stage::Persist`].
-    persist: Ip4Packet, process_stage(Persist);
+    persist: Ip4Packet<All>, process_stage(Persist);
     /// [`Stage::PersistOverflow`].
-    persist_overflow: Ip4Packet, process_stage(PersistOverflow);
+    persist_overflow: Ip4Packet<All>, process_stage(PersistOverflow);
     /// [`Stage::PersistAlike`].
-    persist_alike: Ip4Packet, process_stage(PersistAlike);
+    persist_alike: Ip4Packet<All>, process_stage(PersistAlike);
     /// [`Stage::Astray`].
-    astray: Ip4Packet, process_stage(Astray);
+    astray: Ip4Packet<All>, process_stage(Astray);
     /// [`Stage::Related`].
-    related: Ip4Packet, process_stage(Related);
+    related: Ip4Packet<All>, process_stage(Related);
     /// [`Stage::RelatedOpen`].
-    related_open: Ip4Packet, process_stage(RelatedOpen);
+    related_open: Ip4Packet<All>, process_stage(RelatedOpen);
     /// [`Stage::Opened`].
-    opened: Ip4Packet, process_stage(Opened);
+    opened: Ip4Packet<All>, process_stage(Opened);
+    /// [`Stage::Sctp`].
+    sctp: Ip4Packet<Sctp>, process_stage(Sctp);
     /// [`Stage::Request`] of IPv6.
-    request6: Ip6Packet, process_stage(Request);
+    request6: Ip6Packet<All>, process_stage(Request);
     /// [`Stage::Reply`] of IPv6.
-    reply6: Ip6Packet, process_stage(Reply);
+    reply6: Ip6Packet<All>, process_stage(Reply);
     /// [`Stage::Observe`] of IPv6.
-    observe6: Ip6Packet, process_stage(Observe);
+    observe6: Ip6Packet<All>, process_stage(Observe);
     /// [`Stage::Icmp`] of IPv6.
-    icmp6: Ip6Packet, process_stage(Icmp);
+    icmp6: Ip6Packet<All>, process_stage(Icmp);
     /// [`Stage::Unusual`] of IPv6.
     unusual6: Ip6Packet, process_stage(Unusual);
     /// [`Stage::Open`] of IPv6.
-    open6: Ip6Packet, process_stage(Open);
+    open6: Ip6Packet<All>, process_stage(Open);
     /// [`Stage::Overflow`] of IPv6.
-    overflow6: Ip6Packet, process_stage(Overflow);
+    overflow6: Ip6Packet<All>, process_stage(Overflow);
     /// [`Stage::Mark`] of IPv6.
-    mark6: Ip6Packet, process_stage(Mark);
+    mark6: Ip6Packet<All>, process_stage(Mark);
     /// [`Stage::Persist`] of IPv6.
-    persist6: Ip6Packet, process_stage(Persist);
+    persist6: Ip6Packet<All>, process_stage(Persist);
     /// [`Stage::PersistOverflow`] of IPv6.
-    persist_overflow6: Ip6Packet, process_stage(PersistOverflow);
+    persist_overflow6: Ip6Packet<All>, process_stage(PersistOverflow);
     /// [`Stage::PersistAlike`] of IPv6.
-    persist_alike6: Ip6Packet, process_stage(PersistAlike);
+    persist_alike6: Ip6Packet<All>, process_stage(PersistAlike);
     /// [`Stage::Astray`] of IPv6.
-    astray6: Ip6Packet, process_stage(Astray);
+    astray6: Ip6Packet<All>, process_stage(Astray);
     /// [`Stage::Related`] of IPv6.
-    related6: Ip6Packet, process_stage(Related);
+    related6: Ip6Packet<All>, process_stage(Related);
     /// [`Stage::RelatedOpen`] of IPv6.
-    related_open6: Ip6Packet, process_stage(RelatedOpen);
+    related_open6: Ip6Packet<All>, process_stage(RelatedOpen);
     /// [`Stage::Opened`] of IPv6.
-    opened6: Ip6Packet, process_stage(Opened);
+    opened6: Ip6Packet<All>, process_stage(Opened);
+    /// [`Stage::Sctp`] of IPv6.
+    sctp6: Ip6Packet<Sctp>, process_stage(Sctp);
 }
 
 macro_rules! stages {
-    ($family:ty, $addr:ty, $answer:ident, $marked:ident, $($stage:ident)+) => {
-        impl Stages<$family, XdpPacket, Maps> for Kernel {
+    ($packet:ident, $addr:ty, $answer:ident, $marked:ident, $($stage:ident)+) => {
+        impl<S: Protocols> Stages<$packet<S>, XdpPacket, Maps> for Kernel {
             #[inline(always)]
             fn enter(&self, _: &mut XdpPacket, tables: &Maps, stage: Stage) -> Exit {
                 let ctx = XdpContext::new(self.ctx);
@@ -145,7 +150,7 @@ macro_rules! stages {
         #[unsafe(no_mangle)]
         extern "C" fn $marked(ctx: *mut xdp_md) -> u64 {
             let packet = XdpPacket::new(ctx);
-            mark::service::<$family, _, _, _>(&packet, &Maps, &maps::kernel(ctx)).bits()
+            mark::service::<$packet<All>, _, _, _>(&packet, &Maps, &maps::kernel(ctx)).bits()
         }
 
         /// [`icmp::answer`], for every program of the family.
@@ -153,13 +158,13 @@ macro_rules! stages {
         /// Verifier: a global function, which it looks at once, however often it is called.
         #[unsafe(no_mangle)]
         extern "C" fn $answer(ctx: *mut xdp_md, complaint: u64) -> u64 {
-            answer::<$family>(ctx, complaint)
+            answer::<$packet>(ctx, complaint)
         }
     };
 }
 
-stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen Opened);
-stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen Opened);
+stages!(Ip4Packet, Ip4, answer4, marked4, Request Reply Observe Icmp Unusual Open Overflow Six Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen Opened Sctp);
+stages!(Ip6Packet, Ip6, answer6, marked6, Request Reply Observe Icmp Unusual Open Overflow Mark Persist PersistOverflow PersistAlike Astray Related RelatedOpen Opened Sctp);
 
 /// [`schedule::pick`], for every program: see [`picked`].
 ///

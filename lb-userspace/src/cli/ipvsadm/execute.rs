@@ -68,7 +68,6 @@ fn lacking(request: &Request) -> Option<String> {
     let dest = matches!(request.command, Command::AddDest | Command::EditDest);
     let what = match request.command {
         Command::StartDaemon => "connection synchronisation (--start-daemon) is",
-        Command::Add if matches!(request.service, Some(Identity::Address(parse::Transport::Sctp, _))) => "SCTP is",
         _ if service && kinds.has(Kind::Engine) => "persistence engines (--pe) are",
         _ if dest && request.tunnel != Tunnel::Ipip => "tunnels other than ipip (--tun-type) are",
         _ => return None,
@@ -88,7 +87,7 @@ fn key(request: &Request) -> Option<model::Identity> {
     let protocol = match transport {
         parse::Transport::Tcp => Transport::Tcp,
         parse::Transport::Udp => Transport::Udp,
-        parse::Transport::Sctp => return None,
+        parse::Transport::Sctp => Transport::Sctp,
     };
     Some(ServiceKey { protocol, address }.into())
 }

@@ -516,6 +516,8 @@ mod tests {
             ("-A -t 1.2.3.4", 2, "Zero port specified for non-persistent service"),
             ("-A -t 1.2.3.4:80 -t 1.2.3.4:80", 2, "multiple 'service-address' options specified"),
             ("-A -t 1.2.3.4:80 -o", 2, "One-Packet Scheduling is only for UDP virtual services"),
+            ("-A --sctp-service 1.2.3.4:80 -o", 2, "One-Packet Scheduling is only for UDP virtual services"),
+            ("-A --sctp-service 1.2.3.4", 2, "Zero port specified for non-persistent service"),
             ("-A -t 1.2.3.4:80 -p 0", 2, "invalid timeout value `0' specified"),
             ("-A -t 1.2.3.4:80 -p -5", 255, "-5: unknown option"),
             ("-A -t 1.2.3.4:80 -b sh-port", 2, "incompatible scheduler flag `sh-port'"),

@@ -158,6 +158,7 @@ const fn upper(protocol: Transport) -> &'static str {
     match protocol {
         Transport::Tcp => "TCP",
         Transport::Udp => "UDP",
+        Transport::Sctp => "SCTP",
     }
 }
 
@@ -185,6 +186,7 @@ pub(super) fn saved(rows: &[ServiceRow]) -> String {
         let (option, family) = match row.identity {
             Identity::Address(ServiceKey { protocol: Transport::Tcp, .. }) => ("-t", ""),
             Identity::Address(ServiceKey { protocol: Transport::Udp, .. }) => ("-u", ""),
+            Identity::Address(ServiceKey { protocol: Transport::Sctp, .. }) => ("--sctp-service", ""),
             Identity::Mark(MarkKey { family: Family::Ipv4, .. }) => ("-f", ""),
             Identity::Mark(MarkKey { family: Family::Ipv6, .. }) => ("-f", " -6"),
         };

@@ -313,7 +313,7 @@ pub(super) const MUTATIONS: &[Mutation] = &[
     Mutation {
         what: "a flush leaves a template that controls connections",
         file: AGEING,
-        from: "_ => self.ends(word, entry.dest().load()) && template::doom(self.tables, entry, word, number),",
-        to: "_ => self.ends(word, entry.dest().load()) && template::end(self.tables, entry, word) && number != 0,",
+        from: "template::doom(tables, entry, word, number)))",
+        to: "template::end(tables, entry, word) && number != 0))",
     },
 ];

@@ -210,8 +210,10 @@ where
             Inserted::Contended => Reason::FlowContended.into(),
         });
     }
-    let no_output = if dest.method() == Method::Masq as u8 { 0 } else { flag::NO_OUTPUT };
     let controlled = if persistent { flag::CONTROLLED } else { 0 };
+    // As when a packet of the client opens it: an answer by UDP assures the template.
+    let waits = dest.method() != Method::Masq as u8 || persistent && ends.segment.is(Protocol::Udp) != 0;
+    let no_output = if waits { flag::NO_OUTPUT } else { 0 };
     let flags = service.service_port(dest) | no_output | controlled | flag::INACTIVE;
     let until = now.clock.now.after(LIFE_S * now.clock.hz);
     let birth = Word(tables.hide(Word::born(ends.segment.protocol(), 0, dest.method(), flags, until).0));

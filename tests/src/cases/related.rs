@@ -24,6 +24,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         ]);
     }
     cases.extend([opens_nothing(family), goes_with_its_connection(family), in_a_tunnel_without_room(family)]);
+    cases.push(assured_by_an_answer(family));
     cases
 }
 
@@ -130,6 +131,22 @@ fn opens_by_template(family: Family, method: Method) -> Case {
     case = sends(case, method, (1, 0), |frame| frame.tcp("S", b""), DestCounts::opening_active);
     case = reaches(case, (TCP, method), (2, 0), |counts| Counts::none().at(0, counts.opening_inactive()));
     case.shows(["tcp NONE 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80"])
+}
+
+/// An answer to a client's datagram assures the template, whatever has opened the connection.
+fn assured_by_an_answer(family: Family) -> Case {
+    let method = Method::Masq;
+    let mut case = Case::new(family, "schedule_icmp, persistent datagrams").change(move |change| {
+        change.add_service(family.key(UDP), persistent(family, 100, 4)).expect("new");
+        change.add_dest(family.key(UDP), family.at(0, PORT), dest(method, 1)).expect("new");
+    });
+    case = case.setting("schedule_icmp", 1);
+    case = reaches(case, (UDP, method), (0, 0), |counts| {
+        Counts::none().at(0, DestCounts { templates: 1, ..counts.opening_inactive() })
+    });
+    case = case.shows(["udp NONE 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80"]);
+    case = replies(case, family.reply().udp(b"x"), family.translated_reply().udp(b"x"));
+    case.shows(["udp ASSURED 10.1.0.1:0 10.9.9.9:80 10.2.0.11:80"])
 }
 
 /// Errors that open none, whatever the setting.

@@ -117,14 +117,7 @@ fn flush(place: &Place, selection: Selection) -> Result<u64, Refusal> {
 
 fn reader<'a>(maps: &'a Maps, control: &Control) -> Reader<'a> {
     let now = control.clock().expect("the control program runs");
-    Reader {
-        flows4: &maps.flows4,
-        flows6: &maps.flows6,
-        services: &maps.services,
-        dests: &maps.dests,
-        now,
-        hz: maps.instance().hz,
-    }
+    Reader::new(&maps.shared(), (&maps.flows4, &maps.flows6), now)
 }
 
 fn connections(place: &Place) -> Vec<Connection> {

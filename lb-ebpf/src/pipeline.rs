@@ -897,6 +897,24 @@ where
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let connection = make_room::<I, P, T, E>(packet, tables, env, now)?;
+    send_without_entry::<I, P, T, E>(packet, tables, env, connection, now)
+}
+
+/// Sends a packet of a client on its connection, which may be stored nowhere.
+#[inline(always)]
+fn send_without_entry<I, P, T, E>(
+    packet: &mut P,
+    tables: &T,
+    env: &E,
+    connection: Connection,
+    now: &Now<'_>,
+) -> Result<Exit, Halt>
+where
+    I: Family,
+    P: Packet + HandOver,
+    T: TablesOf<I::Addr>,
+    E: Env,
+{
     let connection = Connection(tables.hide(connection.0));
     let (ip, segment) = &parse::whole::<I>(packet)?;
     let segment = *segment;
@@ -985,14 +1003,7 @@ where
 {
     let now = &Now::of(tables.config().ok_or(Reason::Impossible)?, env);
     let connection = stateless_persistent::<I, P, T, E>(packet, tables, env, now)?;
-    let connection = Connection(tables.hide(connection.0));
-    let (ip, segment) = &parse::whole::<I>(packet)?;
-    let segment = *segment;
-    let exit = to_server(packet, tables, env, ip, Some(segment), connection, now)?;
-    if connection.is_stateless() {
-        tables.count_event(Event::Stateless);
-    }
-    Ok(exit)
+    send_without_entry::<I, P, T, E>(packet, tables, env, connection, now)
 }
 
 /// Makes a template for a packet for which something has made room. Its connections go where they would go without it: should it

@@ -7,7 +7,7 @@ use lb_common::{
     proto::{Method, Scheduler},
 };
 use lb_userspace::control::{
-    connections::{Connection, Reader},
+    connections::Connection,
     model::{Family, Netmask, Persistence, ServiceSpec, Transport},
     state::{State, dest_address},
 };
@@ -60,19 +60,10 @@ fn remarks() -> Vec<(&'static str, Listed)> {
 
 fn list(executor: &impl Executor) -> Listed {
     let shared = executor.shared();
-    let (now, hz) = (executor.now(), shared.instance.hz.load());
-    let reader = Reader {
-        flows4: executor.flows(),
-        flows6: executor.flows6(),
-        dests: shared.dests,
-        services: shared.services,
-        now,
-        hz,
-    };
     let connection = |Connection { client, service, destination, state, expires, .. }| {
         (format!("{state} {client} {service} {destination}"), expires as i64 / 1000)
     };
-    let mut connections: Vec<_> = reader.connections().map(connection).collect();
+    let mut connections: Vec<_> = executor.reader().connections().map(connection).collect();
     connections.sort();
     let mut dests: Vec<String> = State::load(&shared)
         .dests

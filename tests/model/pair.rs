@@ -369,14 +369,8 @@ impl Pair {
     fn compare_templates(&self) -> Result<(), TestCaseError> {
         let tables = &self.world.tables;
         let shared = self.world.shared();
-        let reader = Reader {
-            flows4: &tables.flows4,
-            flows6: &tables.flows6,
-            services: shared.services,
-            dests: shared.dests,
-            now: Now::of(shared.config, &self.world.env).clock.now,
-            hz: world::HZ,
-        };
+        let now = Now::of(shared.config, &self.world.env).clock.now;
+        let reader = Reader::new(&shared, (&tables.flows4, &tables.flows6), now);
         let templates = reader.connections().filter(|connection| connection.client.port() == 0);
         let mut found: Vec<_> = templates
             .map(|product| {

@@ -17,7 +17,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     change::Change,
-    connections::{Connection, Reader},
+    connections::Connection,
     model::{Rule, ServiceKey, Transport},
     settings as settings_of_ip_vs,
 };
@@ -413,17 +413,8 @@ pub fn rehearse<E: Executor>(case: &Case, executor: &mut E, visit: &mut impl FnM
 
 /// Compares the templates that there are with lines.
 fn list(expected: &[String], listed: Listed, executor: &impl Executor) -> Result<(), String> {
-    let shared = executor.shared();
-    let (now, hz) = (executor.now(), shared.instance.hz.load());
-    let reader = Reader {
-        flows4: executor.flows(),
-        flows6: executor.flows6(),
-        dests: shared.dests,
-        services: shared.services,
-        now,
-        hz,
-    };
-    let templates = reader.connections().filter(|connection| connection.client.port() == 0);
+    let connections = executor.reader().connections();
+    let templates = connections.filter(|connection| connection.client.port() == 0);
     let mut found: Vec<String> = templates
         .map(|Connection { protocol, client, service, destination, state, .. }| {
             let protocol = protocol.map_or_else(|| "ip".to_owned(), |protocol| protocol.to_string());

@@ -14,6 +14,7 @@ use lb_common::{
 };
 use lb_userspace::control::{
     change::Change,
+    connections::Reader,
     marks, settings,
     shared::Shared,
     state::{State, dest_address},
@@ -175,6 +176,11 @@ pub trait Executor {
 
     /// Its IPv6 flow table.
     fn flows6(&self) -> &[Bucket6];
+
+    /// What reads the connections in them.
+    fn reader(&self) -> Reader<'_> {
+        Reader::new(&self.shared(), (self.flows(), self.flows6()), self.now())
+    }
 
     /// Compares its flow tables with its counters.
     ///

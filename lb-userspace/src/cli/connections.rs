@@ -72,14 +72,7 @@ fn flush(place: &Place, selection: &Selection) -> Result<(), Failure> {
 /// What the flow tables of a running instance are read with.
 pub(crate) fn reader<'a>(place: &Place, maps: &'a Maps) -> Result<Reader<'a>, Failure> {
     let now = Control::open(place)?.clock()?;
-    Ok(Reader {
-        flows4: &maps.flows4,
-        flows6: &maps.flows6,
-        services: &maps.services,
-        dests: &maps.dests,
-        now,
-        hz: maps.instance().hz,
-    })
+    Ok(Reader::new(&maps.shared(), (&maps.flows4, &maps.flows6), now))
 }
 
 #[derive(Serialize)]

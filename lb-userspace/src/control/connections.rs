@@ -14,6 +14,7 @@ use lb_common::{
 use crate::control::{
     bulk::Selection,
     model::{Family, Identity, Prefix, Transport},
+    shared::Shared,
     state::{dest_family, ip, service_mark},
 };
 
@@ -88,6 +89,12 @@ pub struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
+    /// What the flow tables of an instance with this configuration are read with.
+    pub fn new(shared: &Shared<'a>, flows: (&'a [Bucket4], &'a [Bucket6]), now: Jiffies) -> Self {
+        let Shared { services, dests, instance, .. } = *shared;
+        Self { flows4: flows.0, flows6: flows.1, services, dests, now, hz: instance.hz.load() }
+    }
+
     /// Every connection, in the order of the tables, IPv4 first. A connection that begins, ends or changes meanwhile is there or not,
     /// but never in parts.
     pub fn connections(self) -> impl Iterator<Item = Connection> + 'a {

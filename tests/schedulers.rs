@@ -1,4 +1,5 @@
-//! Who gets the next connection, where the records of ip_vs do not say it: thresholds, and schedulers that draw lots.
+//! Who gets the next connection, where the records of ip_vs do not say it: thresholds, and schedulers that draw lots. And how
+//! much there is to do for that.
 
 use std::collections::BTreeMap;
 
@@ -318,4 +319,39 @@ fn lots_fall_as_often_as_weights_say_on_the_host() {
 #[test]
 fn lots_fall_as_often_as_weights_say_in_the_kernel() {
     Kernel::with("lots", TABLE, |kernel| lots(kernel)).expect("a director in the kernel");
+}
+
+/// The most steps of scans that a new connection takes among so many destinations, while each gets three, or as many as it may.
+fn most_steps(scheduler: Scheduler, dests: u16) -> u32 {
+    let mut host = Host::new(4 * TABLE);
+    host.change(&|change| {
+        change.add_service(key(), scheduled(scheduler)).expect("new");
+        (0..dests).for_each(|index| {
+            change.add_dest(key(), at(0, 1000 + index), dest(Method::Masq, 1)).expect("new");
+        });
+    });
+    let steps = |client| {
+        let before = host.scanned();
+        let opened = send(&mut host, client, "S").is_some();
+        assert!(opened || client >= dests, "{scheduler}, connection {client}");
+        host.scanned() - before
+    };
+    (0..3 * dests).map(steps).max().expect("a connection")
+}
+
+/// A step looks at the eight destinations of a line; twos goes along them once to add up weights and once more to draw.
+#[test]
+fn a_new_connection_takes_no_more_steps_than_its_scheduler_needs() {
+    const DESTS: u16 = 240;
+    for &scheduler in Scheduler::ALL {
+        let scans = match scheduler {
+            Scheduler::Rr | Scheduler::Wrr | Scheduler::Random | Scheduler::Wrandom => 0,
+            Scheduler::Sh | Scheduler::Dh | Scheduler::Mh | Scheduler::Wdh => 0,
+            Scheduler::Twos => 2,
+            _ => 1,
+        };
+        let (few, many) = (most_steps(scheduler, 8), most_steps(scheduler, DESTS));
+        let more = scans * u32::from(DESTS / 8 - 1);
+        assert!(many <= few + more, "{scheduler}: {few} steps among 8 destinations, {many} among {DESTS}");
+    }
 }

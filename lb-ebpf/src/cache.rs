@@ -17,7 +17,7 @@ use lb_common::{
 use crate::{
     env::{Clock, Env, Scan},
     pipeline::Now,
-    schedule::{Choice, LeastLoaded},
+    schedule::{Choice, LeastLoaded, least_loaded},
     tables::Tables,
 };
 
@@ -35,23 +35,31 @@ fn expiration(config: &Config, view: &View, clock: Clock) -> u32 {
 
 /// What was found for an address.
 ///
-/// Verifier: one word. The destination to be used, plus one, in the low half. In the high half what to remember: the entry,
-/// plus one, in bits 32-62, and bit 63 if it is this address's already.
+/// Verifier: one word. The destination that the address has, plus one, in the low half. In the high half what to remember: the
+/// entry, plus one, in bits 32-61, and bit 63 if it is this address's already. Bit 62 if the destination is [`Found::OVERLOADED`].
 #[derive(Clone, Copy)]
-pub(crate) struct Found(u64);
+struct Found(u64);
 
 impl Found {
     const KNOWN: u64 = 1 << 63;
+    /// The destination has more active connections than its weight: it is used only if no other is idle.
+    const OVERLOADED: u64 = 1 << 62;
 
-    /// The destination to be used.
+    /// The destination that the address has.
     #[inline(always)]
-    pub(crate) fn choice(self) -> Choice {
+    fn choice(self) -> Choice {
         Choice(self.0 & 0xffff_ffff)
+    }
+
+    /// Whether the destination is used whatever the load of others.
+    #[inline(always)]
+    fn is_certain(self) -> bool {
+        self.choice().dest().is_some() && self.0 & Self::OVERLOADED == 0
     }
 
     #[inline(always)]
     fn entry(self) -> Option<u32> {
-        ((self.0 >> 32) as u32 & 0x7fff_ffff).checked_sub(1)
+        ((self.0 >> 32) as u32 & 0x3fff_ffff).checked_sub(1)
     }
 }
 
@@ -105,11 +113,28 @@ fn now<'t>(tables: &'t impl Tables, env: &impl Env) -> Option<Now<'t>> {
     Some(Now::of(tables.config()?, env))
 }
 
-/// The destination that `address` has, if it is to be used again.
+/// The destination that `address` has, if it is to be used again; else the least loaded one, which it has from now on.
+#[inline(always)]
+pub(crate) fn pick(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Choice {
+    let found = look_up(tables, env, view, address);
+    if found.is_certain() {
+        return found.choice();
+    }
+    let least = least_loaded(tables, env, view);
+    if found.choice().dest().is_some() && !least.saw_idle() {
+        return found.choice();
+    }
+    if least.dest().is_some() {
+        remember(tables, env, view, address, (found, least));
+    }
+    least
+}
+
+/// What is known of `address`.
 ///
 /// Verifier: the steps are functions of their own, so that only the stack of one counts.
 #[inline(always)]
-pub(crate) fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Found {
+fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address: u64) -> Found {
     let found = search(tables, env, view, address);
     if found.0 & Found::KNOWN == 0 {
         return found;
@@ -118,10 +143,8 @@ pub(crate) fn look_up(tables: &impl Tables, env: &impl Env, view: &View, address
     if view.scheduler.load() == Scheduler::Lblcr as u32 {
         shrink_if_due(tables, env, view, found);
     }
-    match best.dest() {
-        Some(number) if is_overloaded(tables, env, view, number) == 0 => Found(found.0 | best.0),
-        _ => found,
-    }
+    let overloaded = best.dest().is_some_and(|number| is_overloaded(tables, number));
+    Found(found.0 | best.0 | if overloaded { Found::OVERLOADED } else { 0 })
 }
 
 /// The entry of `address`, or the one to be used for it.
@@ -187,9 +210,9 @@ fn shrink_if_due(tables: &impl Tables, env: &impl Env, view: &View, found: Found
     }
 }
 
-/// Remembers that `address` has the destination that was chosen after [`look_up`] had given none.
+/// Remembers that `address` has a destination.
 #[inline(never)]
-pub(crate) fn remember(
+fn remember(
     tables: &impl Tables,
     env: &impl Env,
     view: &View,
@@ -244,46 +267,11 @@ fn end(entry: &CacheEntry, version: u32) {
     entry.version.store(version.wrapping_add(2));
 }
 
-/// 1 when a destination has more active connections than its weight, while one of its service has less than half as many as
-/// that one's weight; else 0.
-#[inline(never)]
-fn is_overloaded(tables: &impl Tables, env: &impl Env, view: &View, number: u32) -> u32 {
-    if active(tables, number) <= weight(tables, number) {
-        return 0;
-    }
-    let mut scan = Idle { tables, start: view.list.load(), found: 0 };
-    env.scan(view.list_len.load(), &mut scan);
-    scan.found
-}
-
+/// Whether a destination has more active connections than its weight.
 #[inline(always)]
-fn active(tables: &impl Tables, number: u32) -> u64 {
-    tables.dest_load(number).map_or(0, |load| active_and_total(load.connections.load()).0).into()
-}
-
-#[inline(always)]
-fn weight(tables: &impl Tables, number: u32) -> u64 {
-    tables.dest(number).map_or(0, |dest| dest.weight.load()).into()
-}
-
-/// Looks for a destination whose active connections are less than half its weight.
-struct Idle<'t, T> {
-    tables: &'t T,
-    start: u32,
-    found: u32,
-}
-
-impl<T: Tables> Scan for Idle<'_, T> {
-    #[inline(always)]
-    fn hide(&mut self, _: impl Fn(u64) -> u64) {}
-
-    #[inline(always)]
-    fn visit(&mut self, index: u32) -> bool {
-        let Some(slot) = self.tables.slot(self.start + index) else { return false };
-        let weight = u64::from(slot.threshold() & !Slot::LIMITED);
-        self.found = (2 * active(self.tables, slot.dest()) < weight).into();
-        self.found == 0
-    }
+fn is_overloaded(tables: &impl Tables, number: u32) -> bool {
+    let active = tables.dest_load(number).map_or(0, |load| active_and_total(load.connections.load()).0);
+    active > tables.dest(number).map_or(0, |dest| dest.weight.load())
 }
 
 /// Takes the most loaded destination out of a set.
@@ -353,8 +341,12 @@ mod tests {
         (tables, HostEnv::new(HZ))
     }
 
+    /// The destination of `address` that stays so.
     fn found(tables: &HostTables, env: &HostEnv, address: u64) -> Option<u32> {
-        look_up(tables, env, &tables.views[0], address).choice().dest()
+        let view = &tables.views[0];
+        let found = look_up(tables, env, view, address);
+        let stays = found.is_certain() || !least_loaded(tables, env, view).saw_idle();
+        if stays { found.choice().dest() } else { None }
     }
 
     /// Looks `address` up, and then remembers destination number `dest`.

@@ -385,8 +385,8 @@ pub struct HostEnv {
     pub routes: RefCell<HashMap<IpAddr, HostRoute>>,
     /// What it says of packets to the first address from the second, before all else.
     pub routes_from: RefCell<HashMap<(IpAddr, IpAddr), HostRoute>>,
-    /// How often the routing table was asked.
-    pub asked: Cell<u32>,
+    /// How many steps there have been of scans.
+    pub scanned: Cell<u32>,
     /// How many random numbers there have been.
     pub drawn: Cell<u64>,
 }
@@ -400,7 +400,7 @@ impl HostEnv {
             ingress: Cell::new(2),
             routes: RefCell::new(HashMap::new()),
             routes_from: RefCell::new(HashMap::new()),
-            asked: Cell::new(0),
+            scanned: Cell::new(0),
             drawn: Cell::new(0),
         }
     }
@@ -444,7 +444,6 @@ impl Env for HostEnv {
     }
 
     fn route<A: Address>(&self, destination: A, source: A, hop: &NextHop) -> Result<(), Reason> {
-        self.asked.set(self.asked.get() + 1);
         let via = |ifindex: u32, source: IpAddr, gateway: IpAddr| {
             hop.ifindex.set(ifindex);
             for (kept, word) in hop.source.iter().zip(words(source)) {
@@ -485,6 +484,7 @@ impl Env for HostEnv {
     fn scan<S: Scan>(&self, count: u32, scan: &mut S) {
         scan.hide(|number| number);
         for index in 0..count {
+            self.scanned.set(self.scanned.get() + 1);
             if !scan.visit(index) {
                 break;
             }

@@ -84,18 +84,7 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -
             hashed(tables, env, view, subject(view, parties), Limits::Heeded)
         }
         Scheduler::Random | Scheduler::Wrandom => draw::drawn(tables, env, view),
-        Scheduler::Lblc | Scheduler::Lblcr => {
-            let found = cache::look_up(tables, env, view, parties.service);
-            if found.choice().dest().is_some() {
-                found.choice()
-            } else {
-                let choice = least_loaded(tables, env, view);
-                if choice.dest().is_some() {
-                    cache::remember(tables, env, view, parties.service, (found, choice));
-                }
-                choice
-            }
-        }
+        Scheduler::Lblc | Scheduler::Lblcr => cache::pick(tables, env, view, parties.service),
         Scheduler::Twos => draw::less_loaded_of_two(tables, env, view),
         Scheduler::Lc | Scheduler::Wlc | Scheduler::Sed | Scheduler::Nq | Scheduler::Fo | Scheduler::Ovf => {
             least_loaded(tables, env, view)
@@ -107,7 +96,7 @@ pub fn pick(tables: &impl Tables, env: &impl Env, view: u32, parties: Parties) -
     choice.dest().ok_or(Reason::NoDestination)
 }
 
-/// The number of the destination that was chosen, plus one; 0 for none.
+/// The number of the destination that was chosen, plus one; 0 for none. Bit 63: see [`Choice::saw_idle`].
 ///
 /// Verifier: a word, for an unset half of an `Option` is uninitialised memory to it.
 ///
@@ -126,6 +115,13 @@ impl Choice {
     #[inline(always)]
     pub(crate) fn dest(self) -> Option<u32> {
         (self.0 as u32).checked_sub(1)
+    }
+
+    /// Of the least loaded: whether some destination of the service, full or not, has less than half as many active connections as
+    /// its weight.
+    #[inline(always)]
+    pub(crate) fn saw_idle(self) -> bool {
+        self.0 >> 63 != 0
     }
 }
 
@@ -379,6 +375,8 @@ pub(crate) struct LeastLoaded<'t, T> {
     best: u32,
     overhead: u64,
     weight: u64,
+    /// Bit 63: some destination has less than half as many active connections as its weight.
+    idle: u64,
 }
 
 impl<T: Tables> Scan for LeastLoaded<'_, T> {
@@ -387,6 +385,7 @@ impl<T: Tables> Scan for LeastLoaded<'_, T> {
         self.best = hide(self.best.into()) as u32;
         self.overhead = hide(self.overhead);
         self.weight = hide(self.weight);
+        self.idle = hide(self.idle);
     }
 
     #[inline(always)]
@@ -412,7 +411,8 @@ impl<'t, T: Tables> LeastLoaded<'t, T> {
     #[inline(always)]
     fn new(tables: &'t T, measure: Measure, first: u32) -> Self {
         let measure = Measure(tables.hide(measure.0));
-        Self { tables, measure, first, best: tables.hide(0) as u32, overhead: tables.hide(1), weight: tables.hide(0) }
+        let [best, overhead, weight, idle] = [0, 1, 0, 0].map(|number| tables.hide(number));
+        Self { tables, measure, first, best: best as u32, overhead, weight, idle }
     }
 
     /// A scan by lc's and wlc's measure of destinations in no list.
@@ -435,11 +435,16 @@ impl<'t, T: Tables> LeastLoaded<'t, T> {
             return None;
         }
         let load = self.tables.dest_load(number)?;
-        if load.removed.load() != 0 || limited != 0 && self.tables.is_overloaded(number) != 0 {
+        if load.removed.load() != 0 {
             return None;
         }
         let (connections, measure) = (load.connections.load(), self.measure);
         let active = connections >> 32;
+        // Verifier: no comparison, for it would follow both ways.
+        self.idle |= (2 * active).wrapping_sub(weight);
+        if limited != 0 && self.tables.is_overloaded(number) != 0 {
+            return None;
+        }
         let mut overhead = measure.overhead(active, connections);
         if measure.has(Measure::IDLE | Measure::LIMITED) {
             if measure.has(Measure::LIMITED) && active > weight {
@@ -548,10 +553,10 @@ pub fn pick_alike(
 
 /// The usable destination with the least overhead for its weight; of equals, the first in the list.
 #[inline(never)]
-fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View) -> Choice {
+pub(crate) fn least_loaded(tables: &impl Tables, env: &impl Env, view: &View) -> Choice {
     let Ok(scheduler) = Scheduler::try_from(view.scheduler.load() as u8) else { return Choice::NONE };
     let (first, count) = lines(view);
     let mut scan = LeastLoaded::new(tables, Measure::of(scheduler), first);
     env.scan(count, &mut scan);
-    Choice(scan.best.into())
+    Choice(u64::from(scan.best) | scan.idle & 1 << 63)
 }

@@ -82,6 +82,11 @@ impl Host {
         host
     }
 
+    /// How many steps of scans its packets have taken.
+    pub fn scanned(&self) -> u32 {
+        self.world.env.scanned.get()
+    }
+
     fn lay_routes(&self) {
         Family::ALL.into_iter().for_each(|family| self.lay_routes_of(family));
     }

@@ -32,8 +32,9 @@ use crate::{
 
 /// Bytes of an ICMP header.
 const HEADER: usize = 8;
-/// Type of service of an IPv4 error, internetwork control, as the host sends its own.
+/// Type of service of an IPv4 error, internetwork control, and which bits it has of that of the packet it quotes: as the host's own.
 const ERROR_TOS: u8 = 0xc0;
+const KEPT_TOS: u8 = 0x1e;
 const ERROR_TTL: u8 = 64;
 
 /// What an error tells the sender.
@@ -122,7 +123,8 @@ pub trait Messages: Wrap {
     /// as loaded.
     fn size_said(rest: u32) -> u16;
 
-    /// Writes the IP header of an error with `len` bytes behind that header. `None` when the frame is too short.
+    /// Writes the IP header of an error with `len` bytes behind that header, which end with what it quotes. `None` when the frame
+    /// is too short.
     fn write_error_header(
         packet: &mut impl Packet,
         from: Self::Addr,
@@ -194,9 +196,10 @@ impl<S: Protocols> Messages for Ip4Packet<S> {
 
     #[inline(always)]
     fn write_error_header(packet: &mut impl Packet, from: Ip4, to: Ip4, len: usize, now: Jiffies) -> Option<()> {
+        let quoted_tos: u8 = packet.read(EthHdr::LEN + Self::HEADER + HEADER + core::mem::offset_of!(Ipv4Hdr, tos))?;
         let mut header = Ipv4Hdr {
             vihl: 0x45,
-            tos: ERROR_TOS,
+            tos: ERROR_TOS | quoted_tos & KEPT_TOS,
             tot_len: ((Self::HEADER + len) as u16).to_be_bytes(),
             id: (now.0 as u16).to_be_bytes(),
             frags: [0, 0],

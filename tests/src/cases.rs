@@ -611,6 +611,17 @@ impl Says {
 }
 
 impl Frame {
+    /// An error of the kernel's own about a frame has four bits of its type of service.
+    fn of_the_class_of(self, about: &[u8]) -> Self {
+        match self.family {
+            Family::Four => {
+                let kept = about[ETHERNET + 1] & 0x1e;
+                Self { dscp: self.dscp | kept >> 2, ecn: self.ecn | kept & 3, ..self }
+            }
+            Family::Six => self,
+        }
+    }
+
     /// An ICMP error about `about`, an IP packet or its start.
     fn error(&self, says: Says, about: &[u8]) -> Vec<u8> {
         let (kind, code, rest) = says.header(self.family);
@@ -621,7 +632,7 @@ impl Frame {
 /// The error that the director sends the client about a frame.
 fn error_for_client(family: Family, says: Says, about: &[u8]) -> Vec<u8> {
     let quote = ip_len(about).min((family.error_max() - family.header() - 8) as i64) as usize;
-    director_error(family).error(says, &about[ETHERNET..ETHERNET + quote])
+    director_error(family).of_the_class_of(about).error(says, &about[ETHERNET..ETHERNET + quote])
 }
 
 /// The header of the errors that the director sends the client.

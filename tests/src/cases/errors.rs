@@ -446,12 +446,13 @@ fn about_a_tunnel(family: Family, protocol: Transport) -> Case {
             }
         }
     }
-    // A packet that may be fragmented, and one whose TTL has run out on the way.
-    let request = Frame { dont_fragment: false, ..family.request() };
+    // A packet with another type of service that may be fragmented, and one whose TTL has run out on the way.
+    let request = Frame { dont_fragment: false, dscp: 0x2e, ecn: 2, ..family.request() };
     let sent = forwarded(Method::Tunnel, 0, PORT, request, build);
     let inner = segment(protocol, Frame { ttl: 63, ..request });
     let received = error_about_tunnel(family, INNER_ROUTER, Says::TtlExpired.header(family), &sent, least);
-    let out = director_error(family).error(Says::TtlExpired, &inner[ETHERNET..ETHERNET + least]);
+    let error = director_error(family).of_the_class_of(&inner);
+    let out = error.error(Says::TtlExpired, &inner[ETHERNET..ETHERNET + least]);
     case = case.answers(Wire::Inside, received, OUTSIDE, out, Counts { icmp_sent: 1, ..Counts::none() });
     // What is not believed, or says nothing of a connection.
     let about = |change: &dyn Fn(&mut Vec<u8>)| {

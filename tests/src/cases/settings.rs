@@ -420,7 +420,7 @@ fn rerouted(family: Family) -> Case {
 fn error_for_server(family: Family, about: &[u8]) -> Vec<u8> {
     let frame = family.frame(to_server(0), (cast::DIRECTOR_INSIDE, 0), (cast::server(0), 0));
     let frame = Frame { id: 0, dont_fragment: false, dscp: director_error(family).dscp, ..frame };
-    frame.error(Says::PortUnreachable, &about[ETHERNET..])
+    frame.of_the_class_of(about).error(Says::PortUnreachable, &about[ETHERNET..])
 }
 
 /// A packet of a masqueraded server that belongs to no connection.

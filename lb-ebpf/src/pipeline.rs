@@ -1264,6 +1264,10 @@ fn may_be_forwarded<I: Family>(ip: &I, tell: bool, mtu: u32) -> Result<(), Halt>
 }
 
 /// The word of a connection after this packet of its masqueraded server.
+///
+/// # Errors
+///
+/// Why it does not get to the client, or where its path goes on.
 #[inline(always)]
 fn replied<I: Ip, T: TablesOf<I::Addr>>(
     packet: &impl Packet,
@@ -1271,12 +1275,16 @@ fn replied<I: Ip, T: TablesOf<I::Addr>>(
     (ip, segment): (&I, SegmentOf<I>),
     found: &Found<'_, EntryOf<I>>,
     now: &Now<'_>,
-) -> Result<Word, Reason> {
+) -> Result<Word, Halt> {
     if !ip.checksum_holds(packet) {
-        return Err(Reason::IpChecksum);
+        return Err(Reason::IpChecksum.into());
+    }
+    if ip.ttl() <= 1 {
+        // What the host would not forward changes nothing.
+        return Err(Halt::go_on(Stage::Reply));
     }
     let step = (segment.flags(), From::Server);
-    track::step::<ProtocolsOf<I>, _>(tables, found, step, now).map_err(|track::Gone| Reason::NotService)
+    track::step::<ProtocolsOf<I>, _>(tables, found, step, now).map_err(|track::Gone| Reason::NotService.into())
 }
 
 /// A packet of the masqueraded server of a connection, as far as the way to its client is known.

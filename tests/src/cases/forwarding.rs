@@ -31,6 +31,7 @@ pub(super) fn cases(family: Family) -> Vec<Case> {
         nat_udp_sums_to_zero(family),
         nat_wrong_checksum_stays_wrong(family),
         nat_refused_replies(family),
+        nat_late_reset(family),
         nat_reply_of_nobody(family),
         nat_two_services_of_one_server(family),
         tunnel_over_a_tiny_link(family),
@@ -360,6 +361,16 @@ fn nat_refused_replies(family: Family) -> Case {
     }
     let reply = Frame { ttl: 2, ..family.reply() };
     replies(case, reply.udp(b"soon"), Frame { ttl: 1, ..family.translated_reply() }.udp(b"soon"))
+}
+
+/// What the host does not send on leaves its connection as it is.
+fn nat_late_reset(family: Family) -> Case {
+    let mut case = one(family, "nat: a reset with TTL 1", TCP, Method::Masq);
+    let syn = |frame: Frame| frame.tcp("S", b"");
+    case =
+        passes(case, Method::Masq, family.request(), syn, DestCounts::input(&syn(family.request())).opening_active());
+    case = case.stops(Wire::Inside, Frame { ttl: 1, ..family.reply() }.tcp("R", b""), Reason::ReplyRefused);
+    replies(case, family.reply().tcp("SA", b""), family.translated_reply().tcp("SA", b""))
 }
 
 fn nat_reply_of_nobody(family: Family) -> Case {

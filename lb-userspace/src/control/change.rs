@@ -209,6 +209,7 @@ impl<'a> Change<'a> {
         if self.index.dest(&self.state, service, address).is_some() {
             return Err(Refusal::DestExists(key, address));
         }
+        check_address(key, address)?;
         let (number, fresh) = match self.index.trashed(key, address) {
             Some(number) => (number, self.state.dests.get(&number).is_none_or(|old| old.service != service)),
             None => (self.free_dest()?, true),
@@ -541,17 +542,19 @@ fn check_flags(key: Identity, spec: ServiceSpec) -> Result<(), Refusal> {
     }
 }
 
-fn check_dest(key: Identity, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
+/// Whether a destination of a service can have this address.
+fn check_address(key: Identity, address: SocketAddr) -> Result<(), Refusal> {
+    if Family::of(address.ip()) != key.family() {
+        return Err(Refusal::Families { service: key, dest: address });
+    }
     let unicast = match address.ip() {
         IpAddr::V4(ip) => !(ip.is_unspecified() || ip.is_multicast() || ip.is_broadcast()),
         IpAddr::V6(ip) => is_routed_unicast(ip),
     };
-    if Family::of(address.ip()) != key.family() {
-        return Err(Refusal::Families { service: key, dest: address });
-    }
-    if !unicast {
-        return Err(Refusal::NotUnicast(address));
-    }
+    if unicast { Ok(()) } else { Err(Refusal::NotUnicast(address)) }
+}
+
+fn check_dest(key: Identity, address: SocketAddr, spec: DestSpec) -> Result<(), Refusal> {
     if let Identity::Address(ServiceKey { address: service, .. }) = key
         && spec.method != Method::Masq
         && address.port() != service.port()

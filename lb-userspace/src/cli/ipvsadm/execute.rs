@@ -13,9 +13,7 @@ use lb_common::{
 use lb_userspace::{
     control::{
         change::{Change, Commit},
-        model::{
-            self, DestSpec, Family, MarkKey, Netmask, Persistence, Refusal, Service, ServiceKey, ServiceSpec, Transport,
-        },
+        model::{self, DestSpec, Family, MarkKey, Netmask, Persistence, Refusal, Service, ServiceKey, ServiceSpec},
         session::Session,
         settings::Timeouts,
         shared::Object,
@@ -77,19 +75,13 @@ fn lacking(request: &Request) -> Option<String> {
 
 /// The service as xdpvs knows services; `None` for what it has none of.
 fn key(request: &Request) -> Option<model::Identity> {
-    let (transport, address) = match request.service? {
-        Identity::Address(transport, address) => (transport, address),
+    match request.service? {
+        Identity::Address(protocol, address) => Some(ServiceKey { protocol, address }.into()),
         Identity::Mark(mark) => {
             let family = if request.ipv6 { Family::Ipv6 } else { Family::Ipv4 };
-            return NonZeroU32::new(mark).map(|mark| MarkKey { mark, family }.into());
+            NonZeroU32::new(mark).map(|mark| MarkKey { mark, family }.into())
         }
-    };
-    let protocol = match transport {
-        parse::Transport::Tcp => Transport::Tcp,
-        parse::Transport::Udp => Transport::Udp,
-        parse::Transport::Sctp => Transport::Sctp,
-    };
-    Some(ServiceKey { protocol, address }.into())
+    }
 }
 
 /// Why a change was not made, in ipvsadm's words where it has some.
@@ -231,20 +223,18 @@ fn rows(place: &Place, request: &Request) -> Result<Vec<ServiceRow>, Stop> {
     }
     let (names, counters, shared) = (names(request), session.counters(), session.maps().shared());
     let row = |service: &Service| -> Result<ServiceRow, Stop> {
-        // What a mark is for has the names of TCP.
-        let (datagram, address) = match service.key {
+        let (protocol, address) = match service.key {
             model::Identity::Address(ServiceKey { protocol, address }) => {
-                let datagram = protocol == Transport::Udp;
-                (datagram, print::address(address, datagram, names))
+                (Some(protocol), print::address(address, Some(protocol), names))
             }
-            model::Identity::Mark(MarkKey { mark, .. }) => (false, mark.to_string()),
+            model::Identity::Mark(MarkKey { mark, .. }) => (None, mark.to_string()),
         };
         let mut dests = Vec::with_capacity(service.dests.len());
         for dest in &service.dests {
             let load = session.maps().dest_loads.get(dest.number as usize);
             let (active, total) = active_and_total(load.map_or(0, |load| load.connections.load()));
             dests.push(DestRow {
-                address: print::address(dest.address, datagram, names),
+                address: print::address(dest.address, protocol, names),
                 method: dest.spec.method,
                 weight: dest.spec.weight,
                 thresholds: dest.spec.thresholds,

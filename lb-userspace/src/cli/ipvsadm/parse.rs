@@ -3,7 +3,7 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use lb_common::proto::{Method, Scheduler, sched_flag};
-use lb_userspace::control::model::Netmask;
+use lb_userspace::control::model::{Netmask, Transport};
 
 use super::{
     Stop,
@@ -36,14 +36,6 @@ pub(super) enum Identity {
     Address(Transport, SocketAddr),
     /// Packets with this firewall mark.
     Mark(u32),
-}
-
-/// A transport protocol that ipvsadm knows.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Transport {
-    Tcp,
-    Udp,
-    Sctp,
 }
 
 /// What is to be done, with what.
@@ -170,7 +162,7 @@ impl<'a> Line<'a> {
             Tag::SctpService => self.service(Transport::Sctp, value),
             Tag::Mark => self.mark(value),
             Tag::Ipv6 if matches!(self.request.service, Some(Identity::Mark(_))) => {
-                self.ipv6 = true;
+                self.becomes_ipv6();
                 Ok(())
             }
             Tag::Ipv6 => Err(Stop::misuse("-6 used before -f\n")),
@@ -187,12 +179,20 @@ impl<'a> Line<'a> {
 
     fn service(&mut self, transport: Transport, value: &str) -> Result<(), Stop> {
         self.request.kinds.add(Kind::Service)?;
-        let (address, port) = host_and_port(value, transport, self.names)
+        let (address, port) = host_and_port(value, Some(transport), self.names)
             .ok_or_else(|| Stop::misuse("illegal virtual server address[:port] specified"))?;
         self.port = port.unwrap_or(0);
-        self.ipv6 = address.is_ipv6();
+        if address.is_ipv6() {
+            self.becomes_ipv6();
+        }
         self.request.service = Some(Identity::Address(transport, SocketAddr::new(address, self.port)));
         Ok(())
+    }
+
+    /// The service is one of IPv6. A netmask that came before was none for it, and is forgotten.
+    fn becomes_ipv6(&mut self) {
+        self.ipv6 = true;
+        self.request.netmask = None;
     }
 
     fn mark(&mut self, value: &str) -> Result<(), Stop> {
@@ -239,10 +239,11 @@ impl<'a> Line<'a> {
             }
             Kind::SchedFlags => value.clone_into(&mut self.sched_flags),
             Kind::Server => {
-                let transport = match request.service {
-                    Some(Identity::Address(transport, _)) => transport,
-                    _ => Transport::Tcp,
-                };
+                // As long as there is no service, ports have no names.
+                let transport = request.service.map(|service| match service {
+                    Identity::Address(transport, _) => transport,
+                    Identity::Mark(_) => Transport::Tcp,
+                });
                 let (address, port) = host_and_port(value, transport, self.names)
                     .ok_or_else(|| Stop::misuse("illegal real server address[:port] specified"))?;
                 request.server = Some(SocketAddr::new(address, port.unwrap_or(self.port)));
@@ -283,9 +284,10 @@ impl<'a> Line<'a> {
     fn finish(mut self) -> Result<Request, Stop> {
         let request = &mut self.request;
         request.ipv6 = self.ipv6;
+        request.sched_flags = flags_of(&request.scheduler, &self.sched_flags)?;
         options::check_command(request.command, request.kinds)?;
         match request.command {
-            Command::Add | Command::Edit => finish_service(request, &self.sched_flags)?,
+            Command::Add | Command::Edit => finish_service(request)?,
             Command::AddDest | Command::EditDest => finish_server(request, self.ipv6)?,
             Command::List => check_list(request.kinds)?,
             _ => {}
@@ -294,7 +296,25 @@ impl<'a> Line<'a> {
     }
 }
 
-fn finish_service(request: &mut Request, sched_flags: &str) -> Result<(), Stop> {
+/// The flags that these words name, of the scheduler that has been named, if one has.
+fn flags_of(scheduler: &str, words: &str) -> Result<u32, Stop> {
+    let mut flags = 0;
+    for word in words.split(',').filter(|word| !word.is_empty()) {
+        let find = |names: &[(&str, u32)]| names.iter().find(|(name, _)| *name == word).map(|(_, flag)| *flag);
+        let of_any = |scheduler| find(sched_flag::names(scheduler));
+        let of_this = Scheduler::from_name(scheduler).and_then(of_any);
+        flags |= match of_this.or_else(|| find(sched_flag::GENERIC)) {
+            Some(flag) => flag,
+            None if of_any(Scheduler::Sh).or(of_any(Scheduler::Mh)).is_some() => {
+                return Err(Stop::misuse(format!("incompatible scheduler flag `{word}'")));
+            }
+            None => return Err(Stop::misuse(format!("invalid scheduler flag `{word}'"))),
+        };
+    }
+    Ok(flags)
+}
+
+fn finish_service(request: &mut Request) -> Result<(), Stop> {
     if let Some(Identity::Address(transport, address)) = request.service {
         if address.port() == 0 && !request.kinds.has(Kind::Persistent) {
             return Err(Stop::misuse("Zero port specified for non-persistent service"));
@@ -306,38 +326,28 @@ fn finish_service(request: &mut Request, sched_flags: &str) -> Result<(), Stop> 
     if request.scheduler.is_empty() {
         DEFAULT_SCHEDULER.clone_into(&mut request.scheduler);
     }
-    for flag in sched_flags.split(',').filter(|flag| !flag.is_empty()) {
-        let find = |names: &[(&str, u32)]| names.iter().find(|(name, _)| *name == flag).map(|(_, flag)| *flag);
-        let of_any = |scheduler| find(sched_flag::names(scheduler));
-        let of_this = Scheduler::from_name(&request.scheduler).and_then(of_any);
-        request.sched_flags |= match of_this.or_else(|| find(sched_flag::GENERIC)) {
-            Some(flag) => flag,
-            None if of_any(Scheduler::Sh).or(of_any(Scheduler::Mh)).is_some() => {
-                return Err(Stop::misuse(format!("incompatible scheduler flag `{flag}'")));
-            }
-            None => return Err(Stop::misuse(format!("invalid scheduler flag `{flag}'"))),
-        };
-    }
     Ok(())
 }
 
 fn finish_server(request: &mut Request, ipv6: bool) -> Result<(), Stop> {
     use Kind::{TunCsum, TunNoCsum, TunPort, TunRemCsum, TunType};
+    if let Some(server) = &mut request.server {
+        if let Some(Identity::Address(_, service)) = request.service
+            && request.method != Method::Masq
+        {
+            server.set_port(service.port());
+        }
+        if server.is_ipv6() != ipv6 && request.method != Method::Tunnel {
+            return Err(Stop::misuse("Different address family is allowed only for tunneling servers"));
+        }
+    }
     if request.method == Method::Tunnel {
-        options::check_tunnel(request.tunnel, request.kinds)?;
+        options::check_tunnel(request.tunnel, request.kinds)
     } else if request.kinds.has_any(&[TunType, TunPort, TunNoCsum, TunCsum, TunRemCsum]) {
-        return Err(Stop::misuse("Tunnel options conflict with forward method"));
+        Err(Stop::misuse("Tunnel options conflict with forward method"))
+    } else {
+        Ok(())
     }
-    let Some(server) = &mut request.server else { return Ok(()) };
-    if let Some(Identity::Address(_, service)) = request.service
-        && request.method != Method::Masq
-    {
-        server.set_port(service.port());
-    }
-    if server.is_ipv6() != ipv6 && request.method != Method::Tunnel {
-        return Err(Stop::misuse("Different address family is allowed only for tunneling servers"));
-    }
-    Ok(())
 }
 
 fn check_list(kinds: Kinds) -> Result<(), Stop> {
@@ -369,13 +379,13 @@ fn number(word: &str) -> Option<i64> {
 }
 
 /// An address and maybe a port, in digits or by name.
-fn host_and_port(word: &str, transport: Transport, names: &dyn Names) -> Option<(IpAddr, Option<u16>)> {
+fn host_and_port(word: &str, transport: Option<Transport>, names: &dyn Names) -> Option<(IpAddr, Option<u16>)> {
     if word.is_empty() || word.bytes().all(|byte| byte.is_ascii_digit()) {
         return None;
     }
     let port = |word: &str| {
         let digits = number(word).and_then(|port| u16::try_from(port).ok());
-        digits.or_else(|| names.port(word, transport == Transport::Udp))
+        digits.or_else(|| names.port(word, transport?))
     };
     if let Some(rest) = word.strip_prefix('[') {
         let (address, rest) = rest.split_once(']')?;
@@ -429,15 +439,15 @@ mod tests {
             (name == "web").then_some(Ipv4Addr::new(10, 0, 0, 7))
         }
 
-        fn port(&self, name: &str, datagram: bool) -> Option<u16> {
-            (name == "syslog" && datagram).then_some(514)
+        fn port(&self, name: &str, transport: Transport) -> Option<u16> {
+            (name == "syslog" && transport == Transport::Udp).then_some(514)
         }
 
         fn host_at(&self, address: IpAddr) -> String {
             address.to_string()
         }
 
-        fn service_at(&self, port: u16, _: bool) -> String {
+        fn service_at(&self, port: u16, _: Transport) -> String {
             port.to_string()
         }
     }
@@ -469,6 +479,16 @@ mod tests {
             Some(Identity::Address(Transport::Udp, ([10, 0, 0, 7], 514).into()))
         );
         assert_eq!(request("-A -f 7").service, Some(Identity::Mark(7)));
+    }
+
+    #[test]
+    fn a_netmask_is_for_the_family_known_by_then() {
+        let netmask = |line| request(line).netmask;
+        assert_eq!(netmask("-A -f 7 -p -M 24"), Some(Netmask::V4([0, 0, 0, 24].into())));
+        assert_eq!(netmask("-A -f 7 -6 -p -M 24"), Some(Netmask::V6(24)));
+        assert_eq!(netmask("-A -f 7 -p -M 24 -6"), None);
+        assert_eq!(netmask("-A -p -M 24 -t [::1]:80"), None);
+        assert_eq!(netmask("-A -p -M 24 -t 1.2.3.4:80"), Some(Netmask::V4([0, 0, 0, 24].into())));
     }
 
     #[test]
@@ -522,6 +542,8 @@ mod tests {
             ("-A -t 1.2.3.4:80 -p -5", 255, "-5: unknown option"),
             ("-A -t 1.2.3.4:80 -b sh-port", 2, "incompatible scheduler flag `sh-port'"),
             ("-A -t 1.2.3.4:80 -b x", 2, "invalid scheduler flag `x'"),
+            ("-A -t 1.2.3.4 -b sh-port", 2, "incompatible scheduler flag `sh-port'"),
+            ("-A -b mh-port -s sh", 2, "incompatible scheduler flag `mh-port'"),
             ("-A -t [::1]:80 -M 129", 2, "illegal ipv6 netmask specified"),
             ("-A -t 1.2.3.4:80 -M nohost", 2, "illegal virtual server persistent mask specified"),
             ("-A -6 -f 3", 2, "-6 used before -f\n"),
@@ -531,10 +553,16 @@ mod tests {
             ("-C -n", 2, "Illegal 'numeric' option with the 'flush' command"),
             ("-a -t 1.2.3.4:80", 2, "You need to supply the 'real-server' option for the 'add-server' command"),
             ("-a -t 1.2.3.4:80 -r x", 2, "illegal real server address[:port] specified"),
+            ("-a -r 1.2.3.4:syslog -u 1.2.3.4:80", 2, "illegal real server address[:port] specified"),
             ("-a -t 1.2.3.4:80 -r 1.2.3.4 -g -m", 2, "multiple 'forwarding-method' options specified"),
             ("-a -t 1.2.3.4:80 -r 1.2.3.4 -w -1", 2, "illegal weight specified"),
             ("-a -t 1.2.3.4:80 -r 1.2.3.4 -x -1", 2, "illegal u_threshold specified"),
             ("-a -t 1.2.3.4:80 -r ::1", 2, "Different address family is allowed only for tunneling servers"),
+            (
+                "-a -t 1.2.3.4:80 -r ::1 --tun-type gre",
+                2,
+                "Different address family is allowed only for tunneling servers",
+            ),
             ("-a -t 1.2.3.4:80 -r 1.2.3.4 --tun-type gre", 2, "Tunnel options conflict with forward method"),
             (
                 "-a -t 1.2.3.4:80 -r 1.2.3.4 -i --tun-type gue",

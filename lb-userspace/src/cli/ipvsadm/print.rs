@@ -234,7 +234,7 @@ pub(super) fn connection<W: Write>(
     for (end, width, gap) in [(client, 18, " "), (service, 18, " "), (destination, 0, "")] {
         match names {
             None => lines.socket(end),
-            Some(_) => lines.text(&address(end, protocol == Some(Transport::Udp), names)),
+            Some(_) => lines.text(&address(end, protocol, names)),
         };
         lines.cell(width, gap);
     }
@@ -246,10 +246,12 @@ pub(super) fn timeouts(Timeouts { tcp, tcpfin, udp }: Timeouts) -> String {
     format!("Timeout (tcp tcpfin udp): {tcp} {tcpfin} {udp}\n")
 }
 
-/// An address and port, by their names unless these are not wanted.
-pub(super) fn address(address: SocketAddr, datagram: bool, names: Option<&dyn Names>) -> String {
+/// An address and port, by their names unless these are not wanted. What is of no protocol has no name for its port.
+pub(super) fn address(address: SocketAddr, protocol: Option<Transport>, names: Option<&dyn Names>) -> String {
     let Some(names) = names else { return address.to_string() };
-    let (host, port) = (names.host_at(address.ip()), names.service_at(address.port(), datagram));
+    let digits = || address.port().to_string();
+    let port = protocol.map_or_else(digits, |transport| names.service_at(address.port(), transport));
+    let host = names.host_at(address.ip());
     let mut text = if address.is_ipv6() { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
     let end = (0..=text.len().min(59)).rev().find(|end| text.is_char_boundary(*end));
     text.truncate(end.unwrap_or(0));

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context as _, Result, ensure};
 use lb_common::{
+    abi::switch,
     proto::{Method, Scheduler},
     sctp::{self, chunk},
     tcp,
@@ -24,6 +25,7 @@ use lb_userspace::{
         session::Session,
     },
     datapath::{
+        memory::Access,
         open::Maps,
         place::Place,
         run::{Control, Ending, Insertions},
@@ -264,6 +266,33 @@ fn the_connections_of_a_service_or_destination_are_ended() {
     assert_eq!(flush(site.place(), Selection { service: tcp, dest: Some((server(1), None)) }), Ok(100));
     site.enter(|kernel| kernel.change(&|change| change.delete_service(key).expect("there"))).expect("the pins open");
     assert_eq!(flush(site.place(), Selection { service: tcp, dest: None }), Ok(200));
+}
+
+/// Under ip_vs's `expire_nodest_conn`, what is removed takes its connections with it (`docs/ipvs.md`, section 4.8).
+#[test]
+fn the_connections_of_removed_destinations_end_if_that_is_set() -> Result<()> {
+    let site = site("bulknodest", 200);
+    let keys = PROTOCOLS.map(|protocol| [service(protocol, PORT), Family::Six.service(protocol, PORT)]).concat();
+    let remove = |index| -> Result<()> {
+        Session::open(site.place())?.change(|change| -> Result<()> {
+            for key in &keys {
+                let dest = if key.address.is_ipv6() { Family::Six.at(index, PORT) } else { at(index, PORT) };
+                change.delete_dest(*key, dest).expect("there");
+            }
+            Ok(())
+        })
+    };
+    insert(site.place(), both(0..900));
+    remove(0)?;
+    assert_eq!(connections(site.place()).len(), 1800);
+    Maps::open(site.place(), Access::Write)?.config[0].switches.store(switch::EXPIRE_NODEST_CONN);
+    remove(1)?;
+    // With those of what has been removed before.
+    let left = connections(site.place());
+    let is_left = |connection: &Connection| [at(2, PORT), Family::Six.at(2, PORT)].contains(&connection.destination);
+    assert!(left.len() == 600 && left.iter().all(is_left), "{left:?}");
+    audited(&site);
+    Ok(())
 }
 
 /// Tells the process that this test starts and kills which instance to create connections in.

@@ -156,7 +156,7 @@ impl Session {
     /// this process is killed, each ends with its next packet.
     fn expire(&self) -> Result<(), Error> {
         if self.maps.config[0].switches.load() & switch::EXPIRE_NODEST_CONN != 0 {
-            Control::open(&self.place)?.flush(self.maps.instance().flow_buckets, Ending::Removed)?;
+            Control::open(&self.place)?.flush(self.maps.instance().buckets(), Ending::Removed)?;
         }
         Ok(())
     }

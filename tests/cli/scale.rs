@@ -193,6 +193,14 @@ fn a_line_that_makes_no_sense_ends_what_comes_after_it() -> Result<()> {
     assert_eq!(said.code, Some(255));
     assert_eq!(said.err.lines().next(), Some("Service not defined"));
     assert_eq!(stage.ok("ipvsadm -Sn")?, "-A -t 10.9.9.9:80 -s wlc\n");
+    // Options that are none do not.
+    let said = restore(&stage, "-A -t 10.9.9.9:81 --none\n-A -t 10.9.9.9:82 -s\n-A -t 10.9.9.9:83\n")?;
+    assert_eq!((said.err.as_str(), said.code), ("--none: unknown option\n-s: missing argument\n", Some(0)));
+    // What is not there to be listed does.
+    let said = restore(&stage, "-A -t 10.9.9.9:84\n-Ln -t 10.9.9.9:85\n-A -t 10.9.9.9:86\n")?;
+    assert_eq!((said.err.as_str(), said.code), ("No such service\n", Some(1)));
+    let kept = stage.ok("ipvsadm -Sn")?;
+    assert_eq!(kept, ["80", "83", "84"].map(|port| format!("-A -t 10.9.9.9:{port} -s wlc\n")).concat());
     Ok(())
 }
 

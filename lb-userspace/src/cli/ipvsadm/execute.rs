@@ -36,6 +36,7 @@ pub(super) fn execute(place: &dyn Fn() -> Result<Place, Stop>, program: &str, pa
     let request = match parsed {
         Parsed::Help => return Ok(output::print(&print::help())?),
         Parsed::Version => return Ok(output::print(&print::version())?),
+        Parsed::Unreadable(text) => return Err(Stop::refusal(text)),
         Parsed::Run(request) => *request,
     };
     let place = place()?;
@@ -271,8 +272,8 @@ fn list_connections(place: &Place, request: &Request) -> Result<(), Stop> {
     Ok(output::written(write())?)
 }
 
-/// Carries out the commands on standard input, one a line. One that is not understood ends it; one that is refused does
-/// not. What becomes of the last is what becomes of the whole.
+/// Carries out the commands on standard input, one a line. One that makes no sense ends it, and so does a list of a service that
+/// is not there; one that is refused, or whose options are none, does not. What becomes of the last is what becomes of the whole.
 fn restore(place: &Place, program: &str) -> Result<(), Stop> {
     let mut last = Ok(());
     let mut changes = Vec::new();
@@ -280,6 +281,10 @@ fn restore(place: &Place, program: &str) -> Result<(), Stop> {
         let line = line.map_err(|error| Err(Stop::refusal(format!("read standard input: {error}"))));
         let request = match line.and_then(|line| request_of(place, program, &line)) {
             Ok(None) => continue,
+            Ok(Some(Ok(request))) if is_change(&request) => {
+                changes.push(request);
+                continue;
+            }
             Ok(Some(request)) => request,
             Err(ended) => {
                 follow(&mut last, change_all(place, &changes));
@@ -287,29 +292,29 @@ fn restore(place: &Place, program: &str) -> Result<(), Stop> {
                 return last;
             }
         };
-        if is_change(&request) {
-            changes.push(request);
-            continue;
-        }
         follow(&mut last, change_all(place, &std::mem::take(&mut changes)));
-        follow(&mut last, [run(place, &request)]);
+        follow(&mut last, [request.and_then(|request| run(place, &request))]);
+        if matches!(last, Err(Stop { code: NOT_LISTED, .. })) {
+            return last;
+        }
     }
     follow(&mut last, change_all(place, &changes));
     last
 }
 
-/// What a line asks for, if it asks for anything.
+/// What a line asks for, if it asks for anything, or why that cannot be read.
 ///
 /// # Errors
 ///
 /// What becomes of a line that ends everything.
-fn request_of(place: &Place, program: &str, line: &str) -> Result<Option<Request>, Result<(), Stop>> {
+fn request_of(place: &Place, program: &str, line: &str) -> Result<Option<Result<Request, Stop>>, Result<(), Stop>> {
     let words: Vec<String> = line.split_ascii_whitespace().filter(|word| *word != NAME).map(str::to_owned).collect();
     if words.is_empty() {
         return Ok(None);
     }
     match parse::parse(program, &words, &System).map_err(Err)? {
-        Parsed::Run(request) if request.command != Command::Restore => Ok(Some(*request)),
+        Parsed::Run(request) if request.command != Command::Restore => Ok(Some(Ok(*request))),
+        Parsed::Unreadable(text) => Ok(Some(Err(Stop::refusal(text)))),
         Parsed::Run(_) => Err(Err(parse::try_help(program))),
         about => Err(execute(&|| Ok(place.clone()), program, about)),
     }

@@ -27,6 +27,8 @@ pub(super) enum Parsed {
     Help,
     Version,
     Run(Box<Request>),
+    /// The options are none: what is said about that.
+    Unreadable(String),
 }
 
 /// What tells services apart.
@@ -86,8 +88,10 @@ pub(super) fn parse(program: &str, words: &[String], names: &dyn Names) -> Resul
     check_daemon_role(command, first.argument.as_deref())?;
     let mut line = Line::new(command, names);
     while let Some(option) = reader.option() {
-        let option = option.map_err(|Bad(word, text)| Stop::refusal(format!("{word}: {text}")))?;
-        line.take(&option)?;
+        match option {
+            Ok(option) => line.take(&option)?,
+            Err(Bad(word, text)) => return Ok(Parsed::Unreadable(format!("{word}: {text}"))),
+        }
     }
     let mut leftover = reader.leftover().iter();
     if command == Command::Timeouts {
@@ -586,7 +590,11 @@ mod tests {
             ("--set 1 2 2678401", 2, "invalid timeout value `2678401' specified"),
             ("--set -1 2 3", 255, "-1: unknown option"),
         ] {
-            assert_eq!(read(line), Err(Stop { text: text.into(), code }), "{line}");
+            let refused = match read(line) {
+                Ok(Parsed::Unreadable(text)) => Err(Stop::refusal(text)),
+                other => other,
+            };
+            assert_eq!(refused, Err(Stop { text: text.into(), code }), "{line}");
         }
     }
 

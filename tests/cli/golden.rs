@@ -11,6 +11,8 @@ use anyhow::{Context as _, Result};
 use crate::stage::{Said, Stage, WIRE};
 
 const RECORDS: &str = include_str!("../golden/cli.txt");
+/// Commands drawn by lot, good ones and bad ones, which need nothing that xdpvs lacks.
+const RANDOM: &str = include_str!("../golden/commands.txt");
 
 /// A command of the records and what it said.
 #[derive(Debug)]
@@ -23,9 +25,20 @@ struct Record {
     code: i32,
 }
 
-fn records() -> Vec<Record> {
+impl Record {
+    /// The words after the program's name, if the program is ipvsadm.
+    fn words(&self) -> Option<Vec<&'static str>> {
+        self.command.strip_prefix("ipvsadm").map(|words| words.split_whitespace().collect())
+    }
+
+    fn said(&self) -> Said {
+        Said { out: lines(&self.out), err: lines(&self.err), code: Some(self.code) }
+    }
+}
+
+fn records(text: &'static str) -> Vec<Record> {
     let mut records: Vec<Record> = Vec::new();
-    for (line, text) in (1..).zip(RECORDS.lines()) {
+    for (line, text) in (1..).zip(text.lines()) {
         if let Some(command) = text.strip_prefix("$ ") {
             records.push(Record { line, command, stdin: vec![], out: vec![], err: vec![], code: -1 });
             continue;
@@ -208,17 +221,15 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
     let mut missing = Missing::default();
     let mut left_out: BTreeMap<Lacking, usize> = BTreeMap::new();
     let (mut replayed, mut saved) = (0, Vec::new());
-    for record in records() {
-        let Some(words) = record.command.strip_prefix("ipvsadm") else {
+    for record in records(RECORDS) {
+        let Some(words) = record.words() else {
             *left_out.entry(Lacking::ProcFile).or_default() += 1;
             if record.command == "cat /tmp/saved" {
                 saved.clone_from(&record.out);
             }
             continue;
         };
-        let words = words.strip_prefix(' ').unwrap_or_default();
-        let words: Vec<&str> = if words.is_empty() { vec![] } else { words.split(' ').collect() };
-        let mut expected = Said { out: String::new(), err: lines(&record.err), code: Some(record.code) };
+        let mut expected = record.said();
         let (words, stdin) = if words.starts_with(&["-R", "<"]) {
             // Lines that ask for what is missing are left out, with what was said about each where they all failed.
             let mut kept = Vec::new();
@@ -271,5 +282,18 @@ fn ipvsadm_says_what_it_says_to_ip_vs() -> Result<()> {
         [(Lacking::ProcFile, 6), (Lacking::MixedFamilies, 4), (Lacking::Engine, 4), (Lacking::TunnelType, 6)]
     );
     assert_eq!(replayed, 141);
+    Ok(())
+}
+
+#[test]
+fn ipvsadm_says_the_same_to_random_commands() -> Result<()> {
+    let stage = Stage::new()?;
+    stage.ok(&format!("up {WIRE} --max-flows 1000"))?;
+    let records = records(RANDOM);
+    assert_eq!(records.len(), 873);
+    for record in records {
+        let words = record.words().context("a command of ipvsadm")?;
+        assert_eq!(run(&stage, &words, &record.stdin)?, record.said(), "line {}: {}", record.line, record.command);
+    }
     Ok(())
 }

@@ -5,26 +5,20 @@ use std::{
     num::NonZeroU32,
 };
 
-use lb_common::{
-    overload::Thresholds,
-    proto::{Method, Scheduler, sched_flag},
-    sctp::chunk,
-};
+use lb_common::{proto::Scheduler, sctp::chunk};
 use lb_userspace::control::{
-    change::Change,
     marks,
-    model::{
-        ANY_PORT, DestSpec, Family, Identity, MarkKey, Match, Netmask, Persistence, Prefix, Rule, ServiceSpec,
-        Transport,
-    },
+    model::{ANY_PORT, Family, Identity, MarkKey, Match, Prefix, Rule, Transport},
 };
 use serde::Deserialize;
 use xdpvs_tests::{
     cast,
     executor::{Executor, Host, Kernel, Verdict, Wire},
     frames::Frame,
-    world::{at, dest, scheduled, service},
+    world::service,
 };
+
+use crate::command::Command;
 
 #[derive(Deserialize)]
 struct Record {
@@ -78,23 +72,6 @@ fn is_supported(record: &Record) -> bool {
 
 const PORT: u16 = 80;
 
-/// The word after `option` in a command.
-fn after<'w>(line: &'w str, option: &str) -> Option<&'w str> {
-    line.split_whitespace().skip_while(|word| *word != option).nth(1)
-}
-
-fn thresholds(options: &str) -> Thresholds {
-    let number = |option| after(options, option).map_or(0, |word| word.parse().expect("a number"));
-    Thresholds { upper: number("-x"), lower: number("-y") }
-}
-
-/// What the options of a service in the records say: `-p SECONDS` and perhaps `-M MASK`.
-fn persistence(options: &str) -> Option<Persistence> {
-    let timeout = after(options, "-p")?.parse().expect("seconds");
-    let mask = after(options, "-M").map_or(Ipv4Addr::BROADCAST, |mask| mask.parse().expect("a mask"));
-    Some(Persistence { timeout, netmask: Netmask::V4(mask) })
-}
-
 struct Replay<'e, E> {
     executor: &'e mut E,
     protocol: Transport,
@@ -115,45 +92,19 @@ impl<'e, E: Executor> Replay<'e, E> {
             marks::put_in_force(&executor.shared(), &[Rule { mark, matches }]).expect("room for a rule");
         }
         let mut replay = Self { executor, protocol, key, next: 0 };
-        let scheduler = Scheduler::from_name(&record.sched).expect("supported");
-        let flag = |name: &str| {
-            let names = sched_flag::names(scheduler).iter();
-            names.filter(|(known, _)| *known == name).map(|(_, flag)| flag).sum::<u32>()
-        };
-        let flags = record.flags.split(',').map(flag).sum();
-        let persistence = persistence(&record.service);
-        replay.change(|change, key| {
-            change.add_service(key, ServiceSpec { flags, persistence, ..scheduled(scheduler) }).expect("new")
-        });
+        let flags = if record.flags.is_empty() { String::new() } else { format!("-b {}", record.flags) };
+        replay.command(&format!("-A @ -s {} {flags} {}", record.sched, record.service));
         for (index, weight) in (0..).zip(&record.weights) {
             let options = record.dest_options.get(usize::from(index)).map_or("", String::as_str);
-            let spec = DestSpec { thresholds: thresholds(options), ..dest(Method::Masq, *weight) };
-            replay.change(|change, key| change.add_dest(key, at(index, PORT), spec).expect("new"));
+            replay.command(&format!("-a @ -r {}:{PORT} -m -w {weight} {options}", cast::server(index)));
         }
         replay
     }
 
-    /// One change for each command, as ipvsadm makes them.
-    fn change(&mut self, plan: impl Fn(&mut Change<'_>, Identity)) {
-        let key = self.key;
-        self.executor.change(&|change| plan(change, key));
-    }
-
     /// A command of the records: `-e @ -r ADDRESS:PORT -m -w WEIGHT` and the like.
     fn command(&mut self, line: &str) {
-        let after = |option| after(line, option);
-        let address = || after("-r").and_then(|address| address.parse().ok()).expect("a server");
-        let weight = || after("-w").and_then(|weight| weight.parse().ok()).unwrap_or(1);
-        self.change(|change, key| match line.split_whitespace().next().unwrap_or_default() {
-            "-a" => change.add_dest(key, address(), dest(Method::Masq, weight())).expect("new"),
-            "-e" => change.edit_dest(key, address(), dest(Method::Masq, weight())).expect("there"),
-            "-d" => change.delete_dest(key, address()).expect("there"),
-            "-E" => {
-                let scheduler = after("-s").and_then(Scheduler::from_name).expect("a scheduler");
-                change.edit_service(key, scheduled(scheduler)).expect("there");
-            }
-            other => panic!("no command is called `{other}`"),
-        });
+        let key = self.key;
+        self.executor.change(&|change| Command(line).apply(change, Some(key)).expect(line));
     }
 
     fn send(&mut self, from: (Ipv4Addr, u16), to: Ipv4Addr, flags: &'static str) -> Option<u8> {

@@ -119,6 +119,9 @@ pub trait Messages: Wrap {
     /// Whether messages of this type are errors that are relayed.
     fn is_error(kind: u8) -> bool;
 
+    /// Whether such an error about a tunnel says something of the packet in it, too: not one that points at a field.
+    fn is_of_tunnel(kind: u8) -> bool;
+
     /// The size of packets, in bytes, that an error about a packet that is too big says, with this word at the end of its header,
     /// as loaded.
     fn size_said(rest: u32) -> u16;
@@ -186,6 +189,11 @@ impl<S: Protocols> Messages for Ip4Packet<S> {
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
         matches!(kind, 3 | 4 | 11)
+    }
+
+    #[inline(always)]
+    fn is_of_tunnel(_: u8) -> bool {
+        true
     }
 
     /// RFC 1191: the other half of the word says something else, or nothing.
@@ -281,9 +289,15 @@ impl<S: Protocols> Messages for Ip6Packet<S> {
         }
     }
 
-    /// Destination unreachable, packet too big, time exceeded.
+    /// RFC 4443, section 2.1.
     #[inline(always)]
     fn is_error(kind: u8) -> bool {
+        kind < 128
+    }
+
+    /// Destination unreachable, packet too big, time exceeded.
+    #[inline(always)]
+    fn is_of_tunnel(kind: u8) -> bool {
         matches!(kind, 1..=3)
     }
 
@@ -433,10 +447,14 @@ where
     E: Env,
 {
     let ip = &I::parse(packet)?;
-    if !packet.read(ip.transport()).is_some_and(I::is_error) {
+    let kind = packet.read(ip.transport()).ok_or(Reason::Icmp)?;
+    if !I::is_error(kind) {
         return Err(Reason::Icmp.into());
     }
     if let Some(server) = ip.tunnelled_to(packet) {
+        if !I::is_of_tunnel(kind) {
+            return Err(Reason::Icmp.into());
+        }
         return relay_from_tunnel(packet, tables, env, ip, server);
     }
     let quoted = &of_reply(packet, ip).ok_or(Reason::Icmp)?;

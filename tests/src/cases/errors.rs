@@ -128,9 +128,13 @@ fn relayed(family: Family) -> Vec<(u8, u8, [u8; 4])> {
         Says::TtlExpired.header(family),
         Says::FragmentsMissing.header(family),
     ];
-    if family == Family::Four {
+    match family {
         // Source quench.
-        headers.push((4, 0, [1, 2, 3, 4]));
+        Family::Four => headers.push((4, 0, [1, 2, 3, 4])),
+        // Parameter problem, and what has no name.
+        Family::Six => {
+            headers.extend([(4, 0, [0, 0, 0, 40]), (0, 1, [0; 4]), (100, 0, [0; 4]), (127, 7, [1, 2, 3, 4])])
+        }
     }
     headers
 }
@@ -330,10 +334,10 @@ fn left_alone(family: Family) -> Case {
         )
         .stops(Wire::Inside, family.reply().icmp(echo, 0, [0; 4], b"x"), Reason::Icmp);
     let reply = family.translated_reply().udp(b"about this");
-    // Of IPv6: parameter problem, private errors, multicast listeners, and all of neighbour discovery.
+    // Of IPv6: multicast listeners, and all of neighbour discovery.
     let kinds: &[u8] = match family {
         Family::Four => &[5, 12, 9, 13, 30, 255],
-        Family::Six => &[0, 4, 100, 127, 130, 131, 132, 133, 134, 135, 136, 137, 143, 255],
+        Family::Six => &[130, 131, 132, 133, 134, 135, 136, 137, 143, 255],
     };
     for &kind in kinds {
         let frame = error_to_service(family, ROUTER).icmp(kind, 0, [0; 4], &reply[ETHERNET..]);
@@ -436,6 +440,12 @@ fn about_a_tunnel(family: Family, protocol: Transport) -> Case {
     let least = least_quote(family);
     let is_too_big = |header: &(u8, u8, [u8; 4])| *header == Says::TooBig(1400).header(family);
     for (kind, code, rest) in relayed(family).into_iter().filter(|header| !is_too_big(header)) {
+        if family == Family::Six && !(1..=3).contains(&kind) {
+            // It may point at what the client has not sent.
+            let received = error_about_tunnel(family, INNER_ROUTER, (kind, code, rest), &sent, least);
+            case = case.stops(Wire::Inside, received, Reason::Icmp);
+            continue;
+        }
         for quote in [least, least + 1, inner.len() - ETHERNET] {
             for from in [cast::server(0), INNER_ROUTER] {
                 let received = error_about_tunnel(family, from, (kind, code, rest), &sent, quote);

@@ -383,6 +383,8 @@ pub struct HostEnv {
     pub ingress: Cell<u32>,
     /// The routing table: what is not in it has no route.
     pub routes: RefCell<HashMap<IpAddr, HostRoute>>,
+    /// What it says of addresses that begin like one in as many bits, if it says nothing of the address itself.
+    pub networks: RefCell<HashMap<(IpAddr, u32), HostRoute>>,
     /// What it says of packets to the first address from the second, before all else.
     pub routes_from: RefCell<HashMap<(IpAddr, IpAddr), HostRoute>>,
     /// How many steps there have been of scans.
@@ -399,10 +401,20 @@ impl HostEnv {
             hz,
             ingress: Cell::new(2),
             routes: RefCell::new(HashMap::new()),
+            networks: RefCell::new(HashMap::new()),
             routes_from: RefCell::new(HashMap::new()),
             scanned: Cell::new(0),
             drawn: Cell::new(0),
         }
+    }
+}
+
+/// Whether an address begins like another in as many bits.
+fn begins_like(address: IpAddr, (network, bits): (IpAddr, u32)) -> bool {
+    match (address, network) {
+        (IpAddr::V4(a), IpAddr::V4(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros() >= bits,
+        (IpAddr::V6(a), IpAddr::V6(b)) => (a.to_bits() ^ b.to_bits()).leading_zeros() >= bits,
+        _ => false,
     }
 }
 
@@ -455,7 +467,11 @@ impl Env for HostEnv {
         let destination = address(destination);
         let of_source = self.routes_from.borrow().get(&(destination, address(source))).copied();
         let of_any = || self.routes.borrow().get(&destination).copied();
-        match of_source.or_else(of_any).unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
+        let of_network = || {
+            let networks = self.networks.borrow();
+            networks.iter().find(|(network, _)| begins_like(destination, **network)).map(|(_, route)| *route)
+        };
+        match of_source.or_else(of_any).or_else(of_network).unwrap_or(HostRoute::Nowhere(Reason::NoRoute)) {
             HostRoute::Via { ifindex, mtu, to, from, source, gateway } => {
                 via(ifindex, source, gateway);
                 hop.kind.set(hop::VIA);

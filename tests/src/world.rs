@@ -107,17 +107,15 @@ impl World {
 
     /// Makes clients reachable by what `address` stands for in a family, all by one router.
     pub fn route_client_of(&self, family: Family, address: Ipv4Addr) {
-        self.route(
-            family.address(address),
-            HostRoute::Via {
-                ifindex: cast::OUTSIDE,
-                mtu: 1500,
-                to: cast::CLIENT_MAC,
-                from: cast::DIRECTOR_OUTSIDE_MAC,
-                source: family.address(cast::DIRECTOR_OUTSIDE),
-                gateway: family.address(cast::CLIENT_GATEWAY),
-            },
-        );
+        self.route(family.address(address), to_clients(family));
+    }
+
+    /// Makes all clients of the cast reachable.
+    pub fn route_clients(&self, family: Family) {
+        let network = family.network(cast::CLIENT, 2);
+        let (first, bits) = network.split_once('/').expect("a network has a length");
+        let network = (first.parse().expect("an address"), bits.parse().expect("a number"));
+        self.env.networks.borrow_mut().insert(network, to_clients(family));
     }
 
     /// The maps as the control plane takes them.
@@ -241,6 +239,18 @@ pub fn service(protocol: Transport, port: u16) -> ServiceKey {
 /// How a service is set that has this scheduler.
 pub const fn scheduled(scheduler: Scheduler) -> ServiceSpec {
     ServiceSpec { scheduler, flags: 0, persistence: None }
+}
+
+/// The way to the clients.
+fn to_clients(family: Family) -> HostRoute {
+    HostRoute::Via {
+        ifindex: cast::OUTSIDE,
+        mtu: 1500,
+        to: cast::CLIENT_MAC,
+        from: cast::DIRECTOR_OUTSIDE_MAC,
+        source: family.address(cast::DIRECTOR_OUTSIDE),
+        gateway: family.address(cast::CLIENT_GATEWAY),
+    }
 }
 
 /// How a destination is set.

@@ -129,9 +129,7 @@ impl Host {
         }
         let barred = (family.address(cast::BARRED_CLIENT), family.address(cast::server(0)));
         self.world.env.routes_from.borrow_mut().insert(barred, HostRoute::Nowhere(Reason::NoRoute));
-        for last in 0..=255 {
-            self.world.route_client_of(family, Ipv4Addr::new(10, 1, 0, last));
-        }
+        self.world.route_clients(family);
         self.world.route_client_of(family, cast::CLIENT_GATEWAY);
         self.world.route(
             family.address(cast::FAR_CLIENT),
@@ -201,8 +199,9 @@ impl Executor for Host {
     fn set_forwarding(&mut self, on: bool) {
         self.lay_routes();
         if !on {
-            let mut routes = self.world.env.routes.borrow_mut();
-            routes.values_mut().for_each(|route| *route = HostRoute::Nowhere(Reason::ForwardingOff));
+            let (mut routes, mut networks) = (self.world.env.routes.borrow_mut(), self.world.env.networks.borrow_mut());
+            let all = routes.values_mut().chain(networks.values_mut());
+            all.for_each(|route| *route = HostRoute::Nowhere(Reason::ForwardingOff));
         }
     }
 
